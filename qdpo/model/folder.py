@@ -1,0 +1,173 @@
+"""Whether a folder can be the base of a run: safetensors only, no code of its own, and not quantised by others.
+
+A folder passes when transformers can build the model from it without pickle, remote code or a second checkpoint.
+"""
+
+import json
+from collections.abc import Set
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qdpo.errors import ConfigError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError unless the folder is complete and transformers can build the model from it."""
+    check_files(folder)
+    check_config(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ConfigError if a file is missing, if the weights are pickle, or if the folder is an adapter."""
+    names = {entry.name for entry in folder.iterdir()}
+    complaint = complaint_about(names)
+    if complaint:
+        listing = ", ".join(sorted(names)[:20]) or "nothing"
+        base = _adapter_base(folder) if "adapter_config.json" in names else ""
+        raise ConfigError(f"The folder {str(folder)!r} (from model.path) {complaint}{base} It holds: {listing}.")
+    if "adapter_config.json" in names:
+        raise ConfigError(
+            f"The folder {str(folder)!r} (from model.path) holds a model and an adapter_config.json, and transformers "
+            "would put that adapter on the model. Move adapter_config.json and adapter_model.safetensors elsewhere."
+        )
+    weights = str(read_json(folder / "config.json").get("transformers_weights") or _weights_file(folder, names))
+    if not weights.endswith((".safetensors", ".safetensors.index.json")):
+        raise ConfigError(
+            f"{folder}/config.json (from model.path) names the weights {weights!r}, which are not safetensors. "
+            "Save the model as safetensors."
+        )
+    if weights.endswith(".index.json"):
+        _check_shards(folder / weights, names)
+
+
+def complaint_about(names: Set[str]) -> str:
+    """What keeps these file names from being a model, as the rest of a sentence; empty if nothing does."""
+    weights = [
+        name for name in names if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))
+    ]
+    if not weights and "adapter_config.json" in names:
+        return "is an adapter, not a base model. Pass it as adapter.start=, with model.path= its base."
+    missing = [] if "config.json" in names else ["config.json"]
+    missing += [] if weights else ["*.safetensors"]
+    missing += [] if names & TOKENIZER_FILES else ["tokenizer (tokenizer.json or tokenizer.model)"]
+    if not missing:
+        return ""
+    return f"has no {' and no '.join(missing)}. {_way_out(names, bool(weights))}"
+
+
+def _way_out(names: Set[str], has_weights: bool) -> str:
+    if has_weights:
+        return "Copy the missing files from where the model came from."
+    if any(name.endswith(".gguf") for name in names):
+        return "Pass the path of the .gguf file itself."
+    if any(name.endswith(PICKLE_SUFFIXES) for name in names):
+        return (
+            "Its weights are pickle files, which qdpo does not read: loading one can run any code. Convert it with "
+            "safetensors where you trust it: from_pretrained(…), then save_pretrained(…), in transformers."
+        )
+    return "Pass a folder that transformers' save_pretrained has written."
+
+
+def _adapter_base(folder: Path) -> str:
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    return f" Its base is {base!r}." if base else " It does not name its base."
+
+
+def _weights_file(folder: Path, names: Set[str]) -> str:
+    for name in (WEIGHTS, WEIGHTS_INDEX):
+        if name in names:
+            return name
+    raise ConfigError(
+        f"The folder {str(folder)!r} (from model.path) has safetensors files, but neither {WEIGHTS} nor "
+        f"{WEIGHTS_INDEX}, where transformers looks for weights. Copy the missing one from where the model came from."
+    )
+
+
+def _check_shards(index: Path, names: Set[str]) -> None:
+    shards = {str(shard) for shard in read_json(index).get("weight_map", {}).values()}
+    unsafe = sorted(shard for shard in shards if leaves_folder(shard))
+    if unsafe:
+        raise ConfigError(
+            f"{index} (from model.path) points outside its folder, to {unsafe[0]!r}. Do not use this model."
+        )
+    missing = sorted(shard for shard in shards if shard not in names)
+    if missing or not shards:
+        raise ConfigError(
+            f"{index} (from model.path) lists {len(shards)} files, of which {len(missing)} are missing: "
+            f"{', '.join(missing[:5])}. Copy or download the model again."
+        )
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name from an archive or an index points outside the folder it belongs to."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in name
+
+
+def check_config(config: dict[str, Any], owner: str) -> None:
+    """Raise ConfigError for a model that others have quantised, or whose type transformers does not have built in.
+
+    `owner` opens the message: "The folder …" or "The repository …".
+    """
+    _refuse_quantised(config.get("quantization_config"), owner)
+    # Imported last: it takes three seconds, and the other refusals need none of it.
+    import transformers
+
+    model_type = config.get("model_type")
+    if model_type in transformers.CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise ConfigError(
+            f"{owner} (from model.path) needs Python code of its own (auto_map in config.json; model_type "
+            f"{model_type!r}), and qdpo runs no code of a checkpoint. Choose a model that transformers has built in."
+        )
+    raise ConfigError(
+        f"{owner} (from model.path) is of model_type {model_type!r}, which transformers {transformers.__version__} "
+        "does not know. Upgrade transformers, or choose another model."
+    )
+
+
+def _refuse_quantised(quantization: dict[str, Any] | None, owner: str) -> None:
+    if quantization is None:
+        return
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
+    method = quantization.get("quant_method") or ("bitsandbytes" if bits else "unknown")
+    if method == "bitsandbytes" and bits == ["load_in_4bit"]:
+        return
+    shown = "8-bit bitsandbytes" if method == "bitsandbytes" else method
+    raise ConfigError(
+        f"{owner} (from model.path) is quantised with {shown}, and qdpo trains on its own 4-bit weights only. "
+        "Use the unquantised original: its name is often this one without the ending, such as -GPTQ, -AWQ or -FP8."
+    )
+
+
+def license_of(folder: Path) -> str | None:
+    """Licence in the front matter of the folder's README.md, or None when that does not say."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    import yaml  # type: ignore[import-untyped]
+    from huggingface_hub import metadata_load
+
+    try:
+        card = metadata_load(readme) or {}
+    except (ValueError, yaml.YAMLError):  # a card for people, which nothing else depends on
+        return None
+    name = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return ", ".join(name) if isinstance(name, list) else name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises: ConfigError if it is not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} (from model.path) is not JSON: {error}. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} (from model.path) holds no JSON object. Copy or download it again.")
+    return content

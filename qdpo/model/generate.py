@@ -1,0 +1,52 @@
+"""Batched greedy completions, with the adapter as it is switched."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from qdpo.model.adapter import Policy
+
+
+def complete(
+    policy: Policy, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch: int = 32
+) -> list[list[int]]:
+    """The model's greedy answer to each prompt: token ids up to and including the end token.
+
+    Prompts are padded on the left within a batch of similar lengths.
+    """
+    ends = _end_tokens(policy, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+    )
+    answers: dict[int, list[int]] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch):
+        members = order[start : start + batch]
+        width = max(len(prompts[index]) for index in members)
+        token_BT = torch.full((len(members), width), ends[0], device=policy.device)
+        mask_BT = torch.zeros_like(token_BT)
+        for line, index in enumerate(members):
+            ids = torch.tensor([int(token) for token in prompts[index]])
+            token_BT[line, width - len(ids) :] = ids.to(policy.device)
+            mask_BT[line, width - len(ids) :] = 1
+        with torch.no_grad():
+            output_BT = policy.peft.generate(input_ids=token_BT, attention_mask=mask_BT, generation_config=config)
+        for line, index in enumerate(members):
+            answers[index] = _until_end(output_BT[line, width:].tolist(), ends)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def _end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the tokenizer's and the model's own."""
+    own = policy.peft.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(ends)
+
+
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    for place, token in enumerate(ids):
+        if token in ends:
+            return ids[: place + 1]
+    return ids

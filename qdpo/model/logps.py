@@ -1,0 +1,121 @@
+"""Log-probability of response tokens from hidden states, without a tokens × vocabulary matrix.
+
+Letters: N response tokens · D hidden width · V vocabulary · R rows of one tile.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output head: logits = cap(scale · (hidden · weightᵀ + bias)), cap(z) = softcap · tanh(z / softcap)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, causal_lm: Any) -> "Head":
+        """Head of a transformers causal model, with the scale and soft-cap that its config names.
+
+        `probe.check_head` compares the result with the model's own logits, so an unknown variant is refused there.
+        """
+        layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Falcon-H1 multiplies by its own name.
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per response token, float32, shape (N,). Only `logp` carries a gradient; the others are None without metrics."""
+
+    logp: Tensor
+    mean_logit: Tensor | None
+    """Mean logit over the vocabulary."""
+    entropy: Tensor | None
+    """Of the next-token distribution, in nats."""
+
+
+def response_logps(hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: int, metrics: bool) -> TokenScores:
+    """Scores of the tokens `label_N`, each predicted from its row of `hidden_ND`, in nats.
+
+    Logits exist for one tile of rows at a time: about R · V · 12 bytes, held under `tile_mib`. The head is frozen, so
+    d logp / d hidden does not depend on the loss: it is built while the tile is there and kept as (N, D), and the
+    backward pass is one multiplication (two matrix products in all, nothing is computed again).
+    """
+    if head.weight_VD.requires_grad:
+        raise NotImplementedError("a trained output head is not supported: its log-probs are computed for a frozen one")
+    rows = max(16, tile_mib * 2**20 // (head.weight_VD.shape[0] * 12))
+    logp, mean_logit, entropy = _ResponseLogps.apply(hidden_ND, label_N, head, rows, metrics)
+    return TokenScores(logp, mean_logit if metrics else None, entropy if metrics else None)
+
+
+class _ResponseLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, rows: int, metrics: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
+        mean_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+        slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(label_N), rows):
+            tile = slice(start, start + rows)
+            logit_RV = _logits(hidden_ND[tile], head)
+            lse_R = logit_RV.logsumexp(-1)
+            label_R1 = label_N[tile, None]
+            logp_N[tile] = logit_RV.gather(1, label_R1)[:, 0] - lse_R
+            if not metrics and slope_ND is None:
+                continue
+            prob_RV = (logit_RV - lse_R[:, None]).exp_()
+            if metrics:
+                mean_N[tile] = logit_RV.mean(-1)
+                entropy_N[tile] = lse_R - torch.linalg.vecdot(prob_RV, logit_RV)
+            if slope_ND is not None:
+                slope_ND[tile] = _hidden_slope(logit_RV, prob_RV, label_R1, head).to(slope_ND.dtype)
+        ctx.save_for_backward(slope_ND)
+        ctx.mark_non_differentiable(mean_N, entropy_N)
+        return logp_N, mean_N, entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slope_ND,) = ctx.saved_tensors
+        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None
+
+
+def _logits(hidden_RD: Tensor, head: Head) -> Tensor:
+    """float32 logits of one tile; on CUDA the product is never rounded to the compute type."""
+    weight_VD = head.weight_VD
+    if hidden_RD.is_cuda and hidden_RD.dtype != torch.float32:
+        logit_RV = torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
+    else:
+        logit_RV = (hidden_RD @ weight_VD.T).float()
+    if head.bias_V is not None:
+        logit_RV = logit_RV + head.bias_V.float()
+    if head.scale != 1.0:
+        logit_RV = logit_RV * head.scale
+    if head.softcap is not None:
+        logit_RV = head.softcap * torch.tanh(logit_RV / head.softcap)
+    return logit_RV
+
+
+def _hidden_slope(logit_RV: Tensor, prob_RV: Tensor, label_R1: Tensor, head: Head) -> Tensor:
+    """d logp / d hidden = (onehot − p) · cap′ · scale · W, shape (R, D). Overwrites `prob_RV`."""
+    slope_RV = prob_RV.neg_()
+    slope_RV.scatter_add_(1, label_R1, torch.ones_like(label_R1, dtype=slope_RV.dtype))
+    if head.softcap is not None:
+        slope_RV *= 1 - (logit_RV / head.softcap) ** 2
+    if head.scale != 1.0:
+        slope_RV *= head.scale
+    return slope_RV.to(head.weight_VD.dtype) @ head.weight_VD
+
+
+def plain_logps(logit_NV: Tensor, label_N: Tensor) -> Tensor:
+    """The obvious twin: float32 log-softmax over full logits, gathered at the labels."""
+    return nn.functional.log_softmax(logit_NV.float(), -1).gather(1, label_N[:, None])[:, 0]

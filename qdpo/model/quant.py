@@ -1,0 +1,70 @@
+"""4-bit layers: how they are asked for, kept differentiable, and fingerprinted. The room that knows bitsandbytes."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+
+def four_bit_config(quantization: str, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' request for NF4 or FP4 linear layers; embeddings and head stay as they are."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, bnb.nn.Linear4bit]]:
+    """Name and module of every 4-bit linear layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            yield name, module
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> int:
+    """Fixes the compute type of every 4-bit layer and keeps it differentiable; returns their number.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward pass in eval mode
+    without gradients (a reference pass, an evaluation). Later training passes then return no gradient, and
+    dequantisation reads garbage, both without an error. The layer's own switch turns the repacking off.
+    """
+    count = 0
+    for _name, layer in four_bit_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        layer.compute_dtype = dtype
+        layer.compute_type_is_set = True
+        count += 1
+    return count
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that the model's output depends on, by name: parameters, buffers, and 4-bit scales and tables."""
+    for name, parameter in model.named_parameters():
+        yield name, parameter.data
+    for name, buffer in model.named_buffers():
+        yield name, buffer
+    for name, layer in four_bit_layers(model):
+        for key, value in layer.weight.quant_state.as_dict(packed=True).items():
+            yield f"{name}.weight.{key}", value
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """sha256 (hex) over every stored tensor's name, type, shape and bytes, as loaded.
+
+    One edited byte, another quantisation type or block size, another dtype: another checksum.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(_bytes(tensor))
+    return total.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

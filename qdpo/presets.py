@@ -1,0 +1,290 @@
+"""Layers defaults ← preset ← file ← key=value, remembers where each value came from, refuses unknown names.
+
+Only the standard library and pydantic are imported, so that a wrong setting is answered in a fraction of a second.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from qdpo.config import RunConfig, Section, problems_across
+from qdpo.errors import ConfigError
+
+# Settings that describe one source only: they go when a later layer names another source.
+BELONG_TO = {
+    "data.path": ("data.revision", "data.split", "data.limit", "data.eval_path", "data.eval_split", "data.columns."),
+    "model.path": ("model.revision",),
+}
+# Tables of a preset file that describe it, and set nothing.
+DESCRIPTIVE = {"about", "card", "measured"}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration and where each value came from."""
+
+    config: RunConfig
+    origins: dict[str, str]
+    """Setting name → origin, for settings that are not at their default."""
+    preset: str | None
+
+
+def shipped_folder() -> Path:
+    """Presets and bundled pairs: inside the installed package, or beside it in a clone."""
+    packaged = Path(__file__).parent / "_shipped"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets: demo first, then by model size and memory."""
+
+    def size(name: str) -> tuple[float, ...]:
+        numbers = [float("".join(c for c in part if c.isdigit()) or 0) for part in name.split("-")]
+        return tuple(numbers)
+
+    return sorted((path.stem for path in shipped_folder().glob("*.toml")), key=size)
+
+
+def preset_text(name: str) -> str:
+    """The preset's file, comments included. Raises: ConfigError with the nearest name."""
+    if name not in preset_names():
+        raise ConfigError(f"Unknown preset {name!r}. {nearest(name, preset_names())} `qdpo presets` describes them.")
+    return (shipped_folder() / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def preset_table() -> list[str]:
+    """One line a preset: name, card, measured peak memory, and what it does."""
+    rows = [("preset", "card", "peak memory", "")]
+    for name in preset_names():
+        text = tomllib.loads(preset_text(name))
+        peak = text.get("measured", {}).get("peak_gib")
+        rows.append((name, text["card"], "not measured yet" if peak is None else f"{peak} GiB", text["about"]))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
+
+
+def setting_names() -> dict[str, type[Section]]:
+    """Every setting's full name and the section class that owns it."""
+    return {name: section for name, section, _field in _fields(RunConfig, "")}
+
+
+def resolve(arguments: list[str]) -> Resolved:
+    """Configuration from `preset=NAME`, `FILE.toml` and `key=value` arguments, in any order.
+
+    Raises: ConfigError that lists every problem at once.
+    """
+    problems: list[str] = []
+    preset, files, overrides = _sort_arguments(arguments, problems)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if preset is not None:
+        try:
+            layers.append((f"preset {preset}", _flatten(_without_descriptions(tomllib.loads(preset_text(preset))))))
+        except ConfigError as error:
+            problems += error.problems
+    for file in files:
+        try:
+            layers.append((str(file), _flatten(tomllib.loads(Path(file).read_text(encoding="utf-8")))))
+        except FileNotFoundError:
+            problems.append(f"No settings file {file!r}. Give an existing .toml file, or settings as key=value.")
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            problems.append(f"{file} is not valid TOML: {error}.")
+    layers.append(("the command line", overrides))
+    return _resolved(layers, preset, problems)
+
+
+def resolve_over(settings: dict[str, Any], origin: str, arguments: list[str]) -> Resolved:
+    """Configuration from a finished run's settings (by full name) and `key=value` arguments above them."""
+    problems: list[str] = []
+    preset, files, overrides = _sort_arguments(arguments, problems)
+    problems += [
+        f"{name} cannot be given here; only key=value settings can." for name in [*([preset] if preset else []), *files]
+    ]
+    return _resolved([(origin, settings), ("the command line", overrides)], None, problems)
+
+
+def _resolved(layers: list[tuple[str, dict[str, Any]]], preset: str | None, problems: list[str]) -> Resolved:
+    values, origins = _merge(layers, problems)
+    config = _validate(values, origins, problems)
+    if config is not None and not any("Unknown preset" in problem for problem in problems):
+        problems += problems_across(config, {name for name, origin in origins.items() if values[name] is not None})
+    if problems or config is None:
+        raise ConfigError(problems)
+    return Resolved(config, origins, preset)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train.seed": 1} → {"train": {"seed": 1}}."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, field = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[field] = value
+    return tree
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting's value by full name, in the order of declaration."""
+    return _flatten(config.model_dump())
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A sentence that names the closest known name, or lists the known ones when nothing is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return (
+        f"Known: {', '.join(known)}." if len(known) <= 16 else "`qdpo run preset=demo --dry-run` lists every setting."
+    )
+
+
+def _sort_arguments(arguments: list[str], problems: list[str]) -> tuple[str | None, list[str], dict[str, Any]]:
+    presets: list[str] = []
+    files: list[str] = []
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not equals:
+            if argument.endswith(".toml"):
+                files.append(argument)
+            else:
+                problems.append(
+                    f"Cannot read {argument!r}. Settings are written key=value; a settings file ends in .toml."
+                )
+        elif key == "preset":
+            presets.append(value)
+        elif key in overrides:
+            problems.append(f"{key} is given twice on the command line. Keep one.")
+        else:
+            overrides[key] = value
+    if len(presets) > 1:
+        problems.append(f"Two presets, {presets[0]!r} and {presets[1]!r}. Keep one.")
+    return (presets[0] if presets else None), files, overrides
+
+
+def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    known = setting_names()
+    sections = {name.rpartition(".")[0] for name in known}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for source in BELONG_TO.keys() & layer.keys():
+            for name in [name for name in values if name.startswith(BELONG_TO[source])]:
+                del values[name], origins[name]
+        for name, value in layer.items():
+            if name in known:
+                values[name] = _from_text(name, value, known[name]) if isinstance(value, str) else value
+                origins[name] = origin
+            elif name in sections:
+                problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value.")
+            else:
+                problems.append(f"Unknown setting {name!r} (from {origin}). {_nearest_setting(name, list(known))}")
+    return values, origins
+
+
+def _nearest_setting(name: str, known: list[str]) -> str:
+    same_field = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
+    if len(same_field) == 1:
+        return f"Did you mean {same_field[0]!r}?"
+    return nearest(name, known)
+
+
+def _from_text(name: str, text: str, section: type[Section]) -> Any:
+    annotation = section.model_fields[name.rpartition(".")[2]].annotation
+    options = get_args(annotation)
+    if NoneType in options and text.lower() == "none":
+        return None
+    if getattr(annotation, "__origin__", None) is list:
+        return [part for part in text.split("+") if part]
+    return text
+
+
+def _validate(values: dict[str, Any], origins: dict[str, str], problems: list[str]) -> RunConfig | None:
+    try:
+        return RunConfig.model_validate(nested(values))
+    except ValidationError as error:
+        reported = set()
+        for detail in error.errors():
+            name = ".".join(str(part) for part in detail["loc"])
+            name = next(known for known in setting_names() if name == known or name.startswith(known + "."))
+            if name not in reported:
+                reported.add(name)
+                problems.append(_explain(name, values[name], origins[name]))
+        return None
+
+
+def _explain(name: str, value: Any, origin: str) -> str:
+    field = setting_names()[name].model_fields[name.rpartition(".")[2]]
+    choices = [choice for choice in _literal_choices(field.annotation)]
+    help_text = (field.description or "").split("\n")[0]
+    message = f"{name}={value} (from {origin}) is not {_kind(field)}."
+    if choices:
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        message = f"{name}={value} (from {origin}): allowed are {', '.join(choices)}{_and_numbers(field)}.{hint}"
+    return f"{message} {help_text}".strip()
+
+
+def _and_numbers(field: Any) -> str:
+    return " or a whole number" if "int" in str(field.annotation) else ""
+
+
+def _kind(field: Any) -> str:
+    text = str(field.annotation)
+    bounds = [str(item) for item in field.metadata] + ([text] if "Ge(" in text or "Gt(" in text else [])
+    joined = " ".join(bounds)
+    words = []
+    for sign, word in (("Gt(gt=", "above"), ("Ge(ge=", "at least"), ("Lt(lt=", "below")):
+        if sign in joined:
+            words.append(f"{word} {joined.split(sign)[1].split(')')[0]}")
+    kind = (
+        "a whole number"
+        if "int" in text
+        else "a number"
+        if "float" in text
+        else "true or false"
+        if "bool" in text
+        else "text"
+    )
+    return f"{kind} {' and '.join(words)}".strip()
+
+
+def _literal_choices(annotation: Any) -> Iterator[str]:
+    if getattr(annotation, "__origin__", None) is not None or get_args(annotation):
+        for argument in get_args(annotation):
+            if isinstance(argument, str):
+                yield argument
+            else:
+                yield from _literal_choices(argument)
+
+
+def _without_descriptions(tree: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in DESCRIPTIVE}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= _flatten(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value
+    return values
+
+
+def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[Section], Any]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", section, field  # type: ignore[misc]

@@ -1,0 +1,171 @@
+"""What the one who watches sees: a live display on a terminal, plain lines elsewhere, and the result at the end."""
+
+import json
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from qdpo.rundir import RunDir
+
+if TYPE_CHECKING:
+    from qdpo.train.rescore import Rescored
+
+# Seconds between lines of a stage's progress when the output is not a terminal.
+PLAIN_EVERY_S = 20.0
+
+
+class Terminal:
+    """A Watcher that draws a progress bar with the newest metrics, or prints one line a step when there is no terminal."""
+
+    def __init__(self, *, stderr: bool = False):
+        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._what, self._unit, self._total, self._done = "", "", 0, 0
+        self._begun = self._told = 0.0
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def begin(self, what: str, total: int, unit: str) -> None:
+        self.finish()
+        self._what, self._unit, self._total, self._done = what, unit, total, 0
+        self._begun = self._told = time.monotonic()
+        if self.console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=self.console, transient=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(what, total=total, metrics="")
+            self._bar.start()
+        elif unit != "step":
+            self.say(f"{what} …")
+
+    def advance(self, units: int) -> None:
+        self._done += units
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, units)
+        elif self._unit != "step" and time.monotonic() - self._told > PLAIN_EVERY_S:
+            self._told = time.monotonic()
+            self.say(f"{self._what}: {self._done} of {self._total} {self._unit}s, {self._left()} left")
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = self._task = None
+
+    def step(self, record: dict[str, Any]) -> None:
+        if "loss" in record:
+            line = (
+                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · margin {record['rewards/margins']:+.3f} · "
+                f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · {record['peak_gib']:.2f} GiB"
+            )
+            if self._bar is not None and self._task is not None:
+                self._bar.update(self._task, metrics=line)
+            else:
+                self.say(f"step {record['step']}/{self._total}: {line} · {self._left()} left")
+        else:
+            self.say(
+                f"held out after step {record['step']}: loss {record['eval_loss']:.4f} · accuracy "
+                f"{record['eval_rewards/accuracies']:.3f} · margin {record['eval_rewards/margins']:+.4f}"
+            )
+
+    def _left(self) -> str:
+        done = max(1, self._done)
+        seconds = int((time.monotonic() - self._begun) / done * (self._total - done))
+        return (
+            f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+            if seconds >= 3600
+            else f"{seconds // 60}:{seconds % 60:02}"
+        )
+
+
+def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown: int = 2) -> None:
+    """Held-out figures before and after, completions side by side, where the adapter lies, and what to type next."""
+    table = Table("held-out pairs", "before", "after", title="result", title_justify="left")
+    for label, name in (
+        ("reward accuracy", "rewards/accuracies"),
+        ("reward margin", "rewards/margins"),
+        ("loss", "loss"),
+    ):
+        table.add_row(label, f"{result['before'][name]:.3f}", f"{result['after'][name]:.3f}")
+    lengths = result["samples"]
+    if lengths:
+        table.add_row(
+            f"median answer, tokens ({lengths['count']} prompts)",
+            f"{lengths['median_tokens_before']:g}",
+            f"{lengths['median_tokens_after']:g}",
+        )
+    console.print(table)
+    for line in _samples(run.samples)[:shown]:
+        _side_by_side(line, console)
+    console.print(
+        f"{result['steps']} steps, {result['pairs']} pairs, {result['seconds'] / 60:.1f} minutes, peak memory {result['peak_gib']:.2f} GiB",
+        markup=False,
+    )
+    folder = run.path
+    console.print(
+        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are beside it)\nnext:\n"
+        f"  qdpo eval {folder}                 score it again, also on other pairs with data.path=…\n"
+        f"  qdpo runs                          list all runs\n"
+        f"  qdpo run … --fresh                 the same settings from the start",
+        markup=False,
+    )
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def _side_by_side(line: dict[str, Any], console: Console) -> None:
+    width = min(max(console.width, 60), 140)
+    half = (width - 5) // 2
+    table = Table(width=width, show_lines=False, title=question(line["prompt"]), title_justify="left")
+    table.add_column("before", width=half)
+    table.add_column("after", width=half)
+    table.add_row(
+        textwrap.shorten(line["before"], 700, placeholder=" …"), textwrap.shorten(line["after"], 700, placeholder=" …")
+    )
+    console.print(table, markup=False)
+
+
+def question(prompt: str) -> str:
+    """The last user turn of a rendered ChatML-like prompt, or the prompt's end: for display only."""
+    for marker in (
+        "<|im_start|>user\n",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "[INST]",
+        "<start_of_turn>user\n",
+    ):
+        if marker in prompt:
+            prompt = prompt.rsplit(marker, 1)[1]
+            for end in ("<|im_end|>", "<|eot_id|>", "[/INST]", "<end_of_turn>"):
+                prompt = prompt.split(end, 1)[0]
+            break
+    return prompt.strip()[-400:]
+
+
+def print_evaluation(scored: "Rescored", *, as_json: bool) -> None:
+    """The metrics of `qdpo eval`, as a table or as one JSON object."""
+    if as_json:
+        print(
+            json.dumps({"run": scored.run, "source": scored.source, "pairs": scored.pairs, **scored.evaluation.values})
+        )
+        return
+    print(f"{scored.run} on {scored.pairs} pairs of {scored.source}")
+    for name, value in scored.evaluation.values.items():
+        print(f"  {name:<20} {value:>12.4f}")

@@ -1,0 +1,166 @@
+"""The name of every file in a run folder, and atomic writing."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo.errors import DiskError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; nothing is created by asking for a path."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def record(self) -> Path:
+        """What was found at the first start and is kept on resume: commits, hashes, values of `auto` settings."""
+        return self.path / "run.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def data_report(self) -> Path:
+        return self.path / "data_report.jsonl"
+
+    @property
+    def prepared(self) -> Path:
+        return self.path / "prepared"
+
+    @property
+    def train_pairs(self) -> Path:
+        return self.prepared / "train.safetensors"
+
+    @property
+    def held_out_pairs(self) -> Path:
+        return self.prepared / "held_out.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last: a run that has it is finished."""
+        return self.path / "result.json"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def lock(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.lock")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing: beside it, flushed to disk, then renamed over it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            share(Path(name))
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Creates the folder `path` whole or not at all: `fill` writes into a folder beside it, which is then renamed.
+
+    An existing folder of that name is replaced.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    share(file)
+                    _flush(file)
+            _flush(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def share(path: Path) -> None:
+    """Gives a file the mode that the umask asks for; safetensors and mkstemp write 0600, which no server can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def need_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raises: DiskError if the disk that holds `folder` has less than `needed` bytes free."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskError(
+            f"{purpose} needs {needed / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free there. "
+            "Free some space, or choose another disk with output.dir= or cache.dir=."
+        )
+
+
+def disk_error(error: OSError, path: Path) -> DiskError:
+    """A DiskError that says which file could not be written, and why."""
+    return DiskError(
+        f"Cannot write {path}: {error.strerror or error}. Free space or fix the permissions, then run the same command again."
+    )
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""Saves and restores everything a run needs to go on: adapter, optimizer, loss scale, step. No pickle.
+
+A checkpoint is a folder written aside and renamed. Its manifest holds the size and sha256 of every file; a folder
+whose files do not match is set aside, and the one before it is used.
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qdpo import rundir
+from qdpo.errors import VerificationError
+from qdpo.model.adapter import Policy, adapter_tensors, load_adapter_tensors
+from qdpo.train.optim import optimizer_tensors, restore_optimizer
+
+ADAPTER, OPTIMIZER, STATE, MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The objects that training changes."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def save_checkpoint(folder: Path, trained: Trained, state: dict[str, Any], *, keep: int) -> Path:
+    """Writes `folder`/step-NNNNNN with `state` (must hold "step"), reads it back, then removes all but `keep` newest.
+
+    Raises: DiskError if it cannot be written, VerificationError if it reads back differently.
+    """
+    tensors, scalars = optimizer_tensors(trained.optimizer, trained.policy.adapter_parameters())
+    full_state = {**state, "optimizer": scalars, "scaler": trained.scaler.state_dict()}
+
+    def fill(path: Path) -> None:
+        save_file(adapter_tensors(trained.policy), path / ADAPTER)
+        save_file(tensors, path / OPTIMIZER)
+        rundir.write_json(path / STATE, full_state)
+        rundir.write_json(path / MANIFEST, {name: _fingerprint(path / name) for name in (ADAPTER, OPTIMIZER, STATE)})
+
+    target = folder / f"step-{state['step']:06d}"
+    rundir.write_folder(target, fill)
+    if not _is_whole(target):
+        raise VerificationError(f"The checkpoint {target} does not read back as it was written. Check the disk.")
+    for old in _by_step(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; damaged ones are renamed aside, with a line that says so."""
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+    for candidate in reversed(_by_step(folder)):
+        if _is_whole(candidate):
+            return candidate
+        aside = candidate.with_name(f"damaged-{candidate.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        candidate.rename(aside)
+        say(f"checkpoint {candidate.name} is damaged: set aside as {aside.name}, using the one before")
+    return None
+
+
+def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
+    """Restores the trained objects in place; returns the state that was saved."""
+    state: dict[str, Any] = rundir.read_json(folder / STATE)
+    load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))
+    restore_optimizer(
+        trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state.pop("optimizer")
+    )
+    scaler = state.pop("scaler")
+    if scaler:
+        trained.scaler.load_state_dict(scaler)
+    return state
+
+
+def _by_step(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / MANIFEST).is_file():
+        return False
+    try:
+        manifest = rundir.read_json(folder / MANIFEST)
+        return set(manifest) == {ADAPTER, OPTIMIZER, STATE} and all(
+            _fingerprint(folder / name) == expected for name, expected in manifest.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

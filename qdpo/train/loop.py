@@ -1,0 +1,227 @@
+"""The order of events of a run: prepare, load, score the reference, then step, log, evaluate, save."""
+
+import math
+import time
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from qdpo import rundir
+from qdpo.data.pack import pack_rows
+from qdpo.errors import ConfigError, Interrupted, OutOfMemoryError, VerificationError
+from qdpo.model import adapter
+from qdpo.presets import Resolved
+from qdpo.rundir import RunDir
+from qdpo.train import checkpoint, optim, record, samples, signals
+from qdpo.train.checkpoint import Trained
+from qdpo.train.evaluate import Evaluation, evaluate, reference_offset
+from qdpo.train.meters import Metrics, Watcher, peak_gib
+from qdpo.train.plan import Plan
+from qdpo.train.signals import StopRequest
+from qdpo.train.start import Job, open_run, plan_run
+from qdpo.train.step import StepReport, train_step
+
+
+def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
+    """Runs, or continues, the run that `resolved` describes; returns what result.json holds.
+
+    Raises: QdpoError. On Interrupted and most others everything needed to continue is in the run folder.
+    """
+    run = record.run_folder(resolved)
+    run.lock.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process works on {run.path}. Wait for it, or choose another output.name."
+        ) from error
+    try:
+        with signals.listen(watcher.say) as stop:
+            return _run(resolved, run, watcher, stop)
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"The card's memory is full: {str(error).splitlines()[0]} Lower data.max_tokens, memory.kept_layers or "
+            "memory.head_tile_mib, or choose a preset for a smaller card. The last checkpoint is intact."
+        ) from error
+    finally:
+        lock.release()
+        run.lock.unlink(missing_ok=True)
+
+
+def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
+    job = open_run(resolved, run, watcher, stop)
+    try:
+        plan = plan_run(job)
+        used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
+        job.scorer.fill([job.train[index] for index in sorted(used)] + job.held_out)
+        parameters = list(job.loaded.policy.adapter_parameters().values())
+        optimizer = optim.make_optimizer(
+            job.found["train.optimizer"], parameters, weight_decay=job.config.train.weight_decay
+        )
+        # fp16 gradients underflow without a loss scale; other types need none, and a disabled scaler does nothing.
+        scaler = torch.amp.GradScaler(
+            job.loaded.policy.device.type, enabled=job.found["model.dtype"] == "fp16", init_scale=2.0**14
+        )
+        before, after = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler))
+        return _finish(job, plan, before, after)
+    finally:
+        job.scorer.cache.close()
+
+
+def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Evaluation]:
+    """Steps from the newest checkpoint (or 0) to the end; returns the evaluations before and after."""
+    config, state = job.config, {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
+    newest = (
+        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
+    )
+    if newest is None:
+        metrics = Metrics(job.run.metrics, keep_through=-1)
+        before = _evaluate(job, metrics, 0)
+        _check_offset(job, before)
+        record.mark_state(job.run, before=before.values)
+    else:
+        state = checkpoint.load_checkpoint(newest, trained)
+        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
+        metrics = Metrics(job.run.metrics, keep_through=state["step"])
+    parameters = list(trained.policy.adapter_parameters().values())
+    last: Evaluation | None = None
+    tokens = metrics.last_tokens
+    job.watcher.begin("training", plan.steps, "step")
+    job.watcher.advance(state["step"])
+    for step in range(state["step"], plan.steps):
+        begun = time.monotonic()
+        rate = optim.learning_rate(
+            step,
+            steps=plan.steps,
+            warmup_steps=plan.warmup_steps,
+            peak=config.train.learning_rate,
+            schedule=config.train.schedule,
+        )
+        for group in trained.optimizer.param_groups:
+            group["lr"] = rate
+        rows = pack_rows(
+            [job.train[index] for index in plan.indices(step, config.train, len(job.train))],
+            config.memory.tokens_per_row,
+        )
+        report = train_step(
+            trained.policy,
+            parameters,
+            trained.optimizer,
+            trained.scaler,
+            rows,
+            job.scorer.reference,
+            config.loss,
+            max_grad_norm=config.train.max_grad_norm,
+        )
+        tokens += report.tokens
+        seconds = time.monotonic() - begun
+        state = _after_step(job, state, step, report, seconds)
+        _log_step(job, metrics, state, report, rate, seconds, tokens)
+        done = step + 1
+        if done == plan.steps or done % config.train.eval_every == 0:
+            last = _evaluate(job, metrics, done)
+            job.watcher.begin("training", plan.steps, "step")
+            job.watcher.advance(done)
+        if done == plan.steps or done % config.train.save_every == 0 or job.stop.number is not None:
+            checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+        if job.stop.number is not None and done < plan.steps:
+            raise Interrupted(
+                f"Stopped after step {done} of {plan.steps}, which is saved. The same command continues.",
+                job.stop.number,
+            )
+    job.watcher.finish()
+    return rundir.read_json(job.run.record)["before"], last or _evaluate(job, metrics, plan.steps)
+
+
+def _check_offset(job: Job, before: Evaluation) -> None:
+    """An untouched adapter must equal its reference. Raises: VerificationError if it does not."""
+    untouched_is_reference = job.config.adapter.start is None or job.loaded.reference_is_start
+    if not untouched_is_reference:
+        return
+    mean, largest = reference_offset(before, job.config.loss.beta)
+    longest = max(len(pair.chosen) + len(pair.rejected) for pair in job.held_out)
+    job.watcher.say(f"reference offset of the untouched adapter: mean {mean:.3g}, largest {largest:.3g} nats")
+    # Rounding of 16-bit activations grows with the square root of the tokens; other weights or tokens give tens of nats.
+    bound = 0.05 + 0.05 * math.sqrt(longest)
+    if largest > bound:
+        raise VerificationError(
+            f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} nats (bound "
+            f"{bound:.2g}). Remove {job.scorer.cache.path} and run the same command again."
+        )
+
+
+def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, seconds: float) -> dict[str, Any]:
+    if report.overflow:
+        job.watcher.say(f"step {step + 1}: fp16 overflow, update skipped and loss scale lowered")
+    elif step == 0 and report.grad_norm == 0:
+        raise VerificationError(
+            "The gradient of the first step is exactly 0: the adapter would learn nothing. Chosen and rejected answers may be "
+            "identical after cutting, or adapter.targets may match no layer that is used."
+        )
+    return {
+        "step": step + 1,
+        "overflows": state["overflows"] + report.overflow,
+        "seconds": state["seconds"] + seconds,
+        "peak_gib": max(state["peak_gib"], peak_gib(job.loaded.policy.device)),
+    }
+
+
+def _log_step(
+    job: Job, metrics: Metrics, state: dict[str, Any], report: StepReport, rate: float, seconds: float, tokens: int
+) -> None:
+    line = {
+        "step": state["step"],
+        "epoch": round(state["step"] * job.config.train.pairs_per_step / len(job.train), 4),
+        **report.values,
+        "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
+        "learning_rate": rate,
+        "tokens_per_s": report.tokens / seconds,
+        "pairs_per_s": report.pairs / seconds,
+        "peak_gib": state["peak_gib"],
+        "num_tokens": tokens,
+        "overflows": state["overflows"],
+    }
+    metrics.write(line)
+    job.watcher.step(line)
+    job.watcher.advance(1)
+
+
+def _evaluate(job: Job, metrics: Metrics, step: int) -> Evaluation:
+    job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
+    rows = pack_rows(job.held_out, job.config.memory.tokens_per_row)
+    evaluation = evaluate(job.loaded.policy, rows, job.scorer.reference, job.config.loss, job.watcher.advance)
+    job.watcher.finish()
+    line = {"step": step, **{f"eval_{name}": value for name, value in evaluation.values.items()}}
+    if step not in metrics.evaluated:
+        metrics.write(line)
+    job.watcher.step(line)
+    return evaluation
+
+
+def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation) -> dict[str, Any]:
+    """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
+    policy = job.loaded.policy
+    base_name, revision = job.base.name, job.base.commit
+    rundir.write_folder(
+        job.run.adapter, lambda path: adapter.save_adapter(policy, path, base_name=base_name, revision=revision)
+    )
+    job.tokenizer.save_pretrained(job.run.adapter)
+    shown = samples.write_samples(job.run.samples, policy, job.tokenizer, job.held_out, job.config.samples, job.watcher)
+    state = rundir.read_json(checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) / checkpoint.STATE)  # type: ignore[operator]
+    result = {
+        "steps": plan.steps,
+        "pairs": plan.total_pairs,
+        "before": before,
+        "after": after.values,
+        "margins": dict(zip(map(str, after.rows), after.margins, strict=True)),
+        "samples": shown,
+        "seconds": time.monotonic() - job.started,
+        "training_seconds": state["seconds"],
+        "peak_gib": peak_gib(policy.device),
+        "overflows": state["overflows"],
+        "adapter": str(job.run.adapter),
+    }
+    rundir.write_json(job.run.result, result)
+    return result

@@ -1,0 +1,70 @@
+"""metrics.jsonl, and what a run tells the one who watches it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+SCHEMA = 1
+
+
+class Watcher(Protocol):
+    """Receives the run's events; the terminal display and the tests implement it."""
+
+    def say(self, line: str) -> None:
+        """One line that stays on screen."""
+
+    def begin(self, what: str, total: int, unit: str) -> None:
+        """A stage of `total` units starts."""
+
+    def advance(self, units: int) -> None:
+        """Units of the current stage are done."""
+
+    def finish(self) -> None:
+        """The current stage is over."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training step or an evaluation was recorded."""
+
+
+class Metrics:
+    """The run's metrics.jsonl: one JSON object a line, flushed as it is written."""
+
+    def __init__(self, path: Path, *, keep_through: int):
+        """Opens the file for appending, without the records after step `keep_through`, nor a torn last line."""
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= keep_through]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self.last_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
+        self.evaluated = {record["step"] for record in kept if "eval_loss" in record}
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory so far, in GiB: of torch's allocator on CUDA, of the process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

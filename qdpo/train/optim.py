@@ -1,0 +1,73 @@
+"""Optimizers of the adapter, the learning-rate schedule, and their state as plain tensors and numbers."""
+
+import math
+import warnings
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+
+def choose_optimizer(wanted: str, device: torch.device) -> str:
+    """Name of the optimizer that `auto` stands for on this device."""
+    if wanted != "auto":
+        return wanted
+    return "paged_adamw8bit" if device.type == "cuda" else "adamw8bit"
+
+
+def make_optimizer(name: str, parameters: list[nn.Parameter], *, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with betas 0.9, 0.999: 8-bit states in blocks of 256 (arXiv 2110.02861), paged to host memory, or fp32."""
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    with warnings.catch_warnings():
+        # On the CPU there is nothing to page to; bitsandbytes says so and uses ordinary memory.
+        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
+        optimizer: torch.optim.Optimizer = {
+            "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+            "adamw8bit": bnb.optim.AdamW8bit,
+        }[name](parameters, **settings)
+    return optimizer
+
+
+def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then cosine or linear decay to 0, or constant."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state as flat tensors `parameter|key`, and its scalars, both without pickle."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, parameter in names.items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                # 8-bit states share their code tables; safetensors stores no shared memory.
+                tensors[f"{name}|{key}"] = value.detach().cpu().clone().contiguous()
+            else:
+                scalars[f"{name}|{key}"] = value
+    return tensors, scalars
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    scalars: dict[str, Any],
+) -> None:
+    """Puts a saved state back, on each parameter's device."""
+    values: dict[str, Any] = {**tensors, **scalars}
+    for place, value in values.items():
+        name, _, key = place.rpartition("|")
+        parameter = names[name]
+        # torch keeps AdamW's step counter on the CPU; every other tensor lives beside its parameter.
+        stays = key == "step" or not isinstance(value, Tensor)
+        optimizer.state[parameter][key] = value if stays else value.to(parameter.device)

@@ -1,0 +1,84 @@
+"""How far a run goes: steps, pairs and warm-up, from epochs, steps or hours."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qdpo.config import TrainConfig
+from qdpo.data.pack import pack_rows, step_indices
+from qdpo.data.tokens import TokenPair
+from qdpo.model.adapter import Policy
+from qdpo.train.step import score
+
+# Pairs that are timed for train.hours, and the share of the hours that is planned for: the rest is saving and samples.
+TIMED_PAIRS, PLANNED_SHARE = 8, 0.95
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chosen at the first start, recorded and kept: the schedule of a resumed run is the same."""
+
+    steps: int
+    total_pairs: int
+    warmup_steps: int
+
+    def indices(self, step: int, train: TrainConfig, pairs: int) -> list[int]:
+        """Which of the `pairs` training pairs make up step `step`, from 0."""
+        return step_indices(
+            step, pairs=pairs, pairs_per_step=train.pairs_per_step, total_pairs=self.total_pairs, seed=train.seed
+        )
+
+
+def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> Plan:
+    """Steps that cover `train.epochs` over `pairs` pairs (or train.steps), but `at_most` that many."""
+    total = train.steps * train.pairs_per_step if train.steps else max(1, round(train.epochs * pairs))
+    if at_most is not None:
+        total = min(total, at_most * train.pairs_per_step)
+    steps = math.ceil(total / train.pairs_per_step)
+    warmup = math.ceil(steps / 10) if train.warmup_steps is None else min(train.warmup_steps, steps)
+    return Plan(steps, total, warmup)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds a pair, measured: one reference or held-out pass, and one training pass."""
+
+    score_s: float
+    step_s: float
+
+
+def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row: int, seed: int) -> Speed:
+    """Times a few of the run's own pairs, drawn by seed; gradients are thrown away, nothing is trained."""
+    places = np.random.default_rng(seed).permutation(len(pairs))[:TIMED_PAIRS]
+    rows = pack_rows([pairs[place] for place in places], tokens_per_row)
+    best = Speed(math.inf, math.inf)
+    for _attempt in range(2):  # the first attempt also warms caches and kernels
+        begun = time.monotonic()
+        with torch.no_grad():
+            for row in rows:
+                score(policy, row, metrics=False).logp.sum().item()
+        middle = time.monotonic()
+        for row in rows:
+            total = score(policy, row, metrics=True).logp.sum()
+            total.backward()  # type: ignore[no-untyped-call]
+            total.item()
+        now = time.monotonic()
+        best = Speed(min(best.score_s, (middle - begun) / len(places)), min(best.step_s, (now - middle) / len(places)))
+    policy.peft.zero_grad(set_to_none=True)
+    return best
+
+
+def within_hours(train: TrainConfig, pairs: int, held_out: int, speed: Speed, spent_s: float) -> Plan:
+    """The plan of `train`, shortened to what fits into train.hours; `spent_s` are the seconds already gone.
+
+    Every training pair is reckoned with its reference pass, and three evaluations besides the regular ones.
+    """
+    assert train.hours is not None
+    evaluation_s = held_out * speed.score_s
+    step_s = train.pairs_per_step * (speed.step_s + speed.score_s) + evaluation_s / train.eval_every
+    left_s = train.hours * 3600 * PLANNED_SHARE - spent_s - 3 * evaluation_s
+    return plan_steps(train, pairs, at_most=max(1, int(left_s / step_s)))

@@ -1,0 +1,69 @@
+"""The reference of a run: which log-probs are cached, which are still to be computed, and looking them up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qdpo.data.pack import PairRow, pack_rows
+from qdpo.data.tokens import TokenPair
+from qdpo.errors import Interrupted, VerificationError
+from qdpo.train.meters import Watcher
+from qdpo.train.policy import Loaded
+from qdpo.train.reference import ReferenceCache
+from qdpo.train.signals import StopRequest
+from qdpo.train.step import score
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores pairs with the reference, through the cache. The adapter must still be untouched while it fills."""
+
+    loaded: Loaded
+    cache: ReferenceCache
+    tokens_per_row: int
+    watcher: Watcher
+    stop: StopRequest
+
+    def fill(self, pairs: Sequence[TokenPair]) -> int:
+        """Computes what the cache lacks, row by row; an interruption loses at most one row. Returns the pairs computed."""
+        missing = self.cache.missing(pairs)
+        distinct = len({pair.digest for pair in pairs})
+        if not missing:
+            self.watcher.say(f"reference: all {distinct} pairs are in the cache; no reference pass")
+            return 0
+        if len(missing) < distinct:
+            self.watcher.say(f"reference: {distinct - len(missing)} of {distinct} pairs are in the cache")
+        self.watcher.begin("reference log-probs", len(missing), "pair")
+        for row in pack_rows(missing, self.tokens_per_row):
+            self.cache.put(self._score(row))
+            self.watcher.advance(len(row.pairs))
+            if self.stop.number is not None:
+                raise Interrupted(
+                    "Stopped while scoring the reference; all finished pairs are in the cache. The same command continues.",
+                    self.stop.number,
+                )
+        self.watcher.finish()
+        return len(missing)
+
+    def reference(self, pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
+        """Cached log-probs of the pair's tokens. Raises: VerificationError if they went missing under the run."""
+        found = self.cache.get(pair)
+        if found is None:
+            raise VerificationError(
+                f"The reference log-probs of data row {pair.row} are gone from {self.cache.path}. Run the same command "
+                "again: they are computed anew."
+            )
+        return found
+
+    def _score(self, row: PairRow) -> list[tuple[TokenPair, np.ndarray, np.ndarray]]:
+        """The reference's log-probs of a row: the very function that scores the policy, with the adapter off."""
+        with torch.no_grad():
+            if self.loaded.reference_is_start:
+                logp_N = score(self.loaded.policy, row, metrics=False).logp
+            else:
+                with self.loaded.policy.reference():
+                    logp_N = score(self.loaded.policy, row, metrics=False).logp
+        parts = np.split(logp_N.cpu().numpy(), np.cumsum(row.lengths)[:-1])
+        return [(pair, parts[2 * place], parts[2 * place + 1]) for place, pair in enumerate(row.pairs)]

@@ -1,0 +1,179 @@
+"""From settings to a loaded, checked policy and prepared pairs: a new run folder, or the one to continue."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdpo import rundir
+from qdpo.config import RunConfig
+from qdpo.data.tokens import TokenPair
+from qdpo.errors import ConfigError
+from qdpo.model import adapter, base, fetch
+from qdpo.model.fetch import BaseFolder
+from qdpo.presets import Resolved
+from qdpo.rundir import RunDir
+from qdpo.train import optim, prepare, record
+from qdpo.train.meters import Watcher
+from qdpo.train.plan import Plan, measure_speed, plan_steps, within_hours
+from qdpo.train.policy import Loaded, load_policy, probe_pairs
+from qdpo.train.reference import ReferenceCache
+from qdpo.train.scoring import Scorer
+from qdpo.train.signals import StopRequest
+
+PACKAGES = ("qdpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every phase of a run needs. `started` is a monotonic clock reading."""
+
+    config: RunConfig
+    run: RunDir
+    watcher: Watcher
+    stop: StopRequest
+    started: float
+    train: list[TokenPair]
+    held_out: list[TokenPair]
+    tokenizer: Any
+    base: BaseFolder
+    loaded: Loaded
+    scorer: Scorer
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """Values chosen at the first start: compute type, optimizer, steps."""
+        found: dict[str, Any] = rundir.read_json(self.run.record)["found"]
+        return found
+
+
+def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Job:
+    """Everything up to a loaded policy; the run folder appears once data and settings are known to be usable."""
+    config, say, started = resolved.config, watcher.say, time.monotonic()
+    if run.record.exists():
+        record.check_unchanged(run, resolved)
+        say(f"continuing {run.path}")
+    if config.adapter.start is not None:
+        adapter.check_adapter_folder(Path(config.adapter.start))
+    device = base.choose_device(config.model.device, say)
+    cache_dir = cache_folder(config)
+    pinned = rundir.read_json(run.record)["base"]["commit"] if run.record.exists() else None
+    folder = fetch.locate_base(
+        str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say
+    )
+    tokenizer = base.load_tokenizer(folder.folder)
+    if not run.record.exists():
+        _first_start(resolved, run, folder, device, tokenizer, say)
+    train, held_out = prepare.load(run)
+    watcher.begin("loading the model", 1, "model")
+    dtype = rundir.read_json(run.record)["found"]["model.dtype"]
+    loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
+    watcher.finish()
+    _check_weights(run, folder, loaded)
+    scorer = Scorer(
+        loaded, ReferenceCache(cache_dir, loaded.reference_name), config.memory.tokens_per_row, watcher, stop
+    )
+    return Job(config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """cache.dir, else $QDPO_CACHE, else qdpo in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdpo"
+    return Path(config.cache.dir or os.environ.get("QDPO_CACHE") or default).expanduser()
+
+
+def plan_run(job: Job) -> Plan:
+    """Steps and warm-up: as recorded, or from epochs, steps or hours, and then recorded."""
+    found, train = job.found, job.config.train
+    if "train.steps" not in found:
+        plan = plan_steps(train, len(job.train))
+        if train.hours is not None:
+            speed = measure_speed(
+                job.loaded.policy, job.train, tokens_per_row=job.config.memory.tokens_per_row, seed=train.seed
+            )
+            shorter = within_hours(train, len(job.train), len(job.held_out), speed, time.monotonic() - job.started)
+            job.watcher.say(
+                f"train.hours={train.hours:g}: {1 / (speed.step_s + speed.score_s):.2f} pairs/s measured, reference included; "
+                f"{min(shorter.steps, plan.steps)} of {plan.steps} steps fit"
+            )
+            plan = min(plan, shorter, key=lambda candidate: candidate.steps)
+        found |= {"train.steps": plan.steps, "total_pairs": plan.total_pairs, "train.warmup_steps": plan.warmup_steps}
+        record.mark_state(job.run, found=found)
+    plan = Plan(found["train.steps"], found["total_pairs"], found["train.warmup_steps"])
+    job.watcher.say(f"plan: {plan.steps} steps of {train.pairs_per_step} pairs, {plan.warmup_steps} of them warm-up")
+    return plan
+
+
+def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
+    then = rundir.read_json(run.record).get("weights", loaded.weights)
+    if then != loaded.weights:
+        raise ConfigError(
+            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the model back, or "
+            "start anew with --fresh."
+        )
+    record.mark_state(run, weights=loaded.weights)
+
+
+def _first_start(
+    resolved: Resolved,
+    run: RunDir,
+    folder: BaseFolder,
+    device: torch.device,
+    tokenizer: Any,
+    say: Callable[[str], None],
+) -> None:
+    """Prepares the data, then writes the run folder with all that was found, whole or not at all."""
+    config = resolved.config
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise ConfigError(
+            f"{run.path} exists and is no run that can be continued. Choose another output.name or remove it."
+        )
+    dtype = base.choose_dtype(config.model.dtype, device, say)
+    data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, say=say)
+    _check_space(run, cache_folder(config), data.train + data.held_out)
+    files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
+    found = {"model.dtype": dtype, "train.optimizer": optim.choose_optimizer(config.train.optimizer, device)}
+
+    def fill(path: Path) -> None:
+        new = RunDir(path)
+        prepare.store(new, data)
+        rundir.write_text(new.config, record.config_toml(resolved, found))
+        rundir.write_json(new.environment, environment(device))
+        content = {
+            "settings": record.trajectory_settings(resolved),
+            "preset": resolved.preset,
+            "found": found,
+            "base": {**dataclasses.asdict(folder), "folder": str(folder.folder)},
+            "data": data.about,
+            "files": {str(file.absolute()): record.file_record(file) for file in files},
+        }
+        rundir.write_json(new.record, content)
+
+    rundir.write_folder(run.path, fill)
+    say(f"run folder: {run.path}")
+
+
+def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
+    """Room for ids (4 bytes a token), the cache (4 bytes a response token and its keys), checkpoints, and something over."""
+    tokens = sum(pair.tokens for pair in pairs)
+    rundir.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
+    rundir.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and device, for the record."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+    }
