@@ -19,7 +19,7 @@ NOT_TRAJECTORY = {
     "train.eval_every",
     "train.keep_checkpoints",
 }
-NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens"}
+NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
 
 
 class Section(BaseModel):
@@ -151,6 +151,8 @@ class SamplesConfig(Section):
     """Held-out prompts completed before and after training, for reading."""
     max_new_tokens: Count = 160
     """Longest completion, in tokens."""
+    repetition_penalty: Annotated[float, Field(ge=1.0)] = 1.0
+    """Greedy decoding divides the logits of tokens already there by this (CTRL, arXiv 1909.05858): 1 is off."""
 
 
 class OutputConfig(Section):

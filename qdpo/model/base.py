@@ -11,12 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from qdpo.errors import ConfigError, OutOfMemoryError
+from qdpo.errors import ConfigError
 from qdpo.model import attention, quant
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Announce = Callable[[str], None]
+
+
+class AttentionRefused(ConfigError):
+    """The architecture does not accept the attention function that was asked for."""
 
 
 def choose_device(wanted: str, announce: Announce) -> torch.device:
@@ -106,7 +110,7 @@ def load_base(
     """The frozen base on its device, in evaluation mode, every parameter without gradient.
 
     `attention_name` is `qdpo_shared`, `sdpa` or `eager`. A folder that is already 4-bit keeps its own settings.
-    Raises: ConfigError for a model that transformers cannot load this way; OutOfMemoryError.
+    Raises: ConfigError for a model that transformers cannot load, AttentionRefused if only because of `attention_name`.
     """
     attention.register()
     disable_progress_bar()
@@ -128,10 +132,9 @@ def load_base(
             use_safetensors=True,
             **arguments,
         )
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"The base in {folder} does not fit on {device}: {error}") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load the model in {folder}: {error}") from error
+        kind = AttentionRefused if attention_name in str(error) or "ttention" in str(error) else ConfigError
+        raise kind(f"transformers cannot load the model in {folder}: {error}") from error
     model.requires_grad_(False)
     model.eval()
     layers = quant.settle(model, compute)

@@ -10,7 +10,7 @@ from qdpo.model.adapter import Policy
 
 
 def complete(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch: int = 32
+    policy: Policy, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float = 1.0, batch: int = 12
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt: token ids up to and including the end token.
 
@@ -18,7 +18,12 @@ def complete(
     """
     ends = _end_tokens(policy, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        use_cache=True,
     )
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

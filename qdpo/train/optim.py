@@ -1,7 +1,7 @@
 """Optimizers of the adapter, the learning-rate schedule, and their state as plain tensors and numbers."""
 
 import math
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,25 +9,26 @@ import torch
 from torch import Tensor, nn
 
 
-def choose_optimizer(wanted: str, device: torch.device) -> str:
-    """Name of the optimizer that `auto` stands for on this device."""
-    if wanted != "auto":
-        return wanted
-    return "paged_adamw8bit" if device.type == "cuda" else "adamw8bit"
+def choose_optimizer(wanted: str, device: torch.device, say: Callable[[str], None]) -> str:
+    """Name of the optimizer to use on this device; where it is not the one asked for, that is announced."""
+    if wanted == "auto":
+        return "paged_adamw8bit" if device.type == "cuda" else "adamw8bit"
+    if wanted == "paged_adamw8bit" and device.type == "cpu":
+        say("optimizer: adamw8bit, because on the CPU there is nothing to page to")
+        return "adamw8bit"
+    return wanted
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], *, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW with betas 0.9, 0.999: 8-bit states in blocks of 256 (arXiv 2110.02861), paged to host memory, or fp32."""
-    settings: dict[str, Any] = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, **settings)
-    with warnings.catch_warnings():
-        # On the CPU there is nothing to page to; bitsandbytes says so and uses ordinary memory.
-        warnings.filterwarnings("ignore", message=".*[Pp]aged.*")
-        optimizer: torch.optim.Optimizer = {
-            "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
-            "adamw8bit": bnb.optim.AdamW8bit,
-        }[name](parameters, **settings)
+    kinds: dict[str, Any] = {
+        "adamw": torch.optim.AdamW,
+        "adamw8bit": bnb.optim.AdamW8bit,
+        "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+    }
+    optimizer: torch.optim.Optimizer = kinds[name](
+        parameters, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay
+    )
     return optimizer
 
 

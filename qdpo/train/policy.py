@@ -40,15 +40,14 @@ def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
     """Loads the base from `folder`, attaches the adapter, and chooses the attention path by a check on two real pairs."""
-    wanted = attention.NAME if config.model.attention == "auto" else config.model.attention
-    model = _load(config, folder, device, dtype, wanted, say)
+    model, wanted = _load(config, folder, device, dtype, say)
     weights = quant.weights_checksum(model)
     model = _attach(config, model)
     policy = _policy(model, config, device, shared=wanted == attention.NAME)
     row = row_tensors(PairRow(list(probe_with)), device)
-    if policy.shared and (reason := probe.check_shared_prompt(policy, row)) is not None:
-        say(f"attention: each answer is computed with its own copy of the prompt, because {reason}")
-        policy.peft.get_base_model().set_attn_implementation("eager" if "take the layout" in reason else "sdpa")
+    if policy.shared and (refusal := probe.check_shared_prompt(policy, row)) is not None:
+        say(f"attention: each answer is computed with its own copy of the prompt, because {refusal.reason}")
+        policy.peft.get_base_model().set_attn_implementation(refusal.attention)
         policy.shared = False
     elif policy.shared:
         say("attention: each prompt is computed once for both of its answers (checked against separate sequences)")
@@ -61,22 +60,30 @@ def load_policy(
     return Loaded(policy, name, is_start, weights)
 
 
-def _load(config: RunConfig, folder: Path, device: torch.device, dtype: str, attention_name: str, say: Say) -> Any:
+def _load(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> tuple[Any, str]:
+    """The base and the attention function it took: with `auto` the first of ours, sdpa and eager that it accepts."""
     settings = config.model
-    try:
-        return base.load_base(
-            folder,
-            quantization=settings.quantization,
-            double_quant=settings.double_quant,
-            dtype=dtype,
-            device=device,
-            attention_name=attention_name,
-            announce=say,
-        )
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"The base in {folder} does not fit on {device}. Choose a smaller model or preset."
-        ) from error
+    names = [attention.NAME, "sdpa", "eager"] if settings.attention == "auto" else [settings.attention]
+    for name in names:
+        try:
+            model = base.load_base(
+                folder,
+                quantization=settings.quantization,
+                double_quant=settings.double_quant,
+                dtype=dtype,
+                device=device,
+                attention_name=name,
+                announce=say,
+            )
+        except base.AttentionRefused as error:
+            if name == names[-1]:
+                raise
+            say(f"attention: this architecture does not take {name} ({error.__cause__}); trying the next")
+            continue
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"The base in {folder} does not fit on {device}. Choose a smaller model or preset.") from error
+        return model, name
+    raise AssertionError("unreachable: the last refusal is raised")
 
 
 def _attach(config: RunConfig, model: Any) -> Any:

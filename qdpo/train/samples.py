@@ -26,10 +26,11 @@ def write_samples(
         return None
     watcher.begin("completing held-out prompts, before and after", 2 * len(prompts), "answer")
     ids = [pair.prompt.tolist() for pair in prompts]
+    how = {"max_new_tokens": config.max_new_tokens, "repetition_penalty": config.repetition_penalty}
     with policy.reference():
-        before = complete(policy, tokenizer, ids, max_new_tokens=config.max_new_tokens)
+        before = complete(policy, tokenizer, ids, **how)
     watcher.advance(len(prompts))
-    after = complete(policy, tokenizer, ids, max_new_tokens=config.max_new_tokens)
+    after = complete(policy, tokenizer, ids, **how)
     watcher.advance(len(prompts))
     watcher.finish()
 

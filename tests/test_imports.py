@@ -1,0 +1,55 @@
+"""The architecture as a test: imports point one way, and each heavy library has its named importers."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
+LAYER = {"errors": 0, "config": 1, "memory": 1, "presets": 2, "rundir": 2, "data": 3, "model": 3, "train": 4}
+LAYER |= {"export": 5, "report": 5, "collect": 5, "measure": 5, "cli": 6, "__init__": 0}
+IMPORTERS = {
+    "typer": {"cli"},
+    "datasets": {"data/source", "data/files"},
+    "bitsandbytes": {"model/quant", "train/optim"},
+    "peft": {"model/adapter"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every imported module; `from qdpo.data import pack` counts as qdpo.data.pack."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    home = room(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "qdpo" or parts[1] not in LAYER:
+            continue
+        assert parts[1] == home or LAYER[parts[1]] < LAYER[home], f"{home} imports {name}"
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_heavy_libraries_have_named_importers(library: str) -> None:
+    found = {
+        str(path.relative_to(PACKAGE).with_suffix("")) for path in FILES if any(n.split(".")[0] == library for n in imports(path))
+    }
+    assert found <= IMPORTERS[library] and found
+
+
+def test_no_pickle_is_read_or_written() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "torch.load" not in text and "torch.save" not in text and "import pickle" not in text, path

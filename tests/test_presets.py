@@ -1,0 +1,112 @@
+"""Settings: four layers, their origins, and every problem in one answer, fast."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qdpo import presets
+from qdpo.errors import ConfigError
+from qdpo.train.record import config_toml
+from tests.conftest import qdpo
+
+EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 13b-24gb 32b-24gb".split()
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        presets.resolve(list(arguments))
+    return caught.value.problems
+
+
+def test_all_presets_ship_in_order() -> None:
+    assert presets.preset_names() == EXPECTED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_preset_alone_is_a_complete_run(name: str) -> None:
+    resolved = presets.resolve([f"preset={name}"])
+    assert resolved.config.model.path and resolved.config.data.path
+    assert resolved.config.model.quantization == "nf4" and resolved.config.loss.beta == 0.1
+    assert tomllib.loads(presets.preset_text(name))["about"]
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_line_of_a_preset_has_a_comment(name: str) -> None:
+    for line in presets.preset_text(name).splitlines():
+        if "=" in line and not line.startswith("#"):
+            assert re.search(r"  # \w", line), line
+
+
+def test_later_layers_win_and_origins_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[train]\nseed = 5\nlearning_rate = 5e-7\n")
+    resolved = presets.resolve(["preset=demo", str(file), "train.seed=9"])
+    assert resolved.config.train.seed == 9 and resolved.origins["train.seed"] == "the command line"
+    assert resolved.config.train.learning_rate == 5e-7 and resolved.origins["train.learning_rate"] == str(file)
+    assert resolved.config.loss.beta == 0.1 and resolved.origins["loss.beta"] == "preset demo"
+    assert "loss.label_smoothing" not in resolved.origins
+
+
+def test_the_resolved_settings_are_toml_that_resolves_to_the_same(tmp_path: Path) -> None:
+    first = presets.resolve(["preset=7b-24gb", "data.columns.chosen=good", "adapter.targets=q_proj+v_proj"])
+    file = tmp_path / "config.toml"
+    file.write_text(config_toml(first, {}), encoding="utf-8")
+    assert presets.resolve([str(file)]).config == first.config
+
+
+def test_other_data_drops_what_belonged_to_the_presets_data() -> None:
+    resolved = presets.resolve(["preset=7b-24gb", "data.path=mine.jsonl", "data.limit=7"])
+    assert resolved.config.data.split is None and resolved.config.data.eval_split is None
+    assert resolved.config.data.limit == 7 and resolved.config.data.max_tokens == 2048
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    found = problems("preset=7b-24g", "train.learningrate=3", "loss.beta=-1", "loss.name=sigmod", "foo", "beta=1")
+    text = "\n".join(found)
+    assert "Did you mean '7b-24gb'?" in text
+    assert "Did you mean 'train.learning_rate'?" in text
+    assert "loss.beta=-1 (from the command line) is not a number above 0" in text
+    assert "loss.name=sigmod (from the command line): allowed are sigmoid. Did you mean 'sigmoid'?" in text
+    assert "'foo'" in text and "Did you mean 'loss.beta'?" in text
+    assert len(found) == 6
+
+
+def test_settings_that_contradict_each_other() -> None:
+    base = ("model.path=m", "data.path=d")
+    assert "train.hours" in problems(*base, "train.steps=3", "train.hours=2")[0]
+    assert "adapter.rank" in problems(*base, "adapter.start=folder", "adapter.rank=8")[0]
+    assert "adapter.start" in problems(*base, "adapter.reference=start")[0]
+    assert "no room" in problems(*base, "data.max_tokens=64", "data.max_prompt_tokens=64")[0]
+
+
+def test_wrong_settings_are_answered_without_heavy_imports(tmp_path: Path) -> None:
+    script = (
+        "import sys; from qdpo import cli, presets, errors\n"
+        "try: presets.resolve(['nonsense=1'])\nexcept errors.ConfigError: pass\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_exit_code_and_message_of_a_wrong_setting(tmp_path: Path) -> None:
+    answer = qdpo("run", "preset=demo", "train.epoch=2", cwd=tmp_path)
+    assert answer.returncode == 2 and "Did you mean 'train.epochs'?" in answer.stderr
+    assert "Traceback" not in answer.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_presets_are_listed_and_shown(tmp_path: Path) -> None:
+    listed = qdpo("presets", cwd=tmp_path)
+    assert listed.returncode == 0 and all(name in listed.stdout for name in EXPECTED)
+    shown = qdpo("presets", "7b-24gb", cwd=tmp_path)
+    assert shown.stdout.strip() == presets.preset_text("7b-24gb").strip()
+
+
+def test_dry_run_prints_origins_and_makes_nothing(tmp_path: Path) -> None:
+    answer = qdpo("run", "preset=demo", "train.seed=3", "--dry-run", cwd=tmp_path)
+    assert answer.returncode == 0 and "seed = 3  # the command line" in answer.stdout
+    assert "beta = 0.1  # preset demo" in answer.stdout and list(tmp_path.iterdir()) == []

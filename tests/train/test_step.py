@@ -1,0 +1,183 @@
+"""The step against a plain, obvious implementation, and its invariants."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qdpo import presets
+from qdpo.config import LossConfig
+from qdpo.data.pack import PairRow, pack_rows, step_indices
+from qdpo.data.tokens import TokenPair, load_pairs
+from qdpo.errors import NonFiniteError
+from qdpo.model import adapter
+from qdpo.rundir import RunDir
+from qdpo.train import optim
+from qdpo.train.meters import read_metrics
+from qdpo.train.plan import plan_steps
+from qdpo.train.policy import load_policy
+from qdpo.train.step import train_step
+from tests.conftest import Quiet, arguments
+
+CPU = torch.device("cpu")
+
+
+def plain_logp(model: Any, pair: TokenPair, answer: np.ndarray) -> torch.Tensor:
+    """log π(answer | prompt): one unpadded sequence, full logits, log-softmax, gather, sum."""
+    ids = torch.from_numpy(np.concatenate([pair.prompt, answer]).astype(np.int64))
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    logps = logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return logps[len(pair.prompt) - 1 :].sum()
+
+
+def plain_run(base: Path, pairs: list[TokenPair], steps: int, per_step: int, total: int, beta: float, smoothing: float) -> list[dict]:
+    """DPO as one would write it first: live reference, separate sequences, torch's AdamW, cosine schedule by hand."""
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()  # noqa: E731
+    model = load().requires_grad_(False)
+    policy = adapter.new_adapter(model, rank=16, alpha=32, targets=["all-linear"], rslora=False, seed=0)
+    reference = load()
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    warmup, log = math.ceil(steps / 10), []
+    for step in range(steps):
+        progress = (step - warmup) / (steps - warmup)
+        rate = 1e-3 * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
+        optimizer.param_groups[0]["lr"] = rate
+        chosen = [pairs[i] for i in step_indices(step, pairs=len(pairs), pairs_per_step=per_step, total_pairs=total, seed=0)]
+        optimizer.zero_grad()
+        losses, policy_logps = [], []
+        for pair in chosen:
+            with torch.no_grad():
+                c0, r0 = plain_logp(reference, pair, pair.chosen), plain_logp(reference, pair, pair.rejected)
+            c, r = plain_logp(policy, pair, pair.chosen), plain_logp(policy, pair, pair.rejected)
+            margin = torch.sigmoid(beta * ((c - c0) - (r - r0)))
+            losses.append(-(1 - smoothing) * margin.log() - smoothing * (1 - margin).log())
+            policy_logps.append((c.item(), r.item()))
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        means = np.mean(policy_logps, axis=0)
+        log.append({"loss": loss.item(), "grad_norm": norm.item(), "logps/chosen": means[0], "logps/rejected": means[1]})
+    return log
+
+
+@pytest.mark.parametrize(("smoothing", "row"), [(0.0, 0), (0.2, 150)])
+def test_twenty_steps_equal_the_plain_implementation(
+    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str], tiny_base: Path, smoothing: float, row: int
+) -> None:
+    train(train__steps="20", loss__label_smoothing=str(smoothing), memory__tokens_per_row=str(row))
+    run = RunDir(Path(settings["output.dir"]) / "run")
+    pairs = load_pairs(run.train_pairs)
+    expected = plain_run(tiny_base, pairs, 20, 4, 80, 0.1, smoothing)
+    found = [record for record in read_metrics(run.metrics) if "loss" in record]
+    assert len(found) == 20 and expected[-1]["loss"] < expected[0]["loss"] - 0.05
+    for ours, plain in zip(found, expected, strict=True):
+        for name, value in plain.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4), (ours["step"], name)
+
+
+def make(settings: dict[str, str]) -> tuple[Any, list[TokenPair]]:
+    """A policy with an untouched adapter, and pairs of ids that mean nothing."""
+    config = presets.resolve(arguments(settings)).config
+    rng = np.random.default_rng(0)
+    pairs = [TokenPair(*(rng.integers(5, 300, rng.integers(3, 20), dtype=np.int32) for _ in range(3)), n) for n in range(1, 9)]
+    loaded = load_policy(config, Path(str(config.model.path)), device=CPU, dtype="fp32", probe_with=pairs[:2], say=lambda line: None)
+    return loaded.policy, pairs
+
+
+def step_with(policy: Any, rows: list[PairRow], reference: Callable[[TokenPair], Any], rate: float = 0.0) -> tuple[Any, dict]:
+    parameters = policy.adapter_parameters()
+    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = rate
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    report = train_step(
+        policy, list(parameters.values()), optimizer, scaler, rows, reference, LossConfig(), max_grad_norm=1e9
+    )
+    return report, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+def zeros(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(len(pair.chosen), np.float32), np.zeros(len(pair.rejected), np.float32)
+
+
+def test_any_packing_gives_the_same_step(settings: dict[str, str]) -> None:
+    policy, pairs = make(settings)
+    first, expected = step_with(policy, pack_rows(pairs, 0), zeros)
+    for budget in (64, 120, 10_000):
+        rows = pack_rows(pairs, budget)
+        assert len(rows) < len(pairs)
+        report, gradients = step_with(policy, rows, zeros)
+        assert report.values == pytest.approx(first.values, rel=2e-5, abs=1e-5) and report.pairs == 8
+        largest = max(g.abs().max() for g in expected.values())
+        assert all((gradients[name] - g).abs().max() <= 2e-6 * largest for name, g in expected.items())
+
+
+def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+    result, watcher = train(train__steps="1", model__quantization="nf4", model__dtype="bf16")
+    start = watcher.records[0]
+    assert start["step"] == 0 and start["eval_rewards/margins"] == 0 and start["eval_rewards/accuracies"] == 0.5
+    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    first = watcher.records[1]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings: dict[str, str]) -> None:
+    policy, pairs = make(settings)
+    before = {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
+
+    def broken(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
+        chosen, rejected = zeros(pair)
+        return (chosen * np.nan if pair.row == 5 else chosen), rejected
+
+    with pytest.raises(NonFiniteError, match="data rows 5\\."):
+        step_with(policy, pack_rows(pairs, 0), broken, rate=1.0)
+    assert all(torch.equal(p, before[name]) for name, p in policy.adapter_parameters().items())
+
+
+def test_fp16_overflow_skips_the_update_and_is_counted(settings: dict[str, str]) -> None:
+    policy, pairs = make(settings)
+    parameters = policy.adapter_parameters()
+    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 1.0
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
+    report = train_step(
+        policy, list(parameters.values()), optimizer, scaler, pack_rows(pairs, 0), zeros, LossConfig(), max_grad_norm=1.0
+    )
+    assert report.overflow
+    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+def test_fp16_trains(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+    result, _ = train(train__steps="6", model__dtype="fp16", model__quantization="nf4")
+    assert result["after"]["rewards/margins"] > 0.01 and result["overflows"] <= 2
+
+
+def test_the_8_bit_optimizer_follows_the_fp32_one(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+    margins = {}
+    for optimizer in ("adamw", "paged_adamw8bit"):
+        result, watcher = train(train__steps="8", train__optimizer=optimizer, output__name=optimizer)
+        margins[optimizer] = result["after"]["rewards/margins"]
+    assert "optimizer: adamw8bit, because on the CPU" in watcher.text
+    assert margins["paged_adamw8bit"] == pytest.approx(margins["adamw"], rel=0.1)
+
+
+def test_schedules() -> None:
+    rates = {s: [optim.learning_rate(i, steps=10, warmup_steps=2, peak=1.0, schedule=s) for i in range(10)] for s in ("cosine", "linear", "constant")}
+    assert all(values[:2] == [0.5, 1.0] for values in rates.values())
+    assert rates["constant"][9] == 1 and rates["linear"][6] == 0.5 and rates["cosine"][6] == pytest.approx(0.5)
+    assert 0 < rates["cosine"][9] < rates["linear"][9] < 0.2
+
+
+def test_plans(settings: dict[str, str]) -> None:
+    train = presets.resolve(arguments(settings)).config.train
+    assert plan_steps(train, 30).steps == 8 and plan_steps(train, 30).total_pairs == 30
+    assert plan_steps(train.model_copy(update={"epochs": 2.5}), 30).total_pairs == 75
+    assert plan_steps(train.model_copy(update={"steps": 3}), 30).total_pairs == 12
+    assert plan_steps(train, 30, at_most=5).total_pairs == 20
