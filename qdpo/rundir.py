@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from qdpo.errors import DiskError
 
 
@@ -127,7 +129,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise disk_error(error, path) from error
 
 
@@ -149,10 +151,10 @@ def need_space(folder: Path, needed: int, purpose: str) -> None:
         )
 
 
-def disk_error(error: OSError, path: Path) -> DiskError:
+def disk_error(error: Exception, path: Path) -> DiskError:
     """A DiskError that says which file could not be written, and why."""
     return DiskError(
-        f"Cannot write {path}: {error.strerror or error}. Free space or fix the permissions, then run the same command again."
+        f"Cannot write {path}: {error}. Free space or fix the permissions, then run the same command again."
     )
 
 

@@ -44,7 +44,9 @@ def test_imports_point_one_way(path: Path) -> None:
 @pytest.mark.parametrize("library", IMPORTERS)
 def test_heavy_libraries_have_named_importers(library: str) -> None:
     found = {
-        str(path.relative_to(PACKAGE).with_suffix("")) for path in FILES if any(n.split(".")[0] == library for n in imports(path))
+        str(path.relative_to(PACKAGE).with_suffix(""))
+        for path in FILES
+        if any(n.split(".")[0] == library for n in imports(path))
     }
     assert found <= IMPORTERS[library] and found
 

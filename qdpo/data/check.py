@@ -17,9 +17,10 @@ LENGTH_BIAS = 0.9
 
 
 def write_report(path: Path, notes: Sequence[RowNote], source_name: str) -> None:
-    """One JSON object a line for each row that was dropped or cut."""
+    """Adds one JSON object a line for each row that was dropped or cut; several sources share the file."""
     lines = [json.dumps({**asdict(note), "source": source_name}, ensure_ascii=False) + "\n" for note in notes]
-    path.write_text("".join(lines), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 def summary_lines(prepared: Prepared, layout: Layout, source: Source) -> list[str]:

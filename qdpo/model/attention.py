@@ -82,9 +82,10 @@ def shared_prompt_attention(
         raise NotImplementedError("SDPA has neither soft-capped scores nor attention sinks")
     if pair_spans is None:
         kwargs.pop("is_causal", None)
-        return sdpa_attention_forward(
+        output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+        return output
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -23,7 +23,7 @@ def row_scores(
     *,
     metrics: bool,
 ) -> TokenScores:
-    """Scores of a row's response tokens with the adapter as it is switched; response token n is predicted from `source_N`.
+    """Scores of a row's response tokens, with the adapter as it is switched; token n is predicted from `source_N[n]`.
 
     Only hidden states of response positions reach the head.
     """
@@ -46,7 +46,8 @@ def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: S
         pair_spans=PairSpans(spans),
         use_cache=False,
     )
-    return output.last_hidden_state[0]
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD
 
 
 def _separate_hidden(policy: Policy, token_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:

@@ -10,7 +10,13 @@ from qdpo.model.adapter import Policy
 
 
 def complete(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, repetition_penalty: float = 1.0, batch: int = 12
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    repetition_penalty: float = 1.0,
+    batch: int = 12,
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt: token ids up to and including the end token.
 

@@ -53,7 +53,7 @@ def response_logps(hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: 
     if head.weight_VD.requires_grad:
         raise NotImplementedError("a trained output head is not supported: its log-probs are computed for a frozen one")
     rows = max(16, tile_mib * 2**20 // (head.weight_VD.shape[0] * 12))
-    logp, mean_logit, entropy = _ResponseLogps.apply(hidden_ND, label_N, head, rows, metrics)
+    logp, mean_logit, entropy = _ResponseLogps.apply(hidden_ND, label_N, head, rows, metrics)  # type: ignore[no-untyped-call]
     return TokenScores(logp, mean_logit if metrics else None, entropy if metrics else None)
 
 

@@ -84,7 +84,8 @@ def check_head(policy: Policy, causal_lm: Any, row: RowTensors) -> float:
     difference = (found - expected).square().mean().sqrt().item()
     if not difference <= TOLERANCE[policy.head.weight_VD.dtype]:
         raise VerificationError(
-            f"The output head of {type(causal_lm).__name__} is not understood: log-probs differ from the model's own by "
+            f"The output head of {type(causal_lm).__name__} is not understood: log-probs differ from the "
+            "model's own by "
             f"{difference:.3g} nats a token. This architecture is not supported; please report it."
         )
     return difference

@@ -20,6 +20,8 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
     base, data, found = record["base"], record["data"], record["found"]
     before, after = result["before"], result["after"]
     names = {"base": _public(base["name"], base["source"]), "data": _public(data["source"], data["source"])}
+    commit = f" at commit {base['commit']}" if base["commit"] else ""
+    start = ", or with its start adapter" if settings["adapter.start"] else ""
     header = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [dpo, qlora, lora, qdpo]"]
     if base["commit"]:
         header.append(f"base_model: {base['name']}")
@@ -40,8 +42,10 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
     used = "\n".join(
         f"| {name} | {settings[name] if name not in found else found[name]} |"
         for name in (
-            "loss.name", "loss.beta", "loss.label_smoothing", "train.learning_rate", "train.pairs_per_step", "train.steps", "train.schedule",
-            "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha", "model.quantization", "model.dtype",
+            "loss.name", "loss.beta", "loss.label_smoothing", "train.learning_rate", "train.pairs_per_step", "
+            ""train.steps", "train.schedule",
+            "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha", "
+            ""model.quantization", "model.dtype",
             "data.max_tokens",
         )
     )  # fmt: skip
@@ -51,10 +55,10 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
 ---
 # LoRA adapter, preference-tuned with DPO
 
-A LoRA adapter over {names["base"]}{f" at commit {base['commit']}" if base["commit"] else ""}, trained with direct preference optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by qdpo {__version__} on {data["train_pairs"]} pairs of {names["data"]}
-({data["dropped"]} rows could not be used). The base was {settings["model.quantization"]}-quantised during training; the reference is the
-base with the adapter off{" (or its start adapter)" if settings["adapter.start"] else ""}.
+A LoRA adapter over {names["base"]}{commit}, trained with direct preference optimization
+([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by qdpo {__version__} on {data["train_pairs"]} pairs
+of {names["data"]} ({data["dropped"]} rows could not be used). The base was quantised during training:
+{settings["model.quantization"]}. The reference is the base with the adapter off{start}.
 
 ## Held-out pairs ({data["held_out_pairs"]})
 | | before | after |
@@ -80,7 +84,7 @@ Chosen answers often become less likely in absolute terms while margins rise: DP
 
 
 def _public(name: str, source: str) -> str:
-    """A name that tells nothing of this machine: hub ids and pypi: sources as they are, local paths by their last part."""
+    """A name that tells nothing of this machine: hub ids and pypi: sources whole, local paths by their last part."""
     if source.startswith(("pypi:", "bundled:")):
         return source.partition("#")[0]
     return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists() else name

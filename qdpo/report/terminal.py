@@ -29,7 +29,7 @@ PLAIN_EVERY_S = 20.0
 
 
 class Terminal:
-    """A Watcher that draws a progress bar with the newest metrics, or prints one line a step when there is no terminal."""
+    """A Watcher that draws a bar with the newest metrics, or prints one line a step when there is no terminal."""
 
     def __init__(self, *, stderr: bool = False):
         self.console = Console(highlight=False, soft_wrap=True, stderr=stderr)
@@ -47,7 +47,8 @@ class Terminal:
         self._begun = self._told = time.monotonic()
         if self.console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TextColumn("left"),
                 TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=self.console, transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=total, metrics="")
@@ -71,8 +72,10 @@ class Terminal:
     def step(self, record: dict[str, Any]) -> None:
         if "loss" in record:
             line = (
-                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · margin {record['rewards/margins']:+.3f} · "
-                f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · {record['peak_gib']:.2f} GiB"
+                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · margin "
+                f"{record['rewards/margins']:+.3f} · "
+                f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · "
+                f"{record['peak_gib']:.2f} GiB"
             )
             if self._bar is not None and self._task is not None:
                 self._bar.update(self._task, metrics=line)
@@ -114,7 +117,8 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
     for line in _samples(run.samples)[:shown]:
         _side_by_side(line, console)
     console.print(
-        f"{result['steps']} steps, {result['pairs']} pairs, {result['seconds'] / 60:.1f} minutes, peak memory {result['peak_gib']:.2f} GiB",
+        f"{result['steps']} steps, {result['pairs']} pairs, {result['seconds'] / 60:.1f} minutes, peak memory "
+        f"{result['peak_gib']:.2f} GiB",
         markup=False,
     )
     folder = run.path

@@ -26,7 +26,7 @@ class Evaluation:
 def evaluate(
     policy: Policy, rows: Sequence[PairRow], reference: Reference, loss: LossConfig, advance: Callable[[int], None]
 ) -> Evaluation:
-    """Metrics over all pairs of `rows` without gradients; `advance` is told the pairs done. Ties count as half right."""
+    """Metrics over all pairs of `rows`, without gradients; `advance` is told the pairs done. Ties are half right."""
     totals: dict[str, float] = {}
     margins: list[float] = []
     with torch.no_grad():
@@ -43,6 +43,6 @@ def evaluate(
 
 
 def reference_offset(evaluation: Evaluation, beta: float) -> tuple[float, float]:
-    """Mean and largest |margin| / β of an untouched adapter, in nats: 0 where reference and policy rows are the same."""
+    """Mean and largest |margin| / β of an untouched adapter, in nats: 0 where reference and policy rows are one."""
     gaps = np.abs(np.array(evaluation.margins)) / beta
     return float(gaps.mean()), float(gaps.max())

@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from qdpo.rundir import RunDir
 from qdpo.train import checkpoint, optim, record, samples, signals
 from qdpo.train.checkpoint import Trained
 from qdpo.train.evaluate import Evaluation, evaluate, reference_offset
-from qdpo.train.meters import Metrics, Watcher, peak_gib
+from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
 from qdpo.train.signals import StopRequest
 from qdpo.train.start import Job, open_run, plan_run
@@ -64,15 +65,16 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
         scaler = torch.amp.GradScaler(
             job.loaded.policy.device.type, enabled=job.found["model.dtype"] == "fp16", init_scale=2.0**14
         )
-        before, after = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler))
-        return _finish(job, plan, before, after)
+        before, after, state = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler))
+        return _finish(job, plan, before, after, state)
     finally:
         job.scorer.cache.close()
 
 
-def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Evaluation]:
-    """Steps from the newest checkpoint (or 0) to the end; returns the evaluations before and after."""
-    config, state = job.config, {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
+def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Evaluation, dict[str, Any]]:
+    """Steps from the newest checkpoint (or 0) to the end; returns the evaluations before and after, and the state."""
+    config = job.config
+    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
     newest = (
         checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
     )
@@ -132,7 +134,7 @@ def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Ev
                 job.stop.number,
             )
     job.watcher.finish()
-    return rundir.read_json(job.run.record)["before"], last or _evaluate(job, metrics, plan.steps)
+    return rundir.read_json(job.run.record)["before"], last or _evaluate(job, metrics, plan.steps), state
 
 
 def _check_offset(job: Job, before: Evaluation) -> None:
@@ -143,11 +145,12 @@ def _check_offset(job: Job, before: Evaluation) -> None:
     mean, largest = reference_offset(before, job.config.loss.beta)
     longest = max(len(pair.chosen) + len(pair.rejected) for pair in job.held_out)
     job.watcher.say(f"reference offset of the untouched adapter: mean {mean:.3g}, largest {largest:.3g} nats")
-    # Rounding of 16-bit activations grows with the square root of the tokens; other weights or tokens give tens of nats.
+    # 16-bit rounding grows with the square root of the tokens; other weights or tokens give tens of nats.
     bound = 0.05 + 0.05 * math.sqrt(longest)
     if largest > bound:
         raise VerificationError(
-            f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} nats (bound "
+            f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} "
+            "nats (bound "
             f"{bound:.2g}). Remove {job.scorer.cache.path} and run the same command again."
         )
 
@@ -157,7 +160,8 @@ def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, 
         job.watcher.say(f"step {step + 1}: fp16 overflow, update skipped and loss scale lowered")
     elif step == 0 and report.grad_norm == 0:
         raise VerificationError(
-            "The gradient of the first step is exactly 0: the adapter would learn nothing. Chosen and rejected answers may be "
+            "The gradient of the first step is exactly 0: the adapter would learn nothing. Chosen and rejected "
+            "answers may be "
             "identical after cutting, or adapter.targets may match no layer that is used."
         )
     return {
@@ -200,16 +204,17 @@ def _evaluate(job: Job, metrics: Metrics, step: int) -> Evaluation:
     return evaluation
 
 
-def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation) -> dict[str, Any]:
+def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation, state: dict[str, Any]) -> dict[str, Any]:
     """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
     policy = job.loaded.policy
-    base_name, revision = job.base.name, job.base.commit
-    rundir.write_folder(
-        job.run.adapter, lambda path: adapter.save_adapter(policy, path, base_name=base_name, revision=revision)
-    )
-    job.tokenizer.save_pretrained(job.run.adapter)
+    give_back_memory(policy.device)
+
+    def fill(path: Path) -> None:
+        adapter.save_adapter(policy, path, base_name=job.base.name, revision=job.base.commit)
+        job.tokenizer.save_pretrained(path)
+
+    rundir.write_folder(job.run.adapter, fill)
     shown = samples.write_samples(job.run.samples, policy, job.tokenizer, job.held_out, job.config.samples, job.watcher)
-    state = rundir.read_json(checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) / checkpoint.STATE)  # type: ignore[operator]
     result = {
         "steps": plan.steps,
         "pairs": plan.total_pairs,

@@ -1,5 +1,7 @@
 """metrics.jsonl, and what a run tells the one who watches it."""
 
+import ctypes
+import gc
 import json
 import sys
 from pathlib import Path
@@ -54,6 +56,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             records.append(json.loads(line))
     return records
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Returns freed memory to the system between two phases, so that fragmentation does not add up their peaks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -39,7 +39,7 @@ def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
 def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
-    """Loads the base from `folder`, attaches the adapter, and chooses the attention path by a check on two real pairs."""
+    """Loads the base from `folder`, attaches the adapter, chooses the attention path by a check on two real pairs."""
     model, wanted = _load(config, folder, device, dtype, say)
     weights = quant.weights_checksum(model)
     model = _attach(config, model)
@@ -81,7 +81,9 @@ def _load(config: RunConfig, folder: Path, device: torch.device, dtype: str, say
             say(f"attention: this architecture does not take {name} ({error.__cause__}); trying the next")
             continue
         except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"The base in {folder} does not fit on {device}. Choose a smaller model or preset.") from error
+            raise OutOfMemoryError(
+                f"The base in {folder} does not fit on {device}. Choose a smaller model or preset."
+            ) from error
         return model, name
     raise AssertionError("unreachable: the last refusal is raised")
 
@@ -105,7 +107,8 @@ def _policy(model: Any, config: RunConfig, device: torch.device, *, shared: bool
     head_layer = causal.get_output_embeddings()
     if not isinstance(head_layer, torch.nn.Linear) or not head_layer.weight.is_floating_point():
         raise ConfigError(
-            f"The output head of {type(causal).__name__} is a {type(head_layer).__name__}; a plain linear layer in 16 or 32 bit "
+            f"The output head of {type(causal).__name__} is a {type(head_layer).__name__}; a plain linear layer "
+            "in 16 or 32 bit "
             "is needed. Use a base whose head is not quantised."
         )
     return Policy(model, causal.base_model, Head.of(causal), device, shared, config.memory.head_tile_mib)

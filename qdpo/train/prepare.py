@@ -28,8 +28,8 @@ class PreparedData:
 def prepare_data(config: DataConfig, tokenizer: Any, *, seed: int, say: Callable[[str], None]) -> PreparedData:
     """Reads and tokenises the training and held-out pairs. Raises: DataError; writes nothing."""
     main, prepared = _read(config, str(config.path), config.split, config.limit, tokenizer, say)
-    files, notes, about = [main], [(main.name, prepared.notes)], {"source": main.name, "revision": main.revision}
-    about["license"] = main.license
+    files, notes = [main], [(main.name, prepared.notes)]
+    about: dict[str, Any] = {"source": main.name, "revision": main.revision, "license": main.license}
     if config.eval_path or config.eval_split:
         other, held = _read(
             config,

@@ -38,7 +38,8 @@ def check_unchanged(run: RunDir, resolved: Resolved) -> None:
         lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
         raise ConfigError(
             f"The run {run.path} was started with other settings:\n{lines}\n"
-            "Give the old values to continue it, another output.name, or --fresh to start anew (the old run is kept aside)."
+            "Give the old values to continue it, another output.name, or --fresh to start anew (the old run is "
+            "kept aside)."
         )
     check_files(record["files"], run)
 
@@ -56,7 +57,8 @@ def check_files(files: dict[str, dict[str, Any]], run: RunDir) -> None:
         else:
             continue
         raise ConfigError(
-            f"{name} {problem} since the run {run.path} was started. Put the file back to continue, or start anew with --fresh."
+            f"{name} {problem} since the run {run.path} was started. Put the file back to continue, or start "
+            "anew with --fresh."
         )
 
 

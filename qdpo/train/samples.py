@@ -26,11 +26,20 @@ def write_samples(
         return None
     watcher.begin("completing held-out prompts, before and after", 2 * len(prompts), "answer")
     ids = [pair.prompt.tolist() for pair in prompts]
-    how = {"max_new_tokens": config.max_new_tokens, "repetition_penalty": config.repetition_penalty}
+
+    def answers() -> list[list[int]]:
+        return complete(
+            policy,
+            tokenizer,
+            ids,
+            max_new_tokens=config.max_new_tokens,
+            repetition_penalty=config.repetition_penalty,
+        )
+
     with policy.reference():
-        before = complete(policy, tokenizer, ids, **how)
+        before = answers()
     watcher.advance(len(prompts))
-    after = complete(policy, tokenizer, ids, **how)
+    after = answers()
     watcher.advance(len(prompts))
     watcher.finish()
 

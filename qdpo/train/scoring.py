@@ -27,7 +27,7 @@ class Scorer:
     stop: StopRequest
 
     def fill(self, pairs: Sequence[TokenPair]) -> int:
-        """Computes what the cache lacks, row by row; an interruption loses at most one row. Returns the pairs computed."""
+        """Computes what the cache lacks; an interruption loses at most one row. Returns the pairs computed."""
         missing = self.cache.missing(pairs)
         distinct = len({pair.digest for pair in pairs})
         if not missing:
@@ -41,7 +41,8 @@ class Scorer:
             self.watcher.advance(len(row.pairs))
             if self.stop.number is not None:
                 raise Interrupted(
-                    "Stopped while scoring the reference; all finished pairs are in the cache. The same command continues.",
+                    "Stopped while scoring the reference; all finished pairs are in the cache. The same "
+                    "command continues.",
                     self.stop.number,
                 )
         self.watcher.finish()

@@ -100,7 +100,8 @@ def plan_run(job: Job) -> Plan:
             )
             shorter = within_hours(train, len(job.train), len(job.held_out), speed, time.monotonic() - job.started)
             job.watcher.say(
-                f"train.hours={train.hours:g}: {1 / (speed.step_s + speed.score_s):.2f} pairs/s measured, reference included; "
+                f"train.hours={train.hours:g}: {1 / (speed.step_s + speed.score_s):.2f} pairs/s measured, "
+                "reference included; "
                 f"{min(shorter.steps, plan.steps)} of {plan.steps} steps fit"
             )
             plan = min(plan, shorter, key=lambda candidate: candidate.steps)
@@ -115,7 +116,8 @@ def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
     then = rundir.read_json(run.record).get("weights", loaded.weights)
     if then != loaded.weights:
         raise ConfigError(
-            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the model back, or "
+            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the "
+            "model back, or "
             "start anew with --fresh."
         )
     record.mark_state(run, weights=loaded.weights)
@@ -161,7 +163,7 @@ def _first_start(
 
 
 def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
-    """Room for ids (4 bytes a token), the cache (4 bytes a response token and its keys), checkpoints, and something over."""
+    """Room for ids (4 bytes a token), the cache (4 bytes a response token, and keys), checkpoints, and some over."""
     tokens = sum(pair.tokens for pair in pairs)
     rundir.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
     rundir.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")

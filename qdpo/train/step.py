@@ -24,7 +24,8 @@ from qdpo.train.loss import sigmoid_loss
 Reference = Callable[[TokenPair], tuple[np.ndarray, np.ndarray]]
 
 METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "
+    ""logps/rejected",
     "logits/chosen", "logits/rejected", "entropy",
 )  # fmt: skip
 
@@ -56,7 +57,7 @@ class RowLoss:
 
 
 def row_loss(policy: Policy, row: PairRow, reference: Reference, loss: LossConfig) -> RowLoss:
-    """Loss and metrics of one row; differences to the reference are taken token by token, so that equal is exactly 0."""
+    """Loss and metrics of one row; the reference is subtracted token by token, so that equal is exactly 0."""
     scores = score(policy, row, metrics=True)
     reference_N = np.concatenate([part for pair in row.pairs for part in reference(pair)])
     ratio_N = scores.logp - torch.from_numpy(reference_N).to(policy.device)
@@ -85,7 +86,7 @@ def _metric_sums(
 
 def _per_answer(value_N: Tensor, row: PairRow, *, mean: bool = False) -> tuple[Tensor, Tensor]:
     """Sums (or means) over each answer's tokens: chosen (P,), rejected (P,). Split and summed: the order is fixed."""
-    parts = value_N.split(row.lengths)
+    parts = torch.split(value_N, row.lengths)
     total = torch.stack([part.mean() if mean else part.sum() for part in parts])
     return total[0::2], total[1::2]
 
@@ -126,7 +127,7 @@ def train_step(
     row_losses = []
     for row in rows:
         part = row_loss(policy, row, reference, loss)
-        scaler.scale(part.loss / pairs).backward()
+        torch.autograd.backward(scaler.scale(part.loss / pairs))
         row_losses.append(part.loss.detach())
         for name, value in part.sums.items():
             totals[name] = totals[name] + value if name in totals else value

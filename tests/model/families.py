@@ -17,7 +17,15 @@ SIZE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GPT2 = {"vocab_size": 160, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": 160,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 # Families whose attention goes through transformers' registry and is plain softmax: prompts can be shared.
 SHARED = {
@@ -38,8 +46,12 @@ SHARED = {
 REFUSED = {
     "gemma2-softcap": lambda: hf.Gemma2Config(**SIZE, head_dim=8),
     "bloom-alibi": lambda: hf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "falcon": lambda: hf.FalconConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3),
-    "falcon-h1-mamba": lambda: hf.FalconH1Config(**SIZE, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+    "falcon": lambda: hf.FalconConfig(
+        vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3
+    ),
+    "falcon-h1-mamba": lambda: hf.FalconH1Config(
+        **SIZE, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8
+    ),
 }
 
 

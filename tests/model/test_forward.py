@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def pairs(count: int = 3) -> list[TokenPair]:
     rng = np.random.default_rng(4)
     sizes = [(9, 4, 7), (3, 8, 2), (12, 1, 5)][:count]
-    return [TokenPair(*(rng.integers(3, 160, n, dtype=np.int32) for n in size), row) for row, size in enumerate(sizes, 1)]
+    return [
+        TokenPair(*(rng.integers(3, 160, n, dtype=np.int32) for n in size), row) for row, size in enumerate(sizes, 1)
+    ]
 
 
 def make_policy(config: Any, *, kept_layers: int | str = "all", attention_name: str = attention.NAME) -> Policy:
@@ -83,7 +85,10 @@ def test_separate_sequences_equal_the_models_own_logits(family: str) -> None:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_sharing_is_refused_where_it_would_be_wrong(family: str) -> None:
-    policy = make_policy(REFUSED[family](), attention_name="eager" if family == "bloom-alibi" else "sdpa" if family == "falcon" else attention.NAME)
+    policy = make_policy(
+        REFUSED[family](),
+        attention_name="eager" if family == "bloom-alibi" else "sdpa" if family == "falcon" else attention.NAME,
+    )
     assert probe.check_shared_prompt(policy, row_tensors(PairRow(pairs(2)), CPU)) is not None
 
 

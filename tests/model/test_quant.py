@@ -67,7 +67,12 @@ def test_the_checksum_sees_weights_and_quantisation(tiny_base: Path, tmp_path: P
         tensors["model.norm.weight"][3] += 0.01
 
     other = edited(tiny_base, tmp_path, flip)
-    variants = [(tiny_base, "nf4", "fp32"), (tiny_base, "fp4", "fp32"), (tiny_base, "none", "fp32"), (tiny_base, "nf4", "bf16")]
+    variants = [
+        (tiny_base, "nf4", "fp32"),
+        (tiny_base, "fp4", "fp32"),
+        (tiny_base, "none", "fp32"),
+        (tiny_base, "nf4", "bf16"),
+    ]
     names = {
         load(folder, quantization=quantization, dtype=dtype).reference_name
         for folder, quantization, dtype in [*variants, (other, "nf4", "fp32")]
@@ -78,7 +83,13 @@ def test_the_checksum_sees_weights_and_quantisation(tiny_base: Path, tmp_path: P
 
 def test_one_edited_4_bit_byte_changes_the_checksum(tiny_base: Path) -> None:
     model = load_base(
-        tiny_base, quantization="nf4", double_quant=True, dtype="fp32", device=CPU, attention_name="sdpa", announce=print
+        tiny_base,
+        quantization="nf4",
+        double_quant=True,
+        dtype="fp32",
+        device=CPU,
+        attention_name="sdpa",
+        announce=print,
     )
     before = quant.weights_checksum(model)
     next(quant.four_bit_layers(model))[1].weight.data[5] ^= 1

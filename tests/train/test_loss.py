@@ -51,7 +51,9 @@ def test_golden_values_of_the_incumbent() -> None:
         }
         reference = case["reference_token_logps"]
         a, b = (
-            torch.stack([(p - torch.tensor(r, dtype=dtype)).sum() for p, r in zip(policy[side], reference[side], strict=True)])
+            torch.stack(
+                [(p - torch.tensor(r, dtype=dtype)).sum() for p, r in zip(policy[side], reference[side], strict=True)]
+            )
             for side in ("chosen", "rejected")
         )
         loss = sigmoid_loss(a, b, beta=case["beta"]).mean()
@@ -60,4 +62,6 @@ def test_golden_values_of_the_incumbent() -> None:
         assert loss.item() == pytest.approx(case["expected"]["loss"], rel=tolerance)
         for side, answers in case["expected"]["grad"].items():
             for found, expected in zip(policy[side], answers, strict=True):
-                assert found.grad is not None and found.grad.tolist() == pytest.approx(expected, rel=tolerance, abs=1e-12)
+                assert found.grad is not None and found.grad.tolist() == pytest.approx(
+                    expected, rel=tolerance, abs=1e-12
+                )

@@ -35,7 +35,9 @@ def plain_logp(model: Any, pair: TokenPair, answer: np.ndarray) -> torch.Tensor:
     return logps[len(pair.prompt) - 1 :].sum()
 
 
-def plain_run(base: Path, pairs: list[TokenPair], steps: int, per_step: int, total: int, beta: float, smoothing: float) -> list[dict]:
+def plain_run(
+    base: Path, pairs: list[TokenPair], steps: int, per_step: int, total: int, beta: float, smoothing: float
+) -> list[dict]:
     """DPO as one would write it first: live reference, separate sequences, torch's AdamW, cosine schedule by hand."""
     load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()  # noqa: E731
     model = load().requires_grad_(False)
@@ -48,7 +50,9 @@ def plain_run(base: Path, pairs: list[TokenPair], steps: int, per_step: int, tot
         progress = (step - warmup) / (steps - warmup)
         rate = 1e-3 * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * progress)))
         optimizer.param_groups[0]["lr"] = rate
-        chosen = [pairs[i] for i in step_indices(step, pairs=len(pairs), pairs_per_step=per_step, total_pairs=total, seed=0)]
+        chosen = [
+            pairs[i] for i in step_indices(step, pairs=len(pairs), pairs_per_step=per_step, total_pairs=total, seed=0)
+        ]
         optimizer.zero_grad()
         losses, policy_logps = [], []
         for pair in chosen:
@@ -63,13 +67,19 @@ def plain_run(base: Path, pairs: list[TokenPair], steps: int, per_step: int, tot
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         means = np.mean(policy_logps, axis=0)
-        log.append({"loss": loss.item(), "grad_norm": norm.item(), "logps/chosen": means[0], "logps/rejected": means[1]})
+        log.append(
+            {"loss": loss.item(), "grad_norm": norm.item(), "logps/chosen": means[0], "logps/rejected": means[1]}
+        )
     return log
 
 
 @pytest.mark.parametrize(("smoothing", "row"), [(0.0, 0), (0.2, 150)])
 def test_twenty_steps_equal_the_plain_implementation(
-    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str], tiny_base: Path, smoothing: float, row: int
+    train: Callable[..., tuple[dict[str, Any], Quiet]],
+    settings: dict[str, str],
+    tiny_base: Path,
+    smoothing: float,
+    row: int,
 ) -> None:
     train(train__steps="20", loss__label_smoothing=str(smoothing), memory__tokens_per_row=str(row))
     run = RunDir(Path(settings["output.dir"]) / "run")
@@ -86,12 +96,19 @@ def make(settings: dict[str, str]) -> tuple[Any, list[TokenPair]]:
     """A policy with an untouched adapter, and pairs of ids that mean nothing."""
     config = presets.resolve(arguments(settings)).config
     rng = np.random.default_rng(0)
-    pairs = [TokenPair(*(rng.integers(5, 300, rng.integers(3, 20), dtype=np.int32) for _ in range(3)), n) for n in range(1, 9)]
-    loaded = load_policy(config, Path(str(config.model.path)), device=CPU, dtype="fp32", probe_with=pairs[:2], say=lambda line: None)
+    pairs = [
+        TokenPair(*(rng.integers(5, 300, rng.integers(3, 20), dtype=np.int32) for _ in range(3)), n)
+        for n in range(1, 9)
+    ]
+    loaded = load_policy(
+        config, Path(str(config.model.path)), device=CPU, dtype="fp32", probe_with=pairs[:2], say=lambda line: None
+    )
     return loaded.policy, pairs
 
 
-def step_with(policy: Any, rows: list[PairRow], reference: Callable[[TokenPair], Any], rate: float = 0.0) -> tuple[Any, dict]:
+def step_with(
+    policy: Any, rows: list[PairRow], reference: Callable[[TokenPair], Any], rate: float = 0.0
+) -> tuple[Any, dict]:
     parameters = policy.adapter_parameters()
     optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = rate
@@ -124,7 +141,9 @@ def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[dict[str,
     assert start["step"] == 0 and start["eval_rewards/margins"] == 0 and start["eval_rewards/accuracies"] == 0.5
     assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
     first = watcher.records[1]
-    assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and first["loss"] == pytest.approx(
+        math.log(2), abs=1e-7
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(settings: dict[str, str]) -> None:
@@ -148,7 +167,14 @@ def test_fp16_overflow_skips_the_update_and_is_counted(settings: dict[str, str])
     before = {name: p.detach().clone() for name, p in parameters.items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
     report = train_step(
-        policy, list(parameters.values()), optimizer, scaler, pack_rows(pairs, 0), zeros, LossConfig(), max_grad_norm=1.0
+        policy,
+        list(parameters.values()),
+        optimizer,
+        scaler,
+        pack_rows(pairs, 0),
+        zeros,
+        LossConfig(),
+        max_grad_norm=1.0,
     )
     assert report.overflow
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
@@ -169,7 +195,10 @@ def test_the_8_bit_optimizer_follows_the_fp32_one(train: Callable[..., tuple[dic
 
 
 def test_schedules() -> None:
-    rates = {s: [optim.learning_rate(i, steps=10, warmup_steps=2, peak=1.0, schedule=s) for i in range(10)] for s in ("cosine", "linear", "constant")}
+    rates = {
+        s: [optim.learning_rate(i, steps=10, warmup_steps=2, peak=1.0, schedule=s) for i in range(10)]
+        for s in ("cosine", "linear", "constant")
+    }
     assert all(values[:2] == [0.5, 1.0] for values in rates.values())
     assert rates["constant"][9] == 1 and rates["linear"][6] == 0.5 and rates["cosine"][6] == pytest.approx(0.5)
     assert 0 < rates["cosine"][9] < rates["linear"][9] < 0.2
