@@ -42,10 +42,10 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
     used = "\n".join(
         f"| {name} | {settings[name] if name not in found else found[name]} |"
         for name in (
-            "loss.name", "loss.beta", "loss.label_smoothing", "train.learning_rate", "train.pairs_per_step", "
-            ""train.steps", "train.schedule",
-            "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha", "
-            ""model.quantization", "model.dtype",
+            "loss.name", "loss.beta", "loss.label_smoothing", "train.learning_rate", "train.pairs_per_step",
+            "train.steps", "train.schedule",
+            "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha",
+            "model.quantization", "model.dtype",
             "data.max_tokens",
         )
     )  # fmt: skip

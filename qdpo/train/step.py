@@ -24,8 +24,8 @@ from qdpo.train.loss import sigmoid_loss
 Reference = Callable[[TokenPair], tuple[np.ndarray, np.ndarray]]
 
 METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "
-    ""logps/rejected",
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+    "logps/rejected",
     "logits/chosen", "logits/rejected", "entropy",
 )  # fmt: skip
 
