@@ -105,9 +105,9 @@ def resolve_over(settings: dict[str, Any], origin: str, arguments: list[str]) ->
     """Configuration from a finished run's settings (by full name) and `key=value` arguments above them."""
     problems: list[str] = []
     preset, files, overrides = _sort_arguments(arguments, problems)
-    problems += [
-        f"{name} cannot be given here; only key=value settings can." for name in [*([preset] if preset else []), *files]
-    ]
+    problems += [f"{name} cannot be given here; only key=value settings can." for name in (preset, *files) if name]
+    defaults = flat(RunConfig())
+    settings = {name: value for name, value in settings.items() if value != defaults[name]}
     return _resolved([(origin, settings), ("the command line", overrides)], None, problems)
 
 

@@ -67,7 +67,8 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     other = write_jsonl(tmp_path / "other.jsonl", tiny_rows(10, seed=9))
     elsewhere = qdpo("eval", str(run.path), f"data.path={other}", cwd=tmp_path)
     assert elsewhere.returncode == 0, elsewhere.stderr
-    assert f"on 10 pairs of {other}" in elsewhere.stdout and "reference log-probs" in elsewhere.stdout
+    assert f"on 10 pairs of {other}" in elsewhere.stdout, elsewhere.stdout
+    assert "reference log-probs" in elsewhere.stdout, elsewhere.stdout
 
     fresh = qdpo("run", *words, "--fresh", cwd=tmp_path)
     assert fresh.returncode == 0 and "the earlier run is kept" in fresh.stdout

