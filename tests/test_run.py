@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qdpo import presets
-from qdpo.errors import ConfigError, DataError, DiskError, VerificationError
+from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
 from qdpo.model import adapter
 from qdpo.rundir import RunDir
 from qdpo.train import reference
+from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
 from tests.conftest import ROOT, Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
@@ -122,6 +123,29 @@ def test_interrupted_and_continued_equals_uninterrupted(
         return [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
 
     assert trajectory(run) == trajectory(whole) and len(trajectory(run)) == 30
+
+
+class StopsAt(Quiet):
+    """Sends Ctrl-C to this process while the named stage runs."""
+
+    def __init__(self, stage: str, after: int):
+        super().__init__()
+        self.stage, self.left = stage, after
+
+    def advance(self, units: int) -> None:
+        if self.stages[-1][0] == self.stage:
+            self.left -= units
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_interrupted_reference_pass_keeps_what_it_computed(settings: dict[str, str], train: Train) -> None:
+    stopping = StopsAt("reference log-probs", 7)
+    with pytest.raises(Interrupted, match="all finished pairs are in the cache") as stopped:
+        run_training(presets.resolve(arguments(settings, train__epochs="1")), stopping)
+    assert stopped.value.exit_code == 143
+    _, rest = train(train__epochs="1")
+    assert ("reference log-probs", 40 - 7) in rest.stages
 
 
 def test_a_damaged_checkpoint_is_set_aside(train: Train, settings: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ model.save_pretrained({str(tmp_path / "full")!r})
     del model
     pairs = write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(12))
     answer = qdpo(
-        "run", "preset=7b-24gb", f"model.path={folder}", "model.device=cpu", f"data.path={pairs}", "data.eval_fraction=0.2",
-        "train.steps=2", "train.hours=none", "train.pairs_per_step=2", "samples.count=0", "output.name=seven",
+        "run", "preset=7b-24gb", f"model.path={folder}", "model.device=cpu", f"data.path={pairs}",
+        "data.eval_fraction=0.2", "train.steps=2", "train.hours=none", "train.pairs_per_step=2", "samples.count=0",
+        "output.name=seven",
         cwd=tmp_path, QDPO_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
@@ -55,13 +57,30 @@ model.save_pretrained({str(tmp_path / "full")!r})
     assert result["before"]["rewards/margins"] == 0 and result["after"]["rewards/margins"] != 0
 
 
+def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
+    """Built as a wheel and unpacked elsewhere, presets and pairs come along."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("qdpo-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = "import qdpo, sys; from qdpo.data.source import open_source; from qdpo import presets\n"
+    script += "rows = open_source('bundled:demo-train.jsonl', shipped=presets.shipped_folder()).rows\n"
+    script += "print(qdpo.__file__, len(rows), *presets.preset_names())"
+    shown = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert shown[0].startswith(str(tmp_path)) and shown[1] == "204" and "7b-24gb" in shown and len(shown) == 13
+
+
 @pytest.mark.parametrize("isa", ["as it is", "AVX2"])
 def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
     """SmolLM2-135M from its wheel, the bundled pairs, one command; once as if the CPU had no bf16 instructions."""
     environment = {} if isa == "as it is" else {"ONEDNN_MAX_CPU_ISA": isa}
     # The converted model is shared with the machine's other runs; the reference log-probs are not.
     finished = subprocess.run(
-        [sys.executable, "-m", "qdpo.cli", "run", "preset=demo", "samples.count=54"],
+        [sys.executable, "-m", "qdpo.cli", "run", "preset=demo", "samples.count=24"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr

@@ -141,7 +141,12 @@ def _first_start(
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, say=say)
     _check_space(run, cache_folder(config), data.train + data.held_out)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
-    found = {"model.dtype": dtype, "train.optimizer": optim.choose_optimizer(config.train.optimizer, device, say)}
+    found: dict[str, Any] = {
+        "model.dtype": dtype,
+        "train.optimizer": optim.choose_optimizer(config.train.optimizer, device, say),
+    }
+    if folder.commit is not None:
+        found["model.revision"] = folder.commit
 
     def fill(path: Path) -> None:
         new = RunDir(path)
