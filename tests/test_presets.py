@@ -106,6 +106,11 @@ def test_presets_are_listed_and_shown(tmp_path: Path) -> None:
     assert shown.stdout.strip() == presets.preset_text("7b-24gb").strip()
 
 
+def test_the_readme_shows_the_presets_as_they_are() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(presets.preset_table()) in readme
+
+
 def test_dry_run_prints_origins_and_makes_nothing(tmp_path: Path) -> None:
     answer = qdpo("run", "preset=demo", "train.seed=3", "--dry-run", cwd=tmp_path)
     assert answer.returncode == 0 and "seed = 3  # the command line" in answer.stdout

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from qdpo import rundir
 from qdpo.data.pack import pack_rows
-from qdpo.errors import ConfigError, Interrupted, OutOfMemoryError, VerificationError
+from qdpo.errors import Interrupted, OutOfMemoryError, VerificationError
 from qdpo.model import adapter
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
@@ -30,25 +29,14 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
     Raises: QdpoError. On Interrupted and most others everything needed to continue is in the run folder.
     """
     run = record.run_folder(resolved)
-    run.lock.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.lock)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(
-            f"Another process works on {run.path}. Wait for it, or choose another output.name."
-        ) from error
-    try:
-        with signals.listen(watcher.say) as stop:
+        with record.alone(run), signals.listen(watcher.say) as stop:
             return _run(resolved, run, watcher, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"The card's memory is full: {str(error).splitlines()[0]} Lower data.max_tokens, memory.kept_layers or "
             "memory.head_tile_mib, or choose a preset for a smaller card. The last checkpoint is intact."
         ) from error
-    finally:
-        lock.release()
-        run.lock.unlink(missing_ok=True)
 
 
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
@@ -56,7 +44,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
     try:
         plan = plan_run(job)
         used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
-        job.scorer.fill([job.train[index] for index in sorted(used)] + job.held_out)
+        job.scorer.fill([job.train[index] for index in sorted(used)], job.held_out)
         parameters = list(job.loaded.policy.adapter_parameters().values())
         optimizer = optim.make_optimizer(
             job.found["train.optimizer"], parameters, weight_decay=job.config.train.weight_decay

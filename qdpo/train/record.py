@@ -5,9 +5,12 @@ Imports nothing heavy, so that a finished run, or a changed setting, is answered
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from qdpo import presets, rundir
 from qdpo.config import NOT_TRAJECTORY
@@ -98,12 +101,31 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+@contextmanager
+def alone(run: RunDir) -> Iterator[None]:
+    """Inside, no other process works on the run. Raises: ConfigError if one does already."""
+    run.lock.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process works on {run.path}. Wait for it, or choose another output.name."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        run.lock.unlink(missing_ok=True)
+
+
 def move_aside(run: RunDir) -> Path:
     """Renames an existing run folder so that a new run can take its name; nothing is deleted."""
     number = 1
     while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
         number += 1
-    run.path.rename(aside)
+    with alone(run):
+        run.path.rename(aside)
     return aside
 
 

@@ -26,17 +26,20 @@ class Scorer:
     watcher: Watcher
     stop: StopRequest
 
-    def fill(self, pairs: Sequence[TokenPair]) -> int:
-        """Computes what the cache lacks; an interruption loses at most one row. Returns the pairs computed."""
-        missing = self.cache.missing(pairs)
-        distinct = len({pair.digest for pair in pairs})
-        if not missing:
+    def fill(self, *groups: Sequence[TokenPair]) -> None:
+        """Computes what the cache lacks; an interruption loses at most one row.
+
+        Rows hold pairs of one group, so that held-out pairs are packed here as they are when they are evaluated.
+        """
+        missing = [self.cache.missing(group) for group in groups]
+        absent, distinct = sum(map(len, missing)), len({pair.digest for group in groups for pair in group})
+        if not absent:
             self.watcher.say(f"reference: all {distinct} pairs are in the cache; no reference pass")
-            return 0
-        if len(missing) < distinct:
-            self.watcher.say(f"reference: {distinct - len(missing)} of {distinct} pairs are in the cache")
-        self.watcher.begin("reference log-probs", len(missing), "pair")
-        for row in pack_rows(missing, self.tokens_per_row):
+            return
+        if absent < distinct:
+            self.watcher.say(f"reference: {distinct - absent} of {distinct} pairs are in the cache")
+        self.watcher.begin("reference log-probs", absent, "pair")
+        for row in [row for group in missing for row in pack_rows(group, self.tokens_per_row)]:
             self.cache.put(self._score(row))
             self.watcher.advance(len(row.pairs))
             if self.stop.number is not None:
@@ -46,7 +49,6 @@ class Scorer:
                     self.stop.number,
                 )
         self.watcher.finish()
-        return len(missing)
 
     def reference(self, pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
         """Cached log-probs of the pair's tokens. Raises: VerificationError if they went missing under the run."""

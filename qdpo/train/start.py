@@ -141,6 +141,8 @@ def _first_start(
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, say=say)
     _check_space(run, cache_folder(config), data.train + data.held_out)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
+    if config.adapter.start is not None:
+        files.append(Path(config.adapter.start) / adapter.WEIGHTS)
     found: dict[str, Any] = {
         "model.dtype": dtype,
         "train.optimizer": optim.choose_optimizer(config.train.optimizer, device, say),
