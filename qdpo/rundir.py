@@ -79,14 +79,14 @@ class RunDir:
         return self.path.with_name(f".{self.path.name}.lock")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or nothing: beside it, flushed to disk, then renamed over it."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes the whole file or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             share(Path(name))
@@ -96,6 +96,11 @@ def write_text(path: Path, text: str) -> None:
             raise
     except OSError as error:
         raise disk_error(error, path) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,14 +145,15 @@ def share(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def need_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raises: DiskError if the disk that holds `folder` has less than `needed` bytes free."""
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+def need_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+    """Raises: DiskError unless the disk of `folder` (which need not exist yet) has `needed_bytes` free."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
         raise DiskError(
-            f"{purpose} needs {needed / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free there. "
-            "Free some space, or choose another disk with output.dir= or cache.dir=."
+            f"{purpose} needs {needed_bytes / 2**30:.1f} GiB, but {existing} has {free_bytes / 2**30:.1f} GiB free. "
+            "Free some space, or use another disk: output.dir for runs, cache.dir for reference log-probs and "
+            "converted bases, HF_HOME for downloads."
         )
 
 

@@ -299,7 +299,7 @@ def test_a_full_disk_is_said_before_the_start(
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(DiskError, match="1 MiB are free"):
+    with pytest.raises(DiskError, match="0.0 GiB free"):
         train(train__steps="2")
     assert not folder_of(settings).exists()
 

@@ -3,7 +3,6 @@
 Ids are int32 arrays. `tokens` counts prompt + chosen + rejected, as a shared-prompt row holds them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from qdpo import rundir
 from qdpo.data.encode import IdLists, encode
 from qdpo.data.layout import Layout, Row
 from qdpo.data.pair import Rejection, scores_disagree, to_pair
 from qdpo.data.render import Texts, render
-from qdpo.errors import DataError, DiskError
+from qdpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,18 +183,7 @@ def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
             "rows": np.array([pair.row for pair in pairs], np.int64),
         }
     )
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:  # by hand: safetensors' own files can be read by their owner only
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise DiskError(
-            f"The prepared pairs cannot be written to {path}: {error}. Free space or choose output.dir."
-        ) from error
+    rundir.write_bytes(path, data)
 
 
 def load_pairs(path: Path) -> list[TokenPair]:

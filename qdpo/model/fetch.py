@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdpo.errors import ConfigError
-from qdpo.model.convert import convert_gguf, disk_errors, require_space, wheel_gguf
+from qdpo.model.convert import convert_gguf, disk_errors, wheel_gguf
 from qdpo.model.folder import (
     PICKLE_SUFFIXES,
     check_config,
@@ -23,6 +23,7 @@ from qdpo.model.folder import (
     license_of,
     read_json,
 )
+from qdpo.rundir import need_space
 
 Announce = Callable[[str], None]
 
@@ -140,7 +141,7 @@ def _download(repo: str, revision: str | None, announce: Announce) -> Path:
         absent_bytes = sum(sizes[name] for name in absent)
         todo = f"downloading {absent_bytes / 2**30:.2f} GiB" if absent else "in the cache"
         announce(f"Base model {repo} ({revision or 'main'}) at commit {commit.resolved}: {todo}.")
-        require_space(cache, absent_bytes, f"Downloading {repo}")
+        need_space(cache, absent_bytes, f"Downloading {repo}")
         return Path(snapshot_download(repo, revision=commit, allow_patterns=WANTED, ignore_patterns=UNWANTED))
 
 
