@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from qdpo.rundir import RunDir
 
@@ -121,14 +122,16 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
         f"{result['peak_gib']:.2f} GiB",
         markup=False,
     )
-    folder = run.path
+    commands = {
+        f"qdpo eval {run.path}": "score it again, also on other pairs with data.path=…",
+        "qdpo runs" if run.path.parent == Path("runs") else f"qdpo runs {run.path.parent}": "list all runs",
+        "qdpo run … --fresh": "the same settings from the start",
+    }
+    width = max(map(len, commands)) + 2
     console.print(
-        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are beside it)\nnext:\n"
-        f"  qdpo eval {folder}                 score it again, also on other pairs with data.path=…\n"
-        f"  qdpo runs                          list all runs\n"
-        f"  qdpo run … --fresh                 the same settings from the start",
-        markup=False,
+        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are beside it)", markup=False
     )
+    console.print("next:\n" + "\n".join(f"  {c:<{width}}{what}" for c, what in commands.items()), markup=False)
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
@@ -138,13 +141,12 @@ def _samples(path: Path) -> list[dict[str, Any]]:
 def _side_by_side(line: dict[str, Any], console: Console) -> None:
     width = min(max(console.width, 60), 140)
     half = (width - 5) // 2
-    table = Table(width=width, show_lines=False, title=question(line["prompt"]), title_justify="left")
+    table = Table(width=width, title=Text(question(line["prompt"])), title_justify="left")
     table.add_column("before", width=half)
     table.add_column("after", width=half)
-    table.add_row(
-        textwrap.shorten(line["before"], 700, placeholder=" …"), textwrap.shorten(line["after"], 700, placeholder=" …")
-    )
-    console.print(table, markup=False)
+    # Text, not str: an answer may hold what rich would take for its markup.
+    table.add_row(*(Text(textwrap.shorten(line[side], 700, placeholder=" …")) for side in ("before", "after")))
+    console.print(table)
 
 
 def question(prompt: str) -> str:

@@ -1,0 +1,39 @@
+"""What is on screen: plain lines without a terminal, and text that is shown as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qdpo.report.terminal import Terminal, print_result
+from qdpo.rundir import RunDir
+
+VALUES = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "loss": 0.6931}
+RESULT: dict[str, Any] = {
+    "before": VALUES, "after": {**VALUES, "rewards/accuracies": 0.9}, "samples": None, "steps": 3, "pairs": 12,
+    "seconds": 60.0, "peak_gib": 1.5,
+}  # fmt: skip
+
+
+def test_answers_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    line = {"prompt": "<|im_start|>user\nwhy [/b]?<|im_end|>\n", "before": "[/INST] first", "after": "[bold]second"}
+    run.samples.write_text(json.dumps(line) + "\n")
+    console = Console(width=100, record=True)
+    print_result(run, RESULT, console)
+    text = console.export_text()
+    assert "why [/b]?" in text and "[/INST] first" in text and "[bold]second" in text
+    assert "0.500" in text and "0.900" in text and f"qdpo eval {tmp_path}" in text.replace("\n", "")
+
+
+def test_without_a_terminal_every_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    terminal.begin("training", 4, "step")
+    numbers = {"loss": 0.5, **VALUES, "tokens_per_s": 1234.5, "pairs_per_s": 2.0, "peak_gib": 1.0}
+    terminal.step({"step": 2, **numbers})
+    terminal.step({"step": 2, **{f"eval_{name}": value for name, value in VALUES.items()}})
+    shown = capsys.readouterr().out
+    assert "step 2/4: loss 0.6931 · accuracy 0.50" in shown and "1,234 tokens/s" in shown
+    assert "held out after step 2: loss 0.6931 · accuracy 0.500" in shown
