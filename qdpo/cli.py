@@ -40,6 +40,8 @@ def run(
     """Train a LoRA adapter on preference pairs; the same command again continues or shows the result.
 
     Example: qdpo run preset=7b-24gb data.path=pairs.jsonl
+
+    Every setting and its default: qdpo run preset=demo --dry-run
     """
     resolved = presets.resolve(settings or [])
     from qdpo.train import record

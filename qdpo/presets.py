@@ -16,10 +16,12 @@ from pydantic import BaseModel, ValidationError
 from qdpo.config import RunConfig, Section, problems_across
 from qdpo.errors import ConfigError
 
-# Settings that describe one source only: they go when a later layer names another source.
+# Settings that go when a later layer sets another: what describes one source, and the two ways to say how long.
 BELONG_TO = {
     "data.path": ("data.revision", "data.split", "data.limit", "data.eval_path", "data.eval_split", "data.columns."),
     "model.path": ("model.revision",),
+    "train.steps": ("train.hours",),
+    "train.hours": ("train.steps",),
 }
 # Tables of a preset file that describe it, and set nothing.
 DESCRIPTIVE = {"about", "card", "measured"}

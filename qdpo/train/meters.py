@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from qdpo import rundir
+
 SCHEMA = 1
 
 
@@ -38,7 +40,7 @@ class Metrics:
         """Opens the file for appending, without the records after step `keep_through`, nor a torn last line."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_through]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        rundir.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.last_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         self.evaluated = {record["step"] for record in kept if "eval_loss" in record}
 

@@ -118,9 +118,7 @@ def _reference_name(config: RunConfig, policy: Policy, weights: str, dtype: str,
     start = file_record(Path(str(config.adapter.start)) / adapter.WEIGHTS)["sha256"] if is_start else None
     path = {
         "dtype": dtype,
-        "attention": "shared prompt"
-        if policy.shared
-        else policy.peft.config.to_dict().get("_attn_implementation", "separate"),
+        "attention": "shared prompt" if policy.shared else policy.backbone.config._attn_implementation,
         "device": policy.device.type,
     }
     return reference.identity(weights, start, path)

@@ -20,8 +20,10 @@ PAIRS = [TokenPair(*(np.arange(start, start + n, dtype=np.int32) for n in (12, 6
 CPU = torch.device("cpu")
 
 
-def load(folder: Path, *, dtype: str = "fp32", quantization: str = "nf4") -> Loaded:
-    config = RunConfig.model_validate({"model": {"quantization": quantization}, "memory": {"kept_layers": "all"}})
+def load(folder: Path, *, dtype: str = "fp32", quantization: str = "nf4", attention: str = "auto") -> Loaded:
+    config = RunConfig.model_validate(
+        {"model": {"quantization": quantization, "attention": attention}, "memory": {"kept_layers": "all"}}
+    )
     return load_policy(config, folder, device=CPU, dtype=dtype, probe_with=PAIRS, say=lambda line: None)
 
 
@@ -77,7 +79,8 @@ def test_the_checksum_sees_weights_and_quantisation(tiny_base: Path, tmp_path: P
         load(folder, quantization=quantization, dtype=dtype).reference_name
         for folder, quantization, dtype in [*variants, (other, "nf4", "fp32")]
     }
-    assert len(names) == 5
+    names |= {load(tiny_base, attention=attention).reference_name for attention in ("sdpa", "eager")}
+    assert len(names) == 7
     assert load(tiny_base).reference_name == load(tiny_base).reference_name
 
 
