@@ -16,7 +16,7 @@ def complete(
     *,
     max_new_tokens: int,
     repetition_penalty: float = 1.0,
-    batch: int = 12,
+    batch: int = 25,
 ) -> list[list[int]]:
     """The model's greedy answer to each prompt: token ids up to and including the end token.
 
