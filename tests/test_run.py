@@ -222,6 +222,18 @@ def test_resuming_a_start_adapter_with_an_empty_cache(train: Train, settings: di
     assert "resuming after step 3" in watcher.text and weights(parts) == weights(folder_of(settings, "whole"))
 
 
+def test_the_loss_scale_of_fp16_is_resumed(train: Train, settings: dict[str, str]) -> None:
+    half = {"train__steps": "6", "train__save_every": "3", "model__dtype": "fp16"}
+    train(**half)
+    folder, expected = folder_of(settings), weights(folder_of(settings))
+    state = json.loads((folder / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["scaler"]["scale"] > 1 and state["step"] == 3
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000006")
+    _, watcher = train(**half)
+    assert "resuming after step 3" in watcher.text and weights(folder) == expected
+
+
 def test_separate_sequences_reach_the_same_result(train: Train) -> None:
     shared, _ = train(train__steps="5")
     separate, _ = train(train__steps="5", model__attention="eager", output__name="separate")

@@ -1,6 +1,7 @@
 """Batched greedy completions, with the adapter as it is switched."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +43,26 @@ def complete(
             ids = torch.tensor([int(token) for token in prompts[index]])
             token_BT[line, width - len(ids) :] = ids.to(policy.device)
             mask_BT[line, width - len(ids) :] = 1
-        with torch.no_grad():
+        with torch.no_grad(), _contiguous_head_input(policy):
             output_BT = policy.peft.generate(input_ids=token_BT, attention_mask=mask_BT, generation_config=config)
         for line, index in enumerate(members):
             answers[index] = _until_end(output_BT[line, width:].tolist(), ends)
     return [answers[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def _contiguous_head_input(policy: Policy) -> Iterator[None]:
+    """Inside, the output head gets contiguous hidden states.
+
+    Generation hands it a slice, the last position of each prompt, and torch 2.13 then copies the head's weight once for
+    each of them: 1.3 GB for 25 prompts with SmolLM2-135M, 25 GB with a 7B model of 152,064 tokens.
+    """
+    head = policy.peft.get_base_model().get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
