@@ -1,0 +1,61 @@
+"""Completions in batches: the same as one by one, with and without the adapter."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdpo.config import RunConfig
+from qdpo.data import pair, tokens
+from qdpo.model.base import load_tokenizer
+from qdpo.model.generate import complete
+from qdpo.train.policy import load_policy, probe_pairs
+from tests.conftest import tiny_rows
+
+
+@pytest.fixture
+def loaded(tiny_base: Path) -> tuple:
+    tokenizer = load_tokenizer(tiny_base)
+    rows = tiny_rows(9)
+    pairs = tokens.prepare(
+        rows, pair.detect_layout(rows, {}, "rows"), tokenizer,
+        max_tokens=256, max_prompt_tokens=256, template="auto", system=None, limit=None,
+    ).pairs  # fmt: skip
+    config = RunConfig.model_validate({"model": {"quantization": "none"}})
+    policy = load_policy(
+        config,
+        tiny_base,
+        device=torch.device("cpu"),
+        dtype="fp32",
+        probe_with=probe_pairs(pairs),
+        say=lambda line: None,
+    ).policy
+    return policy, tokenizer, [p.prompt.tolist() for p in pairs]
+
+
+def test_a_batch_answers_as_each_prompt_alone(loaded: tuple) -> None:
+    policy, tokenizer, prompts = loaded
+    assert len({len(prompt) for prompt in prompts}) > 2
+    together = complete(policy, tokenizer, prompts, max_new_tokens=12, batch=4)
+    alone = [complete(policy, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert together == alone and len({tuple(answer) for answer in alone}) > 1
+
+
+def test_the_adapter_is_used_or_not_as_it_is_switched(loaded: tuple) -> None:
+    policy, tokenizer, prompts = loaded
+    untouched = complete(policy, tokenizer, prompts, max_new_tokens=12)
+    for name, parameter in policy.adapter_parameters().items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    with policy.reference():
+        assert complete(policy, tokenizer, prompts, max_new_tokens=12) == untouched
+    assert complete(policy, tokenizer, prompts, max_new_tokens=12) != untouched
+
+
+def test_the_head_gets_contiguous_input(loaded: tuple) -> None:
+    policy, tokenizer, prompts = loaded
+    head, seen = policy.peft.get_base_model().get_output_embeddings(), []
+    plain = head.forward
+    head.forward = lambda hidden: (seen.append(hidden.is_contiguous()), plain(hidden))[1]
+    complete(policy, tokenizer, prompts, max_new_tokens=3)
+    assert seen and all(seen)
