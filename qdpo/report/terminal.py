@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,6 +37,8 @@ class Terminal:
         self.console = Console(highlight=False, soft_wrap=True, stderr=stderr)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._live: Live | None = None
+        self._newest = Text("")
         self._what, self._unit, self._total, self._done = "", "", 0, 0
         self._begun = self._told = 0.0
 
@@ -49,11 +52,13 @@ class Terminal:
         if self.console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=self.console, transient=True,
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             )  # fmt: skip
-            self._task = self._bar.add_task(what, total=total, metrics="")
-            self._bar.start()
+            self._task = self._bar.add_task(what, total=total)
+            self._newest = Text("")
+            # The metrics have a line of their own: beside the bar they would push the time left off a narrow terminal.
+            self._live = Live(Group(self._bar, self._newest), console=self.console, transient=True)
+            self._live.start()
         elif unit != "step":
             self.say(f"{what} …")
 
@@ -66,22 +71,24 @@ class Terminal:
             self.say(f"{self._what}: {self._done} of {self._total} {self._unit}s, {self._left()} left")
 
     def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        self._bar = self._task = None
+        if self._live is not None:
+            self._live.stop()
+        self._live = self._bar = self._task = None
 
     def step(self, record: dict[str, Any]) -> None:
         if "loss" in record:
-            line = (
-                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · margin "
-                f"{record['rewards/margins']:+.3f} · "
+            learned = (
+                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · "
+                f"margin {record['rewards/margins']:+.3f}"
+            )
+            speed = (
                 f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · "
                 f"{record['peak_gib']:.2f} GiB"
             )
-            if self._bar is not None and self._task is not None:
-                self._bar.update(self._task, metrics=line)
+            if self._live is not None:
+                self._newest.plain = f"  {learned}\n  {speed}"
             else:
-                self.say(f"step {record['step']}/{self._total}: {line} · {self._left()} left")
+                self.say(f"step {record['step']}/{self._total}: {learned} · {speed} · {self._left()} left")
         else:
             self.say(
                 f"held out after step {record['step']}: loss {record['eval_loss']:.4f} · accuracy "
