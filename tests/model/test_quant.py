@@ -40,7 +40,7 @@ def test_gradients_reach_every_adapter_after_an_evaluation_pass(tiny_base: Path,
         assert torch.equal(score(policy, row, metrics=False).logp, before)
 
 
-def test_without_the_switch_the_cpu_kernel_would_be_used(tiny_base: Path) -> None:
+def test_no_4_bit_layer_may_repack_its_weight(tiny_base: Path) -> None:
     policy = load(tiny_base).policy
     layers = list(quant.four_bit_layers(policy.backbone))
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for _name, layer in layers)
