@@ -306,6 +306,11 @@ def test_bad_input_is_one_paragraph_and_leaves_nothing(settings: dict[str, str],
     assert case in ("head as target", "no such layers") or left == []
 
 
+def test_an_output_folder_that_cannot_be_made(train: Train, pairs_file: Path) -> None:
+    with pytest.raises(DiskError, match="Cannot write"):
+        train(train__steps="2", output__dir=str(pairs_file))
+
+
 def test_a_full_disk_is_said_before_the_start(
     train: Train, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

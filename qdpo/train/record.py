@@ -104,14 +104,16 @@ def toml_value(value: Any) -> str:
 @contextmanager
 def alone(run: RunDir) -> Iterator[None]:
     """Inside, no other process works on the run. Raises: ConfigError if one does already."""
-    run.lock.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.lock)
     try:
+        run.lock.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             f"Another process works on {run.path}. Wait for it, or choose another output.name."
         ) from error
+    except OSError as error:
+        raise rundir.disk_error(error, run.path) from error
     try:
         yield
     finally:
