@@ -126,9 +126,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # On CPUs, oneDNN keeps a compiled bf16 product for each shape it has met, 1,024 of them: with rows of all lengths
-    # that grew by 0.1 GB a step. One row needs about 30.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    # On CPUs, two caches keep a compiled bf16 product and its buffers for each shape met, 1,024 of them each: oneDNN's
+    # own and that of torch's binding. With rows of all lengths they grew without end.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     import logging
     import warnings
 

@@ -86,7 +86,9 @@ def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
     assert ("compute type: fp32, because" in finished.stdout) or isa == "as it is"
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "result.json").read_text())
-    assert result["before"]["rewards/accuracies"] == 0.5 and result["after"]["rewards/accuracies"] >= 0.9
+    # Exactly 0.5 where the CPU repeats its rounding; where it does not, ties of 1e-5 nats fall to either side.
+    assert abs(result["before"]["rewards/margins"]) < 1e-3 and abs(result["before"]["rewards/accuracies"] - 0.5) < 0.1
+    assert result["after"]["rewards/accuracies"] >= 0.9
     lengths = result["samples"]
     assert lengths["median_tokens_after"] <= 0.6 * lengths["median_tokens_before"]
     assert result["peak_gib"] < 3

@@ -119,6 +119,6 @@ def _reference_name(config: RunConfig, policy: Policy, weights: str, dtype: str,
     path = {
         "dtype": dtype,
         "attention": "shared prompt" if policy.shared else policy.backbone.config._attn_implementation,
-        "device": policy.device.type,
+        "device": policy.device.type if policy.device.type != "cpu" else torch.backends.cpu.get_cpu_capability(),
     }
     return reference.identity(weights, start, path)
