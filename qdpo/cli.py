@@ -44,6 +44,8 @@ def run(
     Every setting and its default: qdpo run preset=demo --dry-run
     """
     resolved = presets.resolve(settings or [])
+    for note in resolved.notes:
+        typer.echo(note, err=dry_run)
     from qdpo.train import record
 
     if dry_run:
@@ -119,6 +121,26 @@ def eval_(
     finally:
         terminal.finish()
     print_evaluation(scored, as_json=json_)
+
+
+@app.command()
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="A metric, a loss or a modifier. Default: the whole page.")] = None,
+) -> None:
+    """Explain the metrics, beta, the losses and their modifiers.
+
+    Example: qdpo metrics rewards/margins
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from qdpo.report.explain import explain
+
+    text, console = explain(name), Console()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        typer.echo(text)
 
 
 def _quiet_libraries() -> None:

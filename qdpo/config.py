@@ -3,9 +3,11 @@
 A setting's name is `section.field`, from TOML to the innermost call. The string below a field is its help text.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qdpo.loss_rules import RULES, default_beta, loss_problems, needs_reference
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -20,6 +22,10 @@ NOT_TRAJECTORY = {
     "train.keep_checkpoints",
 }
 NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 class Section(BaseModel):
@@ -97,13 +103,43 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 
+LossName = Literal[*RULES]  # type: ignore[valid-type]
+
+
 class LossConfig(Section):
-    name: Literal["sigmoid"] = "sigmoid"
-    """DPO loss: -log sigmoid(beta x margin of log-ratios) (arXiv 2305.18290, eq. 7)."""
+    name: Annotated[list[LossName], BeforeValidator(_as_list), Field(min_length=1)] = ["sigmoid"]
+    """One loss, or several added up (sigmoid+bco_pair+sft is MPO). `qdpo metrics` says when to pick which."""
+    weights: list[float] | None = None
+    """How much each loss of the list counts. Default: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Pull towards the reference, per nat. Smaller lets the policy drift further."""
+    """Pull towards the reference, per nat. Smaller lets the policy drift further. With simpo alone 2.0."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Assumed share of swapped labels: conservative DPO (Mitchell 2023)."""
+    """Assumed share of swapped labels: conservative DPO (Mitchell 2023), exo_pair, robust, aot."""
+    divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Which divergence from the reference is bounded (f-DPO, arXiv 2309.16240, table 1)."""
+    divergence_alpha: float = 0.5
+    """The alpha of alpha_divergence; at 1 it is reverse_kl, at 0 forward_kl."""
+    ld_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411). Default: 1."""
+    wpo: bool = False
+    """Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827, eq. 2)."""
+    length_normalized: bool = False
+    """Divide each answer's log-ratio by its tokens."""
+    discopop_tau: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Temperature of discopop's blend."""
+    dpop_lambda: Annotated[float, Field(gt=0)] = 50.0
+    """dpop: penalty on a chosen answer that falls below the reference."""
+    simpo_gamma: Annotated[float, Field(ge=0)] = 1.0
+    """simpo: margin that is asked for, in units of its reward. Its paper: 0.3 to 1.6 at beta 2 to 2.5."""
+    orpo_lambda: Annotated[float, Field(gt=0)] = 0.1
+    """orpo: weight of the odds-ratio term beside the likelihood."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_beta(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("beta") is None:
+            return {**values, "beta": default_beta(_as_list(values.get("name", ["sigmoid"])))}
+        return values
 
 
 class TrainConfig(Section):
@@ -199,6 +235,13 @@ def problems_across(config: RunConfig, given: set[str]) -> list[str]:
         found.append(
             "adapter.reference is set without adapter.start. Without a start adapter the reference is the base."
         )
+    if config.adapter.reference is not None and not needs_reference(config.loss.name):
+        found.append(f"adapter.reference is set, but loss.name={'+'.join(config.loss.name)} has no reference.")
+    default = LossConfig()
+    changed = {
+        f"loss.{field}" for field in LossConfig.model_fields if getattr(config.loss, field) != getattr(default, field)
+    }
+    found += loss_problems(config.loss, changed & given)
     prompt, whole = config.data.max_prompt_tokens, config.data.max_tokens
     if prompt is not None and prompt >= whole:
         found.append(f"data.max_prompt_tokens={prompt} leaves no room for an answer in data.max_tokens={whole}.")

@@ -15,11 +15,14 @@ from pydantic import BaseModel, ValidationError
 
 from qdpo.config import RunConfig, Section, problems_across
 from qdpo.errors import ConfigError
+from qdpo.loss_rules import RENAMED
 
-# Settings that go when a later layer sets another: what describes one source, and the two ways to say how long.
+# Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
+# long.
 BELONG_TO = {
     "data.path": ("data.revision", "data.split", "data.limit", "data.eval_path", "data.eval_split", "data.columns."),
     "model.path": ("model.revision",),
+    "loss.name": ("loss.",),
     "train.steps": ("train.hours",),
     "train.hours": ("train.steps",),
 }
@@ -35,6 +38,8 @@ class Resolved:
     origins: dict[str, str]
     """Setting name → origin, for settings that are not at their default."""
     preset: str | None
+    notes: list[str]
+    """What was read otherwise than it was written; for the user to see."""
 
 
 def shipped_folder() -> Path:
@@ -115,12 +120,13 @@ def resolve_over(settings: dict[str, Any], origin: str, arguments: list[str]) ->
 
 def _resolved(layers: list[tuple[str, dict[str, Any]]], preset: str | None, problems: list[str]) -> Resolved:
     values, origins = _merge(layers, problems)
+    notes = _rename(values)
     config = _validate(values, origins, problems)
     if config is not None and not any("Unknown preset" in problem for problem in problems):
         problems += problems_across(config, {name for name, origin in origins.items() if values[name] is not None})
     if problems or config is None:
         raise ConfigError(problems)
-    return Resolved(config, origins, preset)
+    return Resolved(config, origins, preset, notes)
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +200,16 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
     return values, origins
 
 
+def _rename(values: dict[str, Any]) -> list[str]:
+    """Puts today's names in the place of older ones in loss.name; returns a sentence for each."""
+    names = values.get("loss.name")
+    if names is None:
+        return []
+    names = [names] if isinstance(names, str) else list(names)
+    values["loss.name"] = [RENAMED.get(name, name) for name in names]
+    return [f"loss {name} is called {RENAMED[name]} here" for name in names if name in RENAMED]
+
+
 def _nearest_setting(name: str, known: list[str]) -> str:
     same_field = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
     if len(same_field) == 1:
@@ -206,7 +222,7 @@ def _from_text(name: str, text: str, section: type[Section]) -> Any:
     options = get_args(annotation)
     if NoneType in options and text.lower() == "none":
         return None
-    if getattr(annotation, "__origin__", None) is list:
+    if any(getattr(option, "__origin__", None) is list for option in (annotation, *options)):
         return [part for part in text.split("+") if part]
     return text
 
@@ -227,6 +243,7 @@ def _validate(values: dict[str, Any], origins: dict[str, str], problems: list[st
 
 def _explain(name: str, value: Any, origin: str) -> str:
     field = setting_names()[name].model_fields[name.rpartition(".")[2]]
+    value = "+".join(map(str, value)) if isinstance(value, list) else value
     choices = [choice for choice in _literal_choices(field.annotation)]
     help_text = (field.description or "").split("\n")[0]
     message = f"{name}={value} (from {origin}) is not {_kind(field)}."
@@ -249,6 +266,8 @@ def _kind(field: Any) -> str:
     for sign, word in (("Gt(gt=", "above"), ("Ge(ge=", "at least"), ("Lt(lt=", "below")):
         if sign in joined:
             words.append(f"{word} {joined.split(sign)[1].split(')')[0]}")
+    if "list[float]" in text:
+        return "a list of numbers, as in 0.8+0.2+1"
     kind = (
         "a whole number"
         if "int" in text

@@ -75,7 +75,8 @@ def test_every_problem_is_reported_at_once() -> None:
     assert "Did you mean '7b-24gb'?" in text
     assert "Did you mean 'train.learning_rate'?" in text
     assert "loss.beta=-1 (from the command line) is not a number above 0" in text
-    assert "loss.name=sigmod (from the command line): allowed are sigmoid. Did you mean 'sigmoid'?" in text
+    assert "loss.name=sigmod (from the command line): allowed are sigmoid, sigmoid_norm, hinge, " in text
+    assert ", cpo. Did you mean 'sigmoid'?" in text
     assert "'foo'" in text and "Did you mean 'loss.beta'?" in text
     assert len(found) == 6
 
@@ -120,3 +121,42 @@ def test_dry_run_prints_origins_and_makes_nothing(tmp_path: Path) -> None:
     answer = qdpo("run", "preset=demo", "train.seed=3", "--dry-run", cwd=tmp_path)
     assert answer.returncode == 0 and "seed = 3  # the command line" in answer.stdout
     assert "beta = 0.1  # preset demo" in answer.stdout and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["loss.name=exo_pair"], "exo_pair needs loss.label_smoothing above 0"),
+        (["loss.name=robust"], "robust needs loss.label_smoothing above 0"),
+        (["loss.name=sigmoid+sigmoid"], "names a loss twice"),
+        (["loss.name=sigmoid+sft", "loss.weights=1"], "loss.weights has 1 numbers for 2 losses (sigmoid+sft)"),
+        (["loss.name=hinge", "loss.label_smoothing=0.1"], "hinge has no term for swapped labels"),
+        (["loss.name=bco_pair", "loss.divergence=forward_kl"], "bco_pair does not compare two scores"),
+        (["loss.name=sigmoid+bco_pair", "loss.divergence=forward_kl"], "Take one of the two out"),
+        (["loss.name=aot", "loss.wpo=true"], "aot sorts the answers of a step"),
+        (["loss.name=ipo", "loss.length_normalized=true"], "normalised by length already"),
+        (["loss.name=simpo", "loss.ld_alpha=0.5"], "simpo has no sum of log-ratios"),
+        (["loss.name=orpo", "loss.beta=0.3"], "orpo has no beta"),
+        (["loss.discopop_tau=0.1"], "loss.discopop_tau acts on none of loss.name=sigmoid"),
+        (["loss.divergence_alpha=0.3"], "acts only with loss.divergence=alpha_divergence"),
+        (["loss.name=cpo", "adapter.start=x", "adapter.reference=start"], "loss.name=cpo has no reference"),
+        (["loss.weights=a+b"], "loss.weights=a+b (from the command line) is not a list of numbers"),
+    ],
+)
+def test_settings_of_a_loss_that_have_no_meaning_together(given: list[str], said: str) -> None:
+    assert any(said in problem for problem in problems("preset=demo", *given)), problems("preset=demo", *given)
+
+
+def test_a_list_of_losses_and_a_name_from_elsewhere() -> None:
+    mpo = presets.resolve(["preset=demo", "loss.name=sigmoid+bco_pair+sft", "loss.weights=0.8+0.2+1"]).config.loss
+    assert mpo.name == ["sigmoid", "bco_pair", "sft"] and mpo.weights == [0.8, 0.2, 1.0]
+    renamed = presets.resolve(["preset=demo", "loss.name=aot_pair"])
+    assert renamed.config.loss.name == ["aot_unpaired"]
+    assert renamed.notes == ["loss aot_pair is called aot_unpaired here"]
+
+
+def test_another_loss_brings_its_own_beta() -> None:
+    """A preset's beta belongs to the preset's loss."""
+    assert presets.resolve(["preset=demo", "loss.name=simpo"]).config.loss.beta == 2.0
+    assert presets.resolve(["preset=demo", "loss.name=simpo", "loss.beta=2.5"]).config.loss.beta == 2.5
+    assert presets.resolve(["preset=demo", "loss.name=simpo+sigmoid"]).config.loss.beta == 0.1

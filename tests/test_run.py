@@ -1,6 +1,7 @@
 """A whole run as a user sees it: results, files, resuming, caching, and every way it can go wrong."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -64,6 +65,8 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     values = json.loads(scored.stdout)
     for name, value in result["after"].items():
         assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    per_token = values["logps/chosen"] / values["lengths/chosen"]  # 8 answers and their tokens: means cancel the 8
+    assert values["perplexity/chosen"] == pytest.approx(math.exp(-per_token), rel=1e-4)
 
     other = write_jsonl(tmp_path / "other.jsonl", tiny_rows(10, seed=9))
     elsewhere = qdpo("eval", str(run.path), f"data.path={other}", cwd=tmp_path)

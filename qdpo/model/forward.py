@@ -22,6 +22,7 @@ def row_scores(
     spans: Sequence[SpanLike],
     *,
     metrics: bool,
+    squares: bool = False,
 ) -> TokenScores:
     """Scores of a row's response tokens, with the adapter as it is switched; token n is predicted from `source_N[n]`.
 
@@ -32,7 +33,9 @@ def row_scores(
     else:
         hidden_TD = _separate_hidden(policy, token_T, spans)
         source_N = _separate_sources(spans, token_T.device)
-    return response_logps(hidden_TD[source_N], label_N, policy.head, tile_mib=policy.tile_mib, metrics=metrics)
+    return response_logps(
+        hidden_TD[source_N], label_N, policy.head, tile_mib=policy.tile_mib, metrics=metrics, squares=squares
+    )
 
 
 def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:

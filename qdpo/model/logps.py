@@ -34,16 +34,22 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per response token, float32, shape (N,). Only `logp` carries a gradient; the others are None without metrics."""
+    """Per response token, float32, shape (N,). Only `logp` carries a gradient; the others are None if not asked for."""
 
     logp: Tensor
     mean_logit: Tensor | None
     """Mean logit over the vocabulary."""
     entropy: Tensor | None
     """Of the next-token distribution, in nats."""
+    hit: Tensor | None
+    """1 where the token is the most likely one, else 0."""
+    log_square: Tensor | None
+    """log Σ p² over the vocabulary: the mean log-prob that WPO aligns with (arXiv 2406.11827, eq. 2)."""
 
 
-def response_logps(hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: int, metrics: bool) -> TokenScores:
+def response_logps(
+    hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: int, metrics: bool, squares: bool = False
+) -> TokenScores:
     """Scores of the tokens `label_N`, each predicted from its row of `hidden_ND`, in nats.
 
     Logits exist for one tile of rows at a time: about R · V · 12 bytes, held under `tile_mib`. The head is frozen, so
@@ -53,17 +59,18 @@ def response_logps(hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: 
     if head.weight_VD.requires_grad:
         raise NotImplementedError("a trained output head is not supported: its log-probs are computed for a frozen one")
     rows = max(16, tile_mib * 2**20 // (head.weight_VD.shape[0] * 12))
-    logp, mean_logit, entropy = _ResponseLogps.apply(hidden_ND, label_N, head, rows, metrics)  # type: ignore[no-untyped-call]
-    return TokenScores(logp, mean_logit if metrics else None, entropy if metrics else None)
+    logp, *others = _ResponseLogps.apply(hidden_ND, label_N, head, rows, metrics, squares)  # type: ignore[no-untyped-call]
+    mean_logit, entropy, hit = others[:3] if metrics else (None, None, None)
+    return TokenScores(logp, mean_logit, entropy, hit, others[3] if squares else None)
 
 
 class _ResponseLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, rows: int, metrics: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden_ND: Tensor, label_N: Tensor, head: Head, rows: int, metrics: bool, squares: bool
+    ) -> tuple[Tensor, ...]:
         logp_N = torch.empty(len(label_N), dtype=torch.float32, device=hidden_ND.device)
-        mean_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+        mean_N, entropy_N, hit_N, square_N = torch.zeros(4, len(label_N), device=hidden_ND.device)
         slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(label_N), rows):
             tile = slice(start, start + rows)
@@ -71,22 +78,25 @@ class _ResponseLogps(torch.autograd.Function):
             lse_R = logit_RV.logsumexp(-1)
             label_R1 = label_N[tile, None]
             logp_N[tile] = logit_RV.gather(1, label_R1)[:, 0] - lse_R
-            if not metrics and slope_ND is None:
+            if not (metrics or squares) and slope_ND is None:
                 continue
             prob_RV = (logit_RV - lse_R[:, None]).exp_()
             if metrics:
                 mean_N[tile] = logit_RV.mean(-1)
                 entropy_N[tile] = lse_R - torch.linalg.vecdot(prob_RV, logit_RV)
+                hit_N[tile] = (logit_RV.argmax(-1) == label_R1[:, 0]).float()
+            if squares:
+                square_N[tile] = torch.linalg.vecdot(prob_RV, prob_RV).log()
             if slope_ND is not None:
                 slope_ND[tile] = _hidden_slope(logit_RV, prob_RV, label_R1, head).to(slope_ND.dtype)
         ctx.save_for_backward(slope_ND)
-        ctx.mark_non_differentiable(mean_N, entropy_N)
-        return logp_N, mean_N, entropy_N
+        ctx.mark_non_differentiable(mean_N, entropy_N, hit_N, square_N)
+        return logp_N, mean_N, entropy_N, hit_N, square_N
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
-        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None
+        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
 
 
 def _logits(hidden_RD: Tensor, head: Head) -> Tensor:

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from qdpo import __version__, presets, rundir
+from qdpo.config import LossConfig
+from qdpo.loss_rules import RULES, needs_reference
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
 
@@ -42,23 +44,25 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
     used = "\n".join(
         f"| {name} | {settings[name] if name not in found else found[name]} |"
         for name in (
-            "loss.name", "loss.beta", "loss.label_smoothing", "train.learning_rate", "train.pairs_per_step",
-            "train.steps", "train.schedule",
+            *_loss_settings(settings), "train.learning_rate", "train.pairs_per_step", "train.steps", "train.schedule",
             "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha",
             "model.quantization", "model.dtype",
             "data.max_tokens",
         )
     )  # fmt: skip
+    losses = "; ".join(f"{name} ({RULES[name].source})" for name in settings["loss.name"])
+    reference = (
+        f"The reference is the base with the adapter off{start}." if needs_reference(settings["loss.name"]) else ""
+    )
     return (
         "\n".join(header)
         + f"""
 ---
-# LoRA adapter, preference-tuned with DPO
+# LoRA adapter, preference-tuned
 
-A LoRA adapter over {names["base"]}{commit}, trained with direct preference optimization
-([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by qdpo {__version__} on {data["train_pairs"]} pairs
-of {names["data"]} ({data["dropped"]} rows could not be used). The base was quantised during training:
-{settings["model.quantization"]}. The reference is the base with the adapter off{start}.
+A LoRA adapter over {names["base"]}{commit}, trained by qdpo {__version__} on {data["train_pairs"]} preference pairs
+of {names["data"]} ({data["dropped"]} rows could not be used). Loss: {losses}. The base was quantised during
+training: {settings["model.quantization"]}. {reference}
 
 ## Held-out pairs ({data["held_out_pairs"]})
 | | before | after |
@@ -78,9 +82,21 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({names["base"]!r})
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
-Chosen answers often become less likely in absolute terms while margins rise: DPO trains the difference.
+Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
     )
+
+
+def _loss_settings(settings: dict[str, Any]) -> list[str]:
+    """The settings of [loss] that act: its names, its beta if it has one, and what is not at its default."""
+    default = LossConfig().model_dump()
+    return [
+        f"loss.{field}"
+        for field in default
+        if field == "name"
+        or settings[f"loss.{field}"] != default[field]
+        or (field == "beta" and any("beta" in RULES[name].takes for name in settings["loss.name"]))
+    ]
 
 
 def _public(name: str, source: str) -> str:

@@ -174,11 +174,11 @@ def question(prompt: str) -> str:
 
 def print_evaluation(scored: "Rescored", *, as_json: bool) -> None:
     """The metrics of `qdpo eval`, as a table or as one JSON object."""
+    values = {**scored.evaluation.values, **scored.evaluation.perplexities}
     if as_json:
-        print(
-            json.dumps({"run": scored.run, "source": scored.source, "pairs": scored.pairs, **scored.evaluation.values})
-        )
+        print(json.dumps({"run": scored.run, "source": scored.source, "pairs": scored.pairs, **values}))
         return
     print(f"{scored.run} on {scored.pairs} pairs of {scored.source}")
-    for name, value in scored.evaluation.values.items():
-        print(f"  {name:<20} {value:>12.4f}")
+    for name, value in values.items():
+        print(f"  {name:<26} {value:>12.4f}")
+    print("`qdpo metrics NAME` explains each.")

@@ -1,5 +1,6 @@
 """Scores held-out pairs with the policy and compares them with the reference."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ import torch
 from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.model.adapter import Policy
-from qdpo.train.step import Reference, row_loss
+from qdpo.train.loss import pair_losses, rewards
+from qdpo.train.metrics import counts, means, pair_sums
+from qdpo.train.pairs import join
+from qdpo.train.step import Reference, score_row
 
 
 @dataclass(frozen=True)
@@ -18,28 +22,43 @@ class Evaluation:
 
     values: dict[str, float]
     margins: list[float]
-    """β · (a − b) of each pair, in nats, in the order of the rows' pairs."""
+    """Reward of chosen minus reward of rejected of each pair, in the order of the rows' pairs."""
     rows: list[int]
     """The data row of each margin."""
 
+    @property
+    def perplexities(self) -> dict[str, float]:
+        """exp of the mean negative log-likelihood of a response token: all tokens alike, not all answers."""
+        return {
+            f"perplexity/{side}": math.exp(-self.values[f"logps/{side}_per_token"]) for side in ("chosen", "rejected")
+        }
+
 
 def evaluate(
-    policy: Policy, rows: Sequence[PairRow], reference: Reference, loss: LossConfig, advance: Callable[[int], None]
+    policy: Policy,
+    rows: Sequence[PairRow],
+    reference: Reference | None,
+    loss: LossConfig,
+    advance: Callable[[int], None],
 ) -> Evaluation:
-    """Metrics over all pairs of `rows`, without gradients; `advance` is told the pairs done. Ties are half right."""
-    totals: dict[str, float] = {}
-    margins: list[float] = []
+    """Metrics over all pairs of `rows`, without gradients; `advance` is told the pairs done.
+
+    The loss is that of all pairs at once, so that one which couples pairs does not depend on how they are packed.
+    """
+    number = counts(rows)
+    scored = []
     with torch.no_grad():
         for row in rows:
-            part = row_loss(policy, row, reference, loss)
-            for name, value in part.sums.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-            margins += part.margins_P.tolist()
+            scored.append(
+                score_row(policy, row, reference, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
+            )
             advance(len(row.pairs))
-    count = len(margins)
-    return Evaluation(
-        {name: total / count for name, total in totals.items()}, margins, [p.row for r in rows for p in r.pairs]
-    )
+        pairs = join([part.pairs for part in scored])
+        sums = pair_sums(pairs, pair_losses(pairs, loss), loss)
+        sums |= {name: torch.stack([part.sums[name] for part in scored]).sum() for name in scored[0].sums}
+        chosen_P, rejected_P = rewards(pairs, loss)
+    values = means({name: value.item() for name, value in sums.items()}, rows)
+    return Evaluation(values, (chosen_P - rejected_P).tolist(), [pair.row for row in rows for pair in row.pairs])
 
 
 def reference_offset(evaluation: Evaluation, beta: float) -> tuple[float, float]:

@@ -101,7 +101,7 @@ def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Ev
             trained.optimizer,
             trained.scaler,
             rows,
-            job.scorer.reference,
+            job.scorer.for_loss,
             config.loss,
             max_grad_norm=config.train.max_grad_norm,
         )
@@ -128,7 +128,7 @@ def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Ev
 def _check_offset(job: Job, before: Evaluation) -> None:
     """An untouched adapter must equal its reference. Raises: VerificationError if it does not."""
     untouched_is_reference = job.config.adapter.start is None or job.loaded.reference_is_start
-    if not untouched_is_reference:
+    if not untouched_is_reference or job.scorer.for_loss is None:
         return
     mean, largest = reference_offset(before, job.config.loss.beta)
     longest = max(len(pair.chosen) + len(pair.rejected) for pair in job.held_out)
@@ -183,7 +183,7 @@ def _log_step(
 def _evaluate(job: Job, metrics: Metrics, step: int) -> Evaluation:
     job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
     rows = pack_rows(job.held_out, job.config.memory.tokens_per_row)
-    evaluation = evaluate(job.loaded.policy, rows, job.scorer.reference, job.config.loss, job.watcher.advance)
+    evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
     job.watcher.finish()
     line = {"step": step, **{f"eval_{name}": value for name, value in evaluation.values.items()}}
     if step not in metrics.evaluated:

@@ -51,6 +51,20 @@ class Speed:
     step_s: float
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a loss asks for besides the training pass."""
+
+    reference: bool
+    """Each pair once with the adapter off."""
+    coupled: bool
+    """Each step is scored before it is trained."""
+
+    def pair_s(self, speed: Speed) -> float:
+        """Seconds that a training pair takes in all."""
+        return speed.step_s + speed.score_s * (self.reference + self.coupled)
+
+
 def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row: int, seed: int) -> Speed:
     """Times a few of the run's own pairs, drawn by seed; gradients are thrown away, nothing is trained."""
     places = np.random.default_rng(seed).permutation(len(pairs))[:TIMED_PAIRS]
@@ -72,13 +86,13 @@ def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row:
     return best
 
 
-def within_hours(train: TrainConfig, pairs: int, held_out: int, speed: Speed, spent_s: float) -> Plan:
+def within_hours(train: TrainConfig, pairs: int, held_out: int, speed: Speed, passes: Passes, spent_s: float) -> Plan:
     """The plan of `train`, shortened to what fits into train.hours; `spent_s` are the seconds already gone.
 
-    Every training pair is reckoned with its reference pass, and three evaluations besides the regular ones.
+    Every training pair is reckoned with its other passes, and three evaluations besides the regular ones.
     """
     assert train.hours is not None
     evaluation_s = held_out * speed.score_s
-    step_s = train.pairs_per_step * (speed.step_s + speed.score_s) + evaluation_s / train.eval_every
+    step_s = train.pairs_per_step * passes.pair_s(speed) + evaluation_s / train.eval_every
     left_s = train.hours * 3600 * PLANNED_SHARE - spent_s - 3 * evaluation_s
     return plan_steps(train, pairs, at_most=max(1, int(left_s / step_s)))

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import Interrupted, VerificationError
+from qdpo.loss_rules import needs_reference
 from qdpo.train.meters import Watcher
 from qdpo.train.policy import Loaded
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.signals import StopRequest
-from qdpo.train.step import score
+from qdpo.train.step import Reference, score
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,21 @@ class Scorer:
     tokens_per_row: int
     watcher: Watcher
     stop: StopRequest
+    loss: LossConfig
+
+    @property
+    def for_loss(self) -> Reference | None:
+        """`reference`, or None if the loss compares with none."""
+        return self.reference if needs_reference(self.loss.name) else None
 
     def fill(self, *groups: Sequence[TokenPair]) -> None:
         """Computes what the cache lacks; an interruption loses at most one row.
 
         Rows hold pairs of one group, so that held-out pairs are packed here as they are when they are evaluated.
         """
+        if self.for_loss is None:
+            self.watcher.say(f"reference: {'+'.join(self.loss.name)} compares with none; no reference pass")
+            return
         missing = [self.cache.missing(group) for group in groups]
         absent, distinct = sum(map(len, missing)), len({pair.digest for group in groups for pair in group})
         if not absent:

@@ -16,13 +16,14 @@ from qdpo import presets, rundir
 from qdpo.config import RunConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError
+from qdpo.loss_rules import couples_pairs, needs_reference
 from qdpo.model import adapter, base, fetch
 from qdpo.model.fetch import BaseFolder
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
 from qdpo.train import optim, prepare, record
 from qdpo.train.meters import Watcher
-from qdpo.train.plan import Plan, measure_speed, plan_steps, within_hours
+from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.scoring import Scorer
@@ -77,9 +78,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
     watcher.finish()
     _check_weights(run, folder, loaded)
-    scorer = Scorer(
-        loaded, ReferenceCache(cache_dir, loaded.reference_name), config.memory.tokens_per_row, watcher, stop
-    )
+    cache = ReferenceCache(cache_dir, loaded.reference_name)
+    scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss)
     return Job(config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
 
 
@@ -98,10 +98,13 @@ def plan_run(job: Job) -> Plan:
             speed = measure_speed(
                 job.loaded.policy, job.train, tokens_per_row=job.config.memory.tokens_per_row, seed=train.seed
             )
-            shorter = within_hours(train, len(job.train), len(job.held_out), speed, time.monotonic() - job.started)
+            passes = Passes(
+                reference=needs_reference(job.config.loss.name), coupled=couples_pairs(job.config.loss.name)
+            )
+            spent_s = time.monotonic() - job.started
+            shorter = within_hours(train, len(job.train), len(job.held_out), speed, passes, spent_s)
             job.watcher.say(
-                f"train.hours={train.hours:g}: {1 / (speed.step_s + speed.score_s):.2f} pairs/s measured, "
-                "reference included; "
+                f"train.hours={train.hours:g}: {1 / passes.pair_s(speed):.2f} pairs/s measured, all passes included; "
                 f"{min(shorter.steps, plan.steps)} of {plan.steps} steps fit"
             )
             plan = min(plan, shorter, key=lambda candidate: candidate.steps)

@@ -14,20 +14,17 @@ from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import NonFiniteError
+from qdpo.loss_rules import couples_pairs
 from qdpo.model.adapter import Policy
 from qdpo.model.forward import row_scores
 from qdpo.model.logps import TokenScores
 from qdpo.model.probe import RowTensors
-from qdpo.train.loss import sigmoid_loss
+from qdpo.train.loss import loss_slopes, pair_losses
+from qdpo.train.metrics import counts, means, pair_sums, token_sums
+from qdpo.train.pairs import Pairs, sum_pairs
 
 # Reference log-probs of a pair's chosen and rejected tokens, float32.
 Reference = Callable[[TokenPair], tuple[np.ndarray, np.ndarray]]
-
-METRICS = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected",
-    "logits/chosen", "logits/rejected", "entropy",
-)  # fmt: skip
 
 
 def row_tensors(row: PairRow, device: torch.device) -> RowTensors:
@@ -39,56 +36,37 @@ def row_tensors(row: PairRow, device: torch.device) -> RowTensors:
     return RowTensors(place(row.token_T), place(row.position_T), place(row.source_N), place(row.label_N), row.spans)
 
 
-def score(policy: Policy, row: PairRow, *, metrics: bool) -> TokenScores:
+def score(policy: Policy, row: PairRow, *, metrics: bool, squares: bool = False) -> TokenScores:
     """Scores of the row's response tokens; with `policy.reference()` around it, the reference's."""
     tensors = row_tensors(row, policy.device)
     return row_scores(
-        policy, tensors.token_T, tensors.position_T, tensors.source_N, tensors.label_N, tensors.spans, metrics=metrics
-    )
+        policy, tensors.token_T, tensors.position_T, tensors.source_N, tensors.label_N, tensors.spans,
+        metrics=metrics, squares=squares,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class RowLoss:
-    """What a row contributes: the sum of its pairs' losses, and metrics summed over pairs, both on the device."""
+class ScoredRow:
+    """A row's pairs, with gradient, and its metrics summed over tokens; both on the device."""
 
-    loss: Tensor
+    pairs: Pairs
     sums: dict[str, Tensor]
-    margins_P: Tensor
 
 
-def row_loss(policy: Policy, row: PairRow, reference: Reference, loss: LossConfig) -> RowLoss:
-    """Loss and metrics of one row; the reference is subtracted token by token, so that equal is exactly 0."""
-    scores = score(policy, row, metrics=True)
-    reference_N = np.concatenate([part for pair in row.pairs for part in reference(pair)])
-    ratio_N = scores.logp - torch.from_numpy(reference_N).to(policy.device)
-    a_P, b_P = _per_answer(ratio_N, row)
-    loss_P = sigmoid_loss(a_P, b_P, beta=loss.beta, label_smoothing=loss.label_smoothing)
+def score_row(
+    policy: Policy, row: PairRow, reference: Reference | None, loss: LossConfig, *, mean_tokens_c: float
+) -> ScoredRow:
+    """Log-probs of the row's answers beside their reference; `mean_tokens_c`: the step's chosen tokens a pair."""
+    scores = score(policy, row, metrics=True, squares=loss.wpo)
+    reference_N = None
+    if reference is not None:
+        logps = np.concatenate([part for pair in row.pairs for part in reference(pair)])
+        reference_N = torch.from_numpy(logps).to(policy.device)
+    pairs = sum_pairs(
+        scores.logp, reference_N, row.lengths, loss, mean_tokens_c=mean_tokens_c, log_square_N=scores.log_square
+    )
     with torch.no_grad():
-        sums = _metric_sums(loss_P, loss.beta * a_P, loss.beta * b_P, scores, row)
-    return RowLoss(loss_P.sum(), sums, (loss.beta * (a_P - b_P)).detach())
-
-
-def _metric_sums(
-    loss_P: Tensor, chosen_P: Tensor, rejected_P: Tensor, scores: TokenScores, row: PairRow
-) -> dict[str, Tensor]:
-    """Metric values summed over the row's pairs, keyed by metric name; the step divides by its number of pairs."""
-    assert scores.mean_logit is not None and scores.entropy is not None
-    margin_P = chosen_P - rejected_P
-    logp_chosen_P, logp_rejected_P = _per_answer(scores.logp, row)
-    logit_chosen_P, logit_rejected_P = _per_answer(scores.mean_logit, row, mean=True)
-    entropy_chosen_P, entropy_rejected_P = _per_answer(scores.entropy, row, mean=True)
-    values = (
-        loss_P, chosen_P, rejected_P, margin_P, (margin_P > 0).float() + 0.5 * (margin_P == 0).float(), logp_chosen_P,
-        logp_rejected_P, logit_chosen_P, logit_rejected_P, (entropy_chosen_P + entropy_rejected_P) / 2,
-    )  # fmt: skip
-    return {name: value.sum() for name, value in zip(METRICS, values, strict=True)}
-
-
-def _per_answer(value_N: Tensor, row: PairRow, *, mean: bool = False) -> tuple[Tensor, Tensor]:
-    """Sums (or means) over each answer's tokens: chosen (P,), rejected (P,). Split and summed: the order is fixed."""
-    parts = torch.split(value_N, row.lengths)
-    total = torch.stack([part.mean() if mean else part.sum() for part in parts])
-    return total[0::2], total[1::2]
+        return ScoredRow(pairs, token_sums(scores, reference_N, row))
 
 
 @dataclass
@@ -96,7 +74,7 @@ class StepReport:
     """One optimizer step, as plain numbers."""
 
     values: dict[str, float]
-    """Metric name → mean over the step's pairs."""
+    """Metric name → mean over the step, as metrics.MEAN_OVER says."""
     grad_norm: float
     """Norm of the adapter's gradient before clipping."""
     tokens: int
@@ -111,38 +89,77 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     rows: Sequence[PairRow],
-    reference: Reference,
+    reference: Reference | None,
     loss: LossConfig,
     *,
     max_grad_norm: float,
 ) -> StepReport:
-    """Updates the adapter with the mean gradient over exactly the rows' pairs, however they are packed.
+    """Updates the adapter with the gradient of the mean loss over exactly the rows' pairs, however they are packed.
 
+    Losses that couple pairs see the whole step: every row is scored once without gradient, and again with it.
+    `reference` is None for losses that have none.
     Raises: NonFiniteError before the update if a loss or the gradient norm is NaN or infinite; with fp16 an infinite
     gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report says so.
     """
-    pairs = sum(len(row.pairs) for row in rows)
     optimizer.zero_grad(set_to_none=True)
-    totals: dict[str, Tensor] = {}
-    row_losses = []
-    for row in rows:
-        part = row_loss(policy, row, reference, loss)
-        torch.autograd.backward(scaler.scale(part.loss / pairs))
-        row_losses.append(part.loss.detach())
-        for name, value in part.sums.items():
-            totals[name] = totals[name] + value if name in totals else value
+    backward = _backward_coupled if couples_pairs(loss.name) else _backward_by_row
+    totals, row_losses = backward(policy, rows, reference, loss, scaler.scale)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     # The one synchronisation of the step.
     numbers = torch.stack([*totals.values(), norm, *row_losses]).tolist()
-    values = {name: number / pairs for name, number in zip(totals, numbers, strict=False)}
+    values = means(dict(zip(totals, numbers, strict=False)), rows)
     grad_norm, losses = numbers[len(totals)], numbers[len(totals) + 1 :]
-    tokens = sum(row.tokens for row in rows)
+    tokens, pairs = sum(row.tokens for row in rows), sum(len(row.pairs) for row in rows)
     if not all(np.isfinite(losses)) or not (np.isfinite(grad_norm) or scaler.is_enabled()):
         raise NonFiniteError(_name_rows(rows, losses, grad_norm))
     scaler.step(optimizer)
     scaler.update()
     return StepReport(values, grad_norm, tokens, pairs, overflow=not np.isfinite(grad_norm))
+
+
+Scale = Callable[[Tensor], Tensor]
+
+
+def _backward_by_row(
+    policy: Policy, rows: Sequence[PairRow], reference: Reference | None, loss: LossConfig, scale: Scale
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Adds the step's gradient to the adapter row by row; metrics summed over the step, and each row's loss."""
+    number = counts(rows)
+    totals: dict[str, Tensor] = {}
+    row_losses = []
+    for row in rows:
+        scored = score_row(policy, row, reference, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
+        losses_P = pair_losses(scored.pairs, loss)
+        torch.autograd.backward(scale(losses_P.sum() / number["pairs"]))
+        with torch.no_grad():
+            _add(totals, {**pair_sums(scored.pairs, losses_P, loss), **scored.sums})
+        row_losses.append(losses_P.detach().sum())
+    return totals, row_losses
+
+
+def _backward_coupled(
+    policy: Policy, rows: Sequence[PairRow], reference: Reference | None, loss: LossConfig, scale: Scale
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The same for a loss of all pairs at once: first its slopes by each log-prob, then the rows with these."""
+    number = counts(rows)
+    mean_tokens_c = number["chosen tokens"] / number["pairs"]
+    with torch.no_grad():
+        scored = [score_row(policy, row, reference, loss, mean_tokens_c=mean_tokens_c) for row in rows]
+    losses_P, slopes = loss_slopes([part.pairs for part in scored], loss)
+    for row, slope in zip(rows, slopes, strict=True):
+        pairs = score_row(policy, row, reference, loss, mean_tokens_c=mean_tokens_c).pairs
+        torch.autograd.backward([getattr(pairs, name) for name in slope], [scale(value) for value in slope.values()])
+    totals: dict[str, Tensor] = {}
+    row_losses = torch.split(losses_P, [len(row.pairs) for row in rows])
+    for part, part_losses in zip(scored, row_losses, strict=True):
+        _add(totals, {**pair_sums(part.pairs, part_losses, loss), **part.sums})
+    return totals, [part.sum() for part in row_losses]
+
+
+def _add(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value
 
 
 def _name_rows(rows: Sequence[PairRow], losses: Sequence[float], grad_norm: float) -> str:

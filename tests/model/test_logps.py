@@ -33,7 +33,9 @@ def full_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
 def test_tiles_equal_full_logits(variant: str) -> None:
     hidden, label, head = problem(torch.float32, **VARIANTS[variant])
     # 1 MiB allows 16 rows (the least) of 9,000 logits: the 100 rows take 7 tiles.
-    found = response_logps(hidden, label, head, tile_mib=1, metrics=True)
+    with torch.no_grad():
+        label[::2] = full_logits(hidden, head)[::2].argmax(-1)  # half of the labels are the most likely token
+    found = response_logps(hidden, label, head, tile_mib=1, metrics=True, squares=True)
     slope = torch.randn(100)
     (gradient,) = torch.autograd.grad((found.logp * slope).sum(), hidden)
     logits = full_logits(hidden, head)
@@ -44,6 +46,9 @@ def test_tiles_equal_full_logits(variant: str) -> None:
     assert found.mean_logit is not None and found.entropy is not None
     assert torch.allclose(found.mean_logit, logits.mean(-1), atol=1e-5)
     assert torch.allclose(found.entropy, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-4)
+    assert found.hit is not None and found.log_square is not None
+    assert torch.equal(found.hit, (logits.argmax(-1) == label).float()) and 50 <= found.hit.sum() < 100
+    assert torch.allclose(found.log_square, logits.softmax(-1).pow(2).sum(-1).log(), atol=1e-4)
 
 
 def test_bf16_tiles_are_no_worse_than_full_logits_in_bf16() -> None:

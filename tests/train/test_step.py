@@ -15,13 +15,15 @@ from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow, pack_rows, step_indices
 from qdpo.data.tokens import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
+from qdpo.loss_rules import RULES, needs_reference
 from qdpo.model import adapter
 from qdpo.rundir import RunDir
 from qdpo.train import optim
 from qdpo.train.meters import read_metrics
+from qdpo.train.metrics import MEAN_OVER
 from qdpo.train.plan import plan_steps
 from qdpo.train.policy import load_policy
-from qdpo.train.step import train_step
+from qdpo.train.step import score, train_step
 from tests.conftest import Quiet, arguments
 
 CPU = torch.device("cpu")
@@ -107,15 +109,17 @@ def make(settings: dict[str, str]) -> tuple[Any, list[TokenPair]]:
 
 
 def step_with(
-    policy: Any, rows: list[PairRow], reference: Callable[[TokenPair], Any], rate: float = 0.0
+    policy: Any,
+    rows: list[PairRow],
+    reference: Callable[[TokenPair], Any] | None,
+    rate: float = 0.0,
+    loss: LossConfig = LossConfig(),  # noqa: B008
 ) -> tuple[Any, dict]:
     parameters = policy.adapter_parameters()
     optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = rate
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    report = train_step(
-        policy, list(parameters.values()), optimizer, scaler, rows, reference, LossConfig(), max_grad_norm=1e9
-    )
+    report = train_step(policy, list(parameters.values()), optimizer, scaler, rows, reference, loss, max_grad_norm=1e9)
     return report, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
 
@@ -135,15 +139,124 @@ def test_any_packing_gives_the_same_step(settings: dict[str, str]) -> None:
         assert all((gradients[name] - g).abs().max() <= 2e-6 * largest for name, g in expected.items())
 
 
+def near(policy: Any, pairs: list[TokenPair]) -> Callable[[TokenPair], Any]:
+    """A reference a few nats away from the policy, other for every token."""
+    rng = np.random.default_rng(3)
+    table = {}
+    for pair in pairs:
+        with torch.no_grad():
+            logp = score(policy, PairRow([pair]), metrics=False).logp.numpy()
+        moved = logp + rng.normal(0, 0.3, len(logp)).astype(np.float32)
+        table[pair.row] = (moved[: len(pair.chosen)], moved[len(pair.chosen) :])
+    return lambda pair: table[pair.row]
+
+
+LISTS: dict[str, dict[str, Any]] = {
+    "mpo": {"name": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]},
+    "wpo": {"name": "sigmoid", "wpo": True},
+    "wpo of sft": {"name": "sft", "wpo": True},
+    "ld": {"name": "sigmoid", "ld_alpha": 0.3},
+    "aot beside sft": {"name": ["aot", "sft"], "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", [*RULES, *LISTS])
+def test_micro_batches_give_the_step_of_one_batch(settings: dict[str, str], name: str) -> None:
+    """For every loss, those that sort over the step and those with a token mean too: any packing, the same gradient."""
+    policy, pairs = make(settings)
+    # an adapter that has learned something, so that answers differ from the reference
+    generator = torch.Generator().manual_seed(2)
+    for parameter in policy.adapter_parameters().values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    smoothing = {"exo_pair": 0.1, "robust": 0.1}.get(name, 0.0)
+    loss = LossConfig.model_validate(LISTS.get(name, {"name": name, "label_smoothing": smoothing}))
+    reference = near(policy, pairs) if needs_reference(loss.name) else None
+    whole, expected = step_with(policy, pack_rows(pairs, 10_000), reference, loss=loss)
+    largest = max(g.abs().max() for g in expected.values())
+    assert largest > 1e-4 and ("kl" in whole.values) == (reference is not None)
+    for budget in (0, 70):
+        report, gradients = step_with(policy, pack_rows(pairs, budget), reference, loss=loss)
+        assert report.values == pytest.approx(whole.values, rel=2e-5, abs=1e-5)
+        for parameter, gradient in expected.items():
+            assert (gradients[parameter] - gradient).abs().max() <= 5e-6 * largest, parameter
+
+
+def test_metrics_equal_their_definitions(settings: dict[str, str]) -> None:
+    """Every metric of a step against full logits and plain means over pairs or tokens."""
+    policy, pairs = make(settings)
+    reference = near(policy, pairs)
+    report, _ = step_with(policy, pack_rows(pairs, 70), reference)
+    model = policy.peft
+    sides: dict[str, list[Any]] = {"chosen": [], "rejected": []}
+    for pair in pairs:
+        for side, answer, ref in zip(sides, (pair.chosen, pair.rejected), reference(pair), strict=True):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, answer]).astype(np.int64))
+            with torch.no_grad():
+                logits = model(input_ids=ids[None], use_cache=False).logits[0, len(pair.prompt) - 1 : -1]
+            logps = logits.log_softmax(-1)
+            labels = torch.from_numpy(answer.astype(np.int64))
+            policy_logp = logps.gather(1, labels[:, None])[:, 0].double()
+            ratio = policy_logp - torch.from_numpy(ref).double()
+            sides[side].append(
+                {
+                    "logp": policy_logp, "ratio": ratio, "logit": logits.mean(-1).double(),
+                    "entropy": -(logps.exp() * logps).sum(-1).double(), "hit": (logits.argmax(-1) == labels).double(),
+                    "kl": (-ratio).exp() - 1 + ratio,
+                }
+            )  # fmt: skip
+    tokens = lambda side, what: torch.cat([answer[what] for answer in sides[side]])  # noqa: E731
+    sums = lambda side, what: torch.stack([answer[what].sum() for answer in sides[side]])  # noqa: E731
+    both = lambda what: torch.cat([tokens("chosen", what), tokens("rejected", what)])  # noqa: E731
+    reward_c, reward_r = 0.1 * sums("chosen", "ratio"), 0.1 * sums("rejected", "ratio")
+    expected = {
+        "loss": -(reward_c - reward_r).sigmoid().log().mean(),
+        "rewards/chosen": reward_c.mean(),
+        "rewards/rejected": reward_r.mean(),
+        "rewards/margins": (reward_c - reward_r).mean(),
+        "rewards/accuracies": (reward_c > reward_r).double().mean(),
+        "rewards/ties": torch.tensor(0.0),
+        "entropy": both("entropy").mean(),
+        "kl": both("kl").mean(),
+        "mean_token_accuracy": tokens("chosen", "hit").mean(),
+    }
+    for side in sides:
+        expected[f"logps/{side}"] = sums(side, "logp").mean()
+        expected[f"logps/{side}_per_token"] = tokens(side, "logp").mean()
+        expected[f"logits/{side}"] = tokens(side, "logit").mean()
+        expected[f"lengths/{side}"] = torch.tensor(np.mean([len(getattr(pair, side)) for pair in pairs]))
+    assert list(report.values) == list(MEAN_OVER) and set(report.values) == set(expected)
+    for name, value in expected.items():
+        assert report.values[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
 def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
     result, watcher = train(train__steps="1", model__quantization="nf4", model__dtype="bf16")
     start = watcher.records[0]
     assert start["step"] == 0 and start["eval_rewards/margins"] == 0 and start["eval_rewards/accuracies"] == 0.5
-    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert start["eval_loss"] == pytest.approx(math.log(2), abs=1e-7) and start["eval_rewards/ties"] == 1
+    assert start["eval_kl"] == 0
     first = watcher.records[1]
     assert first["rewards/chosen"] == first["rewards/rejected"] == 0 and first["loss"] == pytest.approx(
         math.log(2), abs=1e-7
     )
+
+
+# What a loss moves from an untouched adapter, where it is not the margin; −1: down. discopop has a hump at zero margin.
+MOVES = {name: ("logps/chosen_per_token", 1) for name in ("sft", "orpo", "cpo")}
+MOVES |= {"apo_down": ("rewards/rejected", -1), "discopop": ("loss", -1)}
+
+
+@pytest.mark.parametrize("name", [*RULES, "sigmoid+bco_pair+sft"])
+def test_every_loss_trains_through_a_run(train: Callable[..., tuple[dict[str, Any], Quiet]], name: str) -> None:
+    changes = {"loss__label_smoothing": "0.1"} if name in ("exo_pair", "robust") else {}
+    result, watcher = train(train__steps="8", loss__name=name, memory__tokens_per_row="120", **changes)
+    metric, sign = MOVES.get(name, ("rewards/margins", 1))
+    assert sign * (result["after"][metric] - result["before"][metric]) > 0.01
+    # dpop weighs any held-out answer that falls below the reference 50 times
+    assert result["after"]["loss"] < result["before"]["loss"] or name == "dpop"
+    alone = not any(RULES[part].reference for part in name.split("+"))
+    assert ("no reference pass" in watcher.text) == alone == ("kl" not in result["after"])
+    assert ("reference log-probs", 40) not in watcher.stages or not alone
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(settings: dict[str, str]) -> None:
