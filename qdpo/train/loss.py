@@ -50,7 +50,7 @@ def loss_slopes(parts: Sequence[Pairs], loss: LossConfig) -> tuple[Tensor, list[
 
 
 def rewards(p: Pairs, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """What is reported as rewards of chosen and rejected, shape (P,): β · log-ratio (DPO, section 4), whatever the loss.
+    """What is reported as rewards of chosen and rejected, shape (P,): β · log-ratio (DPO, section 4) for any loss.
 
     Without a reference: simpo, β · mean log-prob (its eq. 4); orpo, λ · mean log-prob; cpo and sft, β · log-prob.
     """
