@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -28,16 +28,26 @@ REFUSED = (
 )
 
 
+# How a row reaches the model: as it is, with the pairs' spans for our own attention function; as it is, with a mask of
+# T×T; or one sequence of prompt and answer after the other.
+Layout = Literal["spans", "mask", "separate"]
+
+
 @dataclass
 class Policy:
-    """Everything a forward pass needs. `shared` says whether a prompt is computed once for both of its answers."""
+    """Everything a forward pass needs."""
 
     peft: Any
     backbone: Any
     head: Head
     device: torch.device
-    shared: bool
+    layout: Layout
     tile_mib: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether a prompt is computed once for both of its answers."""
+        return self.layout != "separate"
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Trainable parameters by name: fp32 LoRA A and B."""

@@ -1,22 +1,35 @@
 """Attention over rows of [prompt chosen rejected | …] in which each answer sees its prompt and itself, nothing else.
 
-The function is registered with transformers under the name `qdpo_shared`; a call without `pair_spans` is plain SDPA,
-so the same loaded model also scores single sequences and generates.
+A pair is two sequences: [prompt chosen] with its own keys, and [rejected] with the keys of [prompt rejected]. Keys and
+values are gathered once, the prompt's twice; then one varlen call computes every sequence of the row, or one call each
+where there is no such kernel. The function is registered with transformers as `qdpo_shared`; a call without
+`pair_spans` is plain attention, so the same loaded model also scores single sequences and generates.
 
-Letters: B = 1 row · H query heads · K key heads · T tokens · D head width.
+Letters: B = 1 row · H query heads · K key heads · T tokens · G gathered keys · Q queries of a sequence · D head width.
 """
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "qdpo_shared"
+# What `path_name` and `PairSpans.paths` say.
+VARLEN = "one varlen call a layer"
+PAIRWISE = "two SDPA calls a pair"
+SCORED = "two plain products a pair, because its scores are soft-capped or have sinks"
+# torch 2.11 has no enable_gqa.
+VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class SpanLike(Protocol):
@@ -32,28 +45,84 @@ class SpanLike(Protocol):
     def rejected(self) -> int: ...
 
 
-class PairSpans:
-    """The spans of one row, with the masks that its layers share."""
+@dataclass(frozen=True)
+class Sequences:
+    """A row's sequences, in row order: lengths on the host, and on the device what gathers and delimits them."""
+
+    queries: list[int]
+    keys: list[int]
+    key_G: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+
+
+class PairSpans(list[SpanLike]):
+    """The spans of one row, without gaps, with what its layers share; keeps which paths and windows they asked for."""
 
     def __init__(self, spans: Sequence[SpanLike]):
-        self.spans = spans
+        super().__init__(spans)
+        self.paths: set[str] = set()
+        self.windows: set[int | None] = set()
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._sequences: dict[torch.device, Sequences] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """Bottom-right causal mask (queries, keys), True where visible; `window` counts the keys a query may see."""
         place = (queries, keys, window, device)
         if place not in self._masks:
-            query = torch.arange(keys - queries, keys, device=device)[:, None]
-            key = torch.arange(keys, device=device)[None, :]
-            visible = key <= query
-            self._masks[place] = visible if window is None else visible & (key > query - window)
+            self._masks[place] = causal_mask(queries, keys, window, device)
         return self._masks[place]
 
+    def sequences(self, device: torch.device) -> Sequences:
+        if device not in self._sequences:
+            queries = [length for span in self for length in (span.prompt + span.chosen, span.rejected)]
+            keys = [length for span in self for length in (span.prompt + span.chosen, span.prompt + span.rejected)]
+            parts = []
+            for span in self:
+                middle = span.start + span.prompt + span.chosen
+                parts += [torch.arange(span.start, middle), torch.arange(span.start, span.start + span.prompt)]
+                parts.append(torch.arange(middle, middle + span.rejected))
+            starts = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
+            self._sequences[device] = Sequences(queries, keys, torch.cat(parts).to(device), starts[0], starts[1])
+        return self._sequences[device]
 
-def register() -> None:
-    """Makes `qdpo_shared` known to transformers; harmless when called again."""
-    AttentionInterface.register(NAME, shared_prompt_attention)
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Bottom-right causal mask: the last query sees the last key."""
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    visible = key <= query
+    return visible if window is None else visible & (key > query - window)
+
+
+def register(*, compiled: bool = False) -> None:
+    """Makes `qdpo_shared` known to transformers; harmless when called again.
+
+    `compiled`: layers around it are compiled, and it is not. Traced, it would be compiled anew for every row's spans.
+    """
+    function: Any = shared_prompt_attention
+    if compiled:
+        function = torch.compiler.disable(shared_prompt_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@cache
+def path_name(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    """How shared rows of plain softmax attention are computed: `VARLEN`, or `PAIRWISE`, on CUDA with the reason."""
+    if device.type != "cuda":
+        return PAIRWISE
+    if torch.version.hip is not None:
+        return f"{PAIRWISE} (no varlen on ROCm)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{PAIRWISE} (varlen needs compute capability 8.0, this card has {major}.{minor})"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{PAIRWISE} (varlen needs bf16 or fp16)"
+    # Widths from 200 to 224 have no backward kernel on consumer cards (sm86, sm89, sm120).
+    if head_width % 8 or head_width > 256 or 192 < head_width <= 224:
+        return f"{PAIRWISE} (varlen does not take heads of {head_width})"
+    return VARLEN
 
 
 def shared_prompt_attention(
@@ -68,50 +137,110 @@ def shared_prompt_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     pair_spans: PairSpans | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention output (B, T, H, D) for query (B, H, T, D), key and value (B, K, T, D).
 
-    With `pair_spans`, `attention_mask` is ignored: the spans say what each token sees. A sliding window counts
-    logical distance, so the rejected answer's window reaches into its prompt as if the chosen one were not there.
+    With `pair_spans` the spans say what each token sees, and `attention_mask` is a placeholder of one element. A
+    sliding window counts logical distance, so the rejected answer's window reaches into its prompt as if the chosen
+    one were not there. `softcap` bounds scores as cap · tanh(score / cap); `s_aux` holds one sink score a head.
 
-    Raises: NotImplementedError for soft-capped and sink attention, which SDPA cannot compute.
+    Raises: NotImplementedError if the model adds a bias, or something of its own to the mask.
     """
-    if softcap is not None or s_aux is not None:
-        raise NotImplementedError("SDPA has neither soft-capped scores nor attention sinks")
-    if pair_spans is None:
+    if position_bias is not None:
+        raise NotImplementedError("the model adds a position bias to its scores")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_plain = softcap is None and s_aux is None
+    if pair_spans is None and is_plain:
         kwargs.pop("is_causal", None)
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return output
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if pair_spans is None:
+        key, value = _repeat(query, key, value)
+        if attention_mask is None:
+            attention_mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
+        return _scored(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2), None
+    if attention_mask is not None and attention_mask.numel() != 1:
+        raise NotImplementedError("the model adds something of its own to the mask")
+    path = SCORED
+    if is_plain:
+        same_width = value.shape[-1] == key.shape[-1]
+        path = path_name(query.device, query.dtype, query.shape[-1]) if same_width else PAIRWISE
+    pair_spans.paths.add(path)
+    pair_spans.windows.add(sliding_window)
+    sequences = pair_spans.sequences(query.device)
+    key, value = key.index_select(2, sequences.key_G), value.index_select(2, sequences.key_G)
+    if path == VARLEN:
+        return _varlen(query, key, value, sequences, scale, sliding_window), None
+    key, value = _repeat(query, key, value)
     outputs = []
-    for span in pair_spans.spans:
-        middle = span.start + span.prompt + span.chosen
-        end = middle + span.rejected
-        prompt, first, second = (
-            slice(span.start, span.start + span.prompt),
-            slice(span.start, middle),
-            slice(middle, end),
-        )
-        outputs.append(
-            _causal(query[:, :, first], key[:, :, first], value[:, :, first], scaling, sliding_window, pair_spans)
-        )
-        seen_key = torch.cat([key[:, :, prompt], key[:, :, second]], dim=2)
-        seen_value = torch.cat([value[:, :, prompt], value[:, :, second]], dim=2)
-        outputs.append(_causal(query[:, :, second], seen_key, seen_value, scaling, sliding_window, pair_spans))
+    parts = [(query, sequences.queries), (key, sequences.keys), (value, sequences.keys)]
+    for query_Q, key_G, value_G in zip(*(torch.split(whole, lengths, 2) for whole, lengths in parts), strict=True):
+        if is_plain:
+            outputs.append(_causal(query_Q, key_G, value_G, scale, sliding_window, pair_spans))
+        else:
+            mask = pair_spans.mask(query_Q.shape[2], key_G.shape[2], sliding_window, query.device)
+            outputs.append(_scored(query_Q, key_G, value_G, mask, scale, softcap, s_aux))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, spans: PairSpans
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
+    """Output (B, T, H, D) of all sequences at once; the kernel's causal mask and window are bottom-right aligned."""
+    extra: dict[str, Any] = {}
+    if "scale" in VARLEN_TAKES:
+        extra["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in VARLEN_TAKES:
+            extra["enable_gqa"] = True
+        else:
+            key, value = _repeat(query, key, value)
+    longest_q, longest_k = max(sequences.queries), max(sequences.keys)
+    # `window` counts the query's own key, the kernel's left width does not.
+    left = -1 if window is None or window >= longest_k else window - 1
+    output = varlen_attn(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        sequences.query_starts, sequences.key_starts, longest_q, longest_k,
+        window_size=(left, 0), **extra,
+    )  # fmt: skip
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, spans: PairSpans) -> Tensor:
     queries, keys = query.shape[2], key.shape[2]
     if queries == keys and (window is None or window >= keys):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     mask = spans.mask(queries, keys, window, query.device)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _scored(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sink_H: Tensor | None
+) -> Tensor:
+    """Attention from scores written out in float32; a sink is one more key, without a value."""
+    score = (query @ key.mT).float() * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    # Not -inf: a padding token that sees nothing would become NaN, and spread as a value of the next layer.
+    score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
+    if sink_H is not None:
+        sink = sink_H.float().view(1, -1, 1, 1).expand(*score.shape[:3], 1)
+        score = torch.cat([score, sink], dim=-1)
+    prob = score.softmax(-1)[..., : key.shape[2]]
+    return prob.to(value.dtype) @ value
+
+
+def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """One key head for each query head."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

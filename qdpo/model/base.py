@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
@@ -17,10 +17,6 @@ from qdpo.model import attention, quant
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Announce = Callable[[str], None]
-
-
-class AttentionRefused(ConfigError):
-    """The architecture does not accept the attention function that was asked for."""
 
 
 def choose_device(wanted: str, announce: Announce) -> torch.device:
@@ -97,6 +93,14 @@ def load_tokenizer(folder: Path) -> Any:
         raise ConfigError(f"The model folder {folder} has no usable tokenizer: {error}") from error
 
 
+def model_config(folder: Path) -> Any:
+    """The folder's config, as transformers reads it. Raises: ConfigError for an architecture that it does not know."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"transformers cannot read the config of {folder}: {error}") from error
+
+
 def load_base(
     folder: Path,
     *,
@@ -104,13 +108,14 @@ def load_base(
     double_quant: bool,
     dtype: str,
     device: torch.device,
-    attention_name: str,
+    attention_name: str | None,
     announce: Announce,
 ) -> Any:
     """The frozen base on its device, in evaluation mode, every parameter without gradient.
 
-    `attention_name` is `qdpo_shared`, `sdpa` or `eager`. A folder that is already 4-bit keeps its own settings.
-    Raises: ConfigError for a model that transformers cannot load, AttentionRefused if only because of `attention_name`.
+    `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `model.paths` switches it later. A folder
+    that is already 4-bit keeps its own settings.
+    Raises: ConfigError for a model that transformers cannot load, or not with that attention.
     """
     attention.register()
     disable_progress_bar()
@@ -133,8 +138,7 @@ def load_base(
             **arguments,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        kind = AttentionRefused if attention_name in str(error) or "ttention" in str(error) else ConfigError
-        raise kind(f"transformers cannot load the model in {folder}: {error}") from error
+        raise ConfigError(f"transformers cannot load the model in {folder}: {error}") from error
     model.requires_grad_(False)
     model.eval()
     layers = quant.settle(model, compute)

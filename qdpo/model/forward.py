@@ -4,6 +4,7 @@ Letters: T tokens of the row · N response tokens · D hidden width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from qdpo.model.adapter import Policy
 from qdpo.model.attention import PairSpans, SpanLike
 from qdpo.model.logps import TokenScores, response_logps
+
+# transformers' names of the kinds of layers whose attention is known exactly.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def row_scores(
@@ -41,16 +45,48 @@ def row_scores(
 def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:
     # A 4D mask is handed through unread by transformers; without one it would build a mask from the positions'
     # restarts, and take the rejected answer for a document of its own.
-    placeholder = torch.zeros(1, 1, 1, 1, device=token_T.device)
-    output = policy.backbone(
-        input_ids=token_T[None],
-        position_ids=position_T[None],
-        attention_mask=placeholder,
-        pair_spans=PairSpans(spans),
-        use_cache=False,
-    )
+    if policy.layout == "spans":
+        placeholder = torch.zeros(1, 1, 1, 1, device=token_T.device)
+        pair_spans = spans if isinstance(spans, PairSpans) else PairSpans(spans)
+        layout: dict[str, Any] = {"attention_mask": placeholder, "pair_spans": pair_spans}
+    else:
+        layout = {"attention_mask": _masks(policy, position_T, spans)}
+    output = policy.backbone(input_ids=token_T[None], position_ids=position_T[None], use_cache=False, **layout)
     hidden_TD: Tensor = output.last_hidden_state[0]
     return hidden_TD
+
+
+def _masks(policy: Policy, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor | dict[str, Tensor]:
+    """The row's mask (1, 1, T, T); for a model that mixes windows and full attention, one for each kind of layer."""
+    config = policy.backbone.config.get_text_config()
+    is_eager = config._attn_implementation == "eager"
+    masks = {}
+    for kind, window in layer_windows(config).items():
+        mask = visible_keys(position_T, spans, window)[None, None]
+        if is_eager:
+            dtype = policy.head.weight_VD.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        masks[kind] = mask
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def layer_windows(config: Any) -> dict[str, int | None]:
+    """The kinds of attention layers that the model has, each with its sliding window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL]
+    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
+
+
+def visible_keys(position_T: Tensor, spans: Sequence[SpanLike], window: int | None) -> Tensor:
+    """(T, T), True where a query sees a key: earlier in its own prompt and answer, and inside the window."""
+    lengths = torch.tensor([[span.prompt, span.chosen, span.rejected] for span in spans])
+    pair_T = torch.arange(len(spans)).repeat_interleave(lengths.sum(1)).to(position_T.device)
+    part_T = torch.arange(3).repeat(len(spans)).repeat_interleave(lengths.flatten()).to(position_T.device)
+    same_pair = pair_T[:, None] == pair_T
+    prompt_or_own = (part_T == 0) | (part_T[:, None] == part_T)
+    distance = position_T[:, None] - position_T
+    visible = same_pair & prompt_or_own & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
 
 
 def _separate_hidden(policy: Policy, token_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:

@@ -1,6 +1,6 @@
 """Does every fast part equal its plain twin on the loaded model? Asked once, at the start, on two real pairs.
 
-Letters: T tokens of the row · N response tokens.
+Letters: T tokens of the row · N response tokens · D hidden width.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,15 @@ from torch import Tensor
 
 from qdpo.errors import VerificationError
 from qdpo.model.adapter import Policy
-from qdpo.model.attention import SpanLike
-from qdpo.model.forward import row_scores
+from qdpo.model.attention import PairSpans, SpanLike
+from qdpo.model.forward import layer_windows, row_scores
 from qdpo.model.logps import plain_logps
 
 # Root mean square difference of a response token's log-prob, in nats. float32 reassociation stays under 1e-4 on real
 # models; bf16 and fp16 activations move a token's log-prob by 0.03-0.1 whenever the shape of a product changes.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-# The shapes are the same in both passes, so that a row without a leak gives the same bits.
-LEAK_TOLERANCE = 1e-3
 # What a foreign attention function or module raises when it cannot take the row's layout.
-CANNOT = (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError)
+CANNOT = (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -36,37 +34,72 @@ class RowTensors:
     spans: Sequence[SpanLike]
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why prompts are not shared, and the attention function that is exact for separate sequences."""
-
-    reason: str
-    attention: str
-
-
-def check_shared_prompt(policy: Policy, row: RowTensors) -> Refusal | None:
-    """None if shared-prompt rows are exact on this model, else the reason why they are not.
-
-    Two questions: do packed log-probs equal those of separate sequences, and does an answer stay exactly as it was
-    when every other token of the row that it must not see is changed? The second finds a leak at any precision.
-    """
+def separate_logps(policy: Policy, row: RowTensors) -> Tensor:
+    """Log-probs (N,) of the row's answers, each computed alone with its own copy of the prompt."""
     with torch.no_grad():
-        try:
-            packed = _logps(policy, row, shared=True)
-            other = _logps(policy, _with_other_chosen(row), shared=True)
-        except CANNOT as error:
-            what = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            # SDPA ignores soft-caps and sinks without a word: only the architecture's own code is exact.
-            return Refusal(f"its attention does not take the layout ({what})", "eager")
-        separate = _logps(policy, row, shared=False)
-    difference = (packed - separate).square().mean().sqrt().item()
+        return row_logps(replace(policy, layout="separate"), row)
+
+
+def fault(policy: Policy, row: RowTensors, truth_N: Tensor, spans: PairSpans) -> str | None:
+    """Why the policy's layout is not exact on this model, or None; `spans` are the row's, to note what layers ask for.
+
+    Log-probs must equal `truth_N`, those of separate sequences by the architecture's own code. In a shared row an
+    answer must also have no gradient at all by a token that it may not see, which shows a leak at any precision; and
+    the sliding windows that layers ask for must be those of the config, since the probe is shorter than most windows.
+    """
+    try:
+        with torch.no_grad():
+            found_N = row_logps(policy, replace(row, spans=spans))
+        leak = _leak(policy, row) if policy.shared else None
+    except CANNOT as error:
+        return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:120]}"
+    if policy.layout == "spans" and not spans.paths:
+        return "the model does not hand the row's layout on to its attention"
+    if leak is not None:
+        return leak
+    difference = (found_N - truth_N).square().mean().sqrt().item()
     tolerance = TOLERANCE[policy.head.weight_VD.dtype]
-    leak = (_rejected(other, row) - _rejected(packed, row)).abs().max().item()
-    if leak > LEAK_TOLERANCE:
-        return Refusal(f"the rejected answer sees the chosen one (its log-probs move by {leak:.3g} nats)", "sdpa")
     if not difference <= tolerance:
-        what = f"packed and separate log-probs differ by {difference:.3g} nats a token (bound {tolerance:g})"
-        return Refusal(what, "sdpa")
+        return f"log-probs differ from separate sequences by {difference:.3g} nats a token (bound {tolerance:g})"
+    windows = set(layer_windows(policy.backbone.config.get_text_config()).values())
+    if policy.layout == "spans" and spans.windows != windows:
+        return f"layers ask for sliding windows {_listed(spans.windows)}, the config names {_listed(windows)}"
+    return None
+
+
+def _listed(windows: set[int | None]) -> str:
+    return "+".join(sorted("none" if window is None else str(window) for window in windows)) or "nothing"
+
+
+def _leak(policy: Policy, row: RowTensors) -> str | None:
+    """Which tokens an answer's log-probs depend on although it must not see them, or None."""
+    embedded: list[Tensor] = []
+    hook = policy.backbone.get_input_embeddings().register_forward_hook(
+        lambda _module, _inputs, output: embedded.append(output.requires_grad_())
+    )
+    try:
+        with torch.enable_grad():
+            logp_N = row_logps(policy, row)
+    finally:
+        hook.remove()
+
+    def seen_T(part_N: Tensor) -> Tensor:
+        (slope_BTD,) = torch.autograd.grad(part_N.sum(), embedded[0], retain_graph=True)
+        return (slope_BTD[0] != 0).any(-1)
+
+    logps = torch.split(logp_N, [length for span in row.spans for length in (span.chosen, span.rejected)])
+    token_T = torch.arange(len(row.token_T), device=logp_N.device)
+    chosen_T, rejected_T = torch.zeros_like(token_T, dtype=torch.bool), torch.zeros_like(token_T, dtype=torch.bool)
+    for span in row.spans:
+        middle = span.start + span.prompt + span.chosen
+        chosen_T |= (token_T >= span.start + span.prompt) & (token_T < middle)
+        rejected_T |= (token_T >= middle) & (token_T < middle + span.rejected)
+    if (seen_T(torch.cat(logps[1::2])) & chosen_T).any():
+        return "the rejected answer sees the chosen one"
+    if (seen_T(torch.cat(logps[0::2])) & rejected_T).any():
+        return "the chosen answer sees the rejected one"
+    if (seen_T(torch.cat(logps[-2:])) & (token_T < row.spans[-1].start)).any():
+        return "a pair sees the pair before it"
     return None
 
 
@@ -80,7 +113,7 @@ def check_head(policy: Policy, causal_lm: Any, row: RowTensors) -> float:
     with torch.no_grad():
         logit_TV = causal_lm(input_ids=row.token_T[answer][None], use_cache=False).logits[0]
         expected = plain_logps(logit_TV[span.prompt - 1 : -1], row.label_N[: span.chosen])
-        found = _logps(policy, row, shared=False)[: span.chosen]
+        found = row_logps(replace(policy, layout="separate"), row)[: span.chosen]
     difference = (found - expected).square().mean().sqrt().item()
     if not difference <= TOLERANCE[policy.head.weight_VD.dtype]:
         raise VerificationError(
@@ -91,22 +124,5 @@ def check_head(policy: Policy, causal_lm: Any, row: RowTensors) -> float:
     return difference
 
 
-def _logps(policy: Policy, row: RowTensors, *, shared: bool) -> Tensor:
-    view = replace(policy, shared=shared)
-    return row_scores(view, row.token_T, row.position_T, row.source_N, row.label_N, row.spans, metrics=False).logp
-
-
-def _rejected(logp_N: Tensor, row: RowTensors) -> Tensor:
-    parts, offset = [], 0
-    for span in row.spans:
-        parts.append(logp_N[offset + span.chosen : offset + span.chosen + span.rejected])
-        offset += span.chosen + span.rejected
-    return torch.cat(parts)
-
-
-def _with_other_chosen(row: RowTensors) -> RowTensors:
-    token_T = row.token_T.clone()
-    for span in row.spans:
-        chosen = slice(span.start + span.prompt, span.start + span.prompt + span.chosen)
-        token_T[chosen] = token_T[chosen].flip(0).roll(1)
-    return replace(row, token_T=token_T)
+def row_logps(policy: Policy, row: RowTensors) -> Tensor:
+    return row_scores(policy, row.token_T, row.position_T, row.source_N, row.label_N, row.spans, metrics=False).logp

@@ -1,0 +1,130 @@
+"""Chooses the fastest attention path that is exact on the loaded model, and says why it was not a faster one."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.model import attention, probe
+from qdpo.model.adapter import Layout, Policy
+from qdpo.model.attention import PairSpans
+from qdpo.model.forward import FULL, SLIDING, layer_windows
+from qdpo.model.probe import RowTensors
+
+# Fastest first: how the row reaches the model, and the attention function.
+CANDIDATES: list[tuple[Layout, str]] = [
+    ("spans", attention.NAME),
+    ("mask", "sdpa"),
+    ("mask", "eager"),
+    ("separate", "sdpa"),
+    ("separate", "eager"),
+]
+# Rotary frequencies that depend on the longest position of the call: one long pair would change its row.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, say: Callable[[str], None]) -> str:
+    """Sets the policy's layout and attention function to the first that is exact on `row`; returns the path's name.
+
+    Exact is what equals separate sequences by the architecture's own code. `wanted` is model.attention: "sdpa" and
+    "eager" mean separate sequences by that function. `longest` is the greatest number of tokens of a prompt and its
+    answer.
+
+    Raises: ConfigError if the wanted function is not exact, VerificationError if nothing is.
+    """
+    truth_N = _truth(policy, row)
+    candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
+    refused: list[str] = []
+    if wanted == "auto" and (why := _bars_sharing(policy, longest)) is not None:
+        candidates = [candidate for candidate in CANDIDATES if candidate[0] == "separate"]
+        refused.append(why)
+    for layout, name in candidates:
+        policy.layout, spans = layout, PairSpans(row.spans)
+        why = _refusal(policy, name, row, truth_N, spans)
+        if why is None:
+            paths = sorted(spans.paths) or [name]
+            say(f"attention: {_announcement(policy, ' and '.join(paths), refused)}")
+            return ", ".join([layout, *(path.partition(" (")[0] for path in paths)])
+        refused.append(f"{_label(layout, name)}: {why}")
+    if wanted != "auto":
+        raise ConfigError(f"model.attention={wanted} is not exact on this model ({refused[-1]}). Use auto.")
+    raise VerificationError("No way of computing attention is exact on this model: " + "; ".join(refused))
+
+
+def switch_attention(policy: Policy, name: str) -> bool:
+    """Whether the model's attention function is now `name`; transformers leaves models outside its registry alone."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        policy.backbone.set_attn_implementation(name)
+    except (ValueError, ImportError):
+        return False
+    finally:
+        logging.set_verbosity(verbosity)
+    found: str = policy.backbone.config.get_text_config()._attn_implementation
+    return found == name
+
+
+def _truth(policy: Policy, row: RowTensors) -> Tensor:
+    """Log-probs of separate sequences by the architecture's own code: "eager", where it can be switched to."""
+    switch_attention(policy, "eager")
+    truth_N = probe.separate_logps(policy, row)
+    if truth_N.isfinite().all() or _is_beyond_sdpa(policy):
+        return truth_N
+    # Eager scores overflow in fp16 before they are scaled (Qwen2); SDPA's do not.
+    switch_attention(policy, "sdpa")
+    return probe.separate_logps(policy, row)
+
+
+def _refusal(policy: Policy, name: str, row: RowTensors, truth_N: Tensor, spans: PairSpans) -> str | None:
+    if name == "sdpa" and _is_beyond_sdpa(policy):
+        return "it has neither soft-caps nor sinks"
+    if not switch_attention(policy, name):
+        return f"{type(policy.backbone).__name__} does not take it"
+    return probe.fault(policy, row, truth_N, spans)
+
+
+def _is_beyond_sdpa(policy: Policy) -> bool:
+    """Soft-capped scores or attention sinks; transformers before 5.18 lets SDPA ignore a soft-cap without a word."""
+    softcap = getattr(policy.backbone.config.get_text_config(), "attn_logit_softcapping", None)
+    return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
+
+
+def _bars_sharing(policy: Policy, longest: int) -> str | None:
+    """What in the architecture forbids shared rows and would not show in the numbers of a short row in bf16."""
+    config = policy.backbone.config.get_text_config()
+    if getattr(config, "alibi", False):
+        return "its attention is biased by distance in the row (ALiBi)"
+    if "position_ids" not in inspect.signature(policy.backbone.forward).parameters:
+        return "the model takes no position ids (ALiBi, or a state in place of attention)"
+    kinds = [kind for kind in layer_windows(config) if kind not in (FULL, SLIDING, "attention")]
+    if "local" in getattr(config, "attention_layers", []):
+        kinds.append("local attention")
+    if kinds:
+        return f"the model has layers of {' and '.join(kinds)}"
+    for rope in _rope_parameters(config):
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope.get("rope_type") in LENGTH_DEPENDENT and longest > original:
+            return f"its rotary positions change beyond {original} tokens, and data.max_tokens is {longest}"
+    return None
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings, of the whole model or of each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
+
+
+def _label(layout: Layout, name: str) -> str:
+    return {"spans": "qdpo's own function", "mask": f"{name} with a mask", "separate": f"{name}"}[layout]
+
+
+def _announcement(policy: Policy, path: str, refused: list[str]) -> str:
+    why = f"; refused: {'; '.join(refused)}" if refused else ""
+    if policy.layout == "separate":
+        return f"each answer is computed with its own copy of the prompt, by {path}{why}"
+    how = path if policy.layout == "spans" else f"{path} and a mask of T×T elements a row of T tokens"
+    return f"each prompt is computed once for both of its answers, by {how} (checked against separate sequences){why}"
