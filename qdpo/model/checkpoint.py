@@ -1,11 +1,14 @@
-"""Which decoder layers keep their activations for the backward pass, and which compute them again."""
+"""Which decoder layers keep their activations for the backward pass, and where the others' inputs wait."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import is_grad_enabled, nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdpo.errors import ConfigError
+from qdpo.model import attention
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
@@ -22,24 +25,126 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     return max(uniform, key=len)
 
 
-def recompute_layers(backbone: nn.Module, kept_layers: int | str) -> int:
-    """Makes all decoder layers but the last `kept_layers` recompute their activations; returns how many do.
+class Layers:
+    """The decoder layers of a policy, each of which keeps its activations or computes them again.
 
-    Torch's own non-reentrant checkpoint goes around the layer's forward. The last layers are the ones to keep: their
-    activations live shortest. `preserve_rng_state` is off because nothing random happens inside: dropout is zero.
+    Torch's own non-reentrant checkpoint goes around a recomputed layer's forward. The last layers are the ones to keep:
+    their activations live shortest. `preserve_rng_state` is off because nothing random happens inside: dropout is zero.
+    With `compiled`, the kept layers run through torch.compile. Recomputed ones do not: under dynamic shapes a recompute
+    may take another compiled graph than its forward pass did, and torch 2.13 then stops with a CheckpointError.
     """
-    layers = decoder_layers(backbone)
-    kept = len(layers) if kept_layers == "all" else min(int(kept_layers), len(layers))
-    recomputed = len(layers) - kept
-    for layer in list(layers)[:recomputed]:
-        layer.forward = _recomputed(layer.forward)
-    return recomputed
+
+    def __init__(self, backbone: nn.Module, *, offload: bool = False, compiled: bool = False):
+        self._layers: list[Any] = list(decoder_layers(backbone))
+        self._forwards = [layer.forward for layer in self._layers]
+        self._kept = self._forwards
+        if compiled:
+            attention.register(compiled=True)
+            # Layers share their code, and with it one budget of compiled variants.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._layers))
+            self._kept = [_compiled(forward) for forward in self._forwards]
+        self._host = HostInputs() if offload else None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def keep(self, kept_layers: int | str) -> int:
+        """Lets the last `kept_layers` (or "all") keep their activations; returns how many layers recompute theirs."""
+        kept = len(self) if kept_layers == "all" else min(int(kept_layers), len(self))
+        recomputed = len(self) - kept
+        if self._host is not None:
+            self._host.forget()
+        for place, layer in enumerate(self._layers):
+            layer.forward = _recomputed(self._forwards[place], self._host) if place < recomputed else self._kept[place]
+        return recomputed
 
 
-def _recomputed(forward: Any) -> Any:
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled where gradients are wanted. Scoring stays as it is: policy and reference by the same arithmetic."""
+    compiled = torch.compile(forward, dynamic=True)
+
+    def switched(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return switched
+
+
+def _recomputed(forward: Callable[..., Any], host: "HostInputs | None") -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if not is_grad_enabled():
+        if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        if host is None:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        # These hooks see the layer's inputs alone: inside the layer the checkpoint's own hooks are above them.
+        hidden = (args[0] if args else kwargs["hidden_states"]).data_ptr()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: host.pack(t, hidden), host.unpack):
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
+
+
+class HostInputs:
+    """Inputs of recomputed layers, in pinned host memory from the forward pass to the backward pass.
+
+    Copies run on a stream of their own. When the backward pass asks for one input, the one before it in the forward
+    pass is already on its way back. Buffers are reused: every copy into or out of them is on that one stream.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._last: _Parked | None = None
+
+    def pack(self, tensor: Tensor, hidden: int) -> "Tensor | _Parked":
+        """Sends the tensor that starts at address `hidden` to the host; positions and masks stay where they are."""
+        if tensor.data_ptr() != hidden:
+            return tensor
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+        buffers = self._free.setdefault((tensor.shape, tensor.dtype), [])
+        buffer = buffers.pop() if buffers else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            tensor.record_stream(self._stream)  # its memory is not handed out again before the copy is done
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(tensor, non_blocking=True)
+        self._last = _Parked(buffer, tensor.device, self._last)
+        return self._last
+
+    def unpack(self, packed: "Tensor | _Parked") -> Tensor:
+        """The hidden states, back on the device; starts the copy of the layer before."""
+        if not isinstance(packed, _Parked):
+            return packed
+        tensor = self._fetch(packed)
+        if packed.arrived is not None:
+            torch.cuda.current_stream(packed.device).wait_event(packed.arrived)
+            tensor.record_stream(torch.cuda.current_stream(packed.device))
+        self._last, before = packed.before, packed.before
+        packed.tensor = packed.before = None
+        self._free[(packed.buffer.shape, packed.buffer.dtype)].append(packed.buffer)
+        if before is not None:
+            self._fetch(before)
+        return tensor
+
+    def _fetch(self, parked: "_Parked") -> Tensor:
+        if parked.tensor is None:
+            with torch.cuda.stream(self._stream):
+                parked.tensor = torch.empty_like(parked.buffer, device=parked.device)
+                parked.tensor.copy_(parked.buffer, non_blocking=True)
+            if self._stream is not None:
+                parked.arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                parked.arrived.record(self._stream)
+        return parked.tensor
+
+    def forget(self) -> None:
+        """Drops what a forward pass without its backward pass left here."""
+        self._last = None
+
+
+class _Parked:
+    """One tensor on the host, and the one that was sent before it."""
+
+    def __init__(self, buffer: Tensor, device: torch.device, before: "_Parked | None"):
+        self.buffer, self.device, self.before = buffer, device, before
+        self.tensor: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None

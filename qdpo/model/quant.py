@@ -43,6 +43,23 @@ def settle(model: nn.Module, dtype: torch.dtype) -> int:
     return count
 
 
+def frozen_product(layer: nn.Linear, x_TK: Tensor) -> Tensor:
+    """x Wᵀ + bias, shape (T, N), of a frozen linear layer in 4 or 16 and 32 bit, without a graph."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        with torch.no_grad():
+            product: Tensor = bnb.matmul_4bit(x_TK, layer.weight, bias=layer.bias, quant_state=layer.weight.quant_state)
+        return product
+    return nn.functional.linear(x_TK, layer.weight, layer.bias)
+
+
+def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The layer's weight (N, K) in `dtype`; dequantised for this call if it is stored in 4 bits."""
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return weight.to(dtype)
+    return layer.weight.to(dtype)
+
+
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the model's output depends on, by name: parameters, buffers, and 4-bit scales and tables."""
     for name, parameter in model.named_parameters():

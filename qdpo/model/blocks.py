@@ -1,0 +1,144 @@
+"""Lean RMS norm and gated MLP: the same numbers, with less kept for the backward pass.
+
+A norm keeps its input and one number a token. A gated MLP keeps the outputs of gate and up; their product is computed
+again. Backward passes go through rows in slices, since whole-tensor temporaries would undo the saving.
+
+Letters: T tokens · D hidden width · I intermediate width · R rank.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from qdpo.model.linear import AdaptedLinear, Expand, product_fp32
+
+# Numbers in a slice: 16 MB in float32.
+SLICE = 2**22
+Weigh = Callable[[Tensor, Tensor], Tensor]
+
+
+def _weigh_after_cast(unit: Tensor, weight: Tensor) -> Tensor:
+    return weight * unit.to(weight.dtype)
+
+
+def _weigh_before_cast(unit: Tensor, weight: Tensor) -> Tensor:
+    return (weight * unit).to(weight.dtype)
+
+
+def _weigh_plus_one(unit: Tensor, weight: Tensor) -> Tensor:
+    return (unit * (1.0 + weight.float())).to(weight.dtype)
+
+
+# How families scale the normalised input: Llama and most others; OLMo 2; Gemma.
+WEIGHINGS: tuple[Weigh, ...] = (_weigh_after_cast, _weigh_before_cast, _weigh_plus_one)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, weigh: Weigh) -> Tensor:
+        wide_TD = x_TD.float()
+        inverse_T1 = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x_TD, inverse_T1)
+        ctx.weight_D, ctx.weigh = weight_D, weigh
+        return weigh(wide_TD * inverse_T1, weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x_TD, inverse_T1 = ctx.saved_tensors
+        weight_D = ctx.weight_D.float()
+        if ctx.weigh is _weigh_plus_one:
+            weight_D = 1.0 + weight_D
+        grad_TD = torch.empty_like(x_TD)
+        for rows in slices(x_TD):
+            unit = x_TD[rows].float().mul_(inverse_T1[rows])
+            slope = gradients[0][rows].float() * weight_D
+            slope -= unit * torch.linalg.vecdot(slope, unit).div_(x_TD.shape[1])[:, None]
+            grad_TD[rows] = slope.mul_(inverse_T1[rows])
+        return grad_TD, None, None, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, weigh: Weigh) -> Tensor:
+    """x / rms(x), scaled by a frozen weight as `weigh` does; shape of x."""
+    output: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps, weigh)  # type: ignore[no-untyped-call]
+    return output.view(x.shape)
+
+
+class Activation:
+    """An activation and its derivative, both of a tensor in the compute type."""
+
+    def __init__(self, name: str, function: Callable[[Tensor], Tensor]):
+        self.name, self.function = name, function
+
+    def slope(self, x: Tensor) -> Tensor:
+        """f′(x), in float32."""
+        with torch.enable_grad():
+            leaf = x.float().requires_grad_()
+            (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
+        return slope
+
+
+ACTIVATIONS = (
+    Activation("silu", silu),
+    Activation("gelu_tanh", lambda x: gelu(x, approximate="tanh")),
+    Activation("gelu", gelu),
+)
+
+
+class _GatedShrink(torch.autograd.Function):
+    """h = f(gate) · up and h Aᵀ. Keeps gate, up and h Aᵀ; h itself is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, a_RI: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
+        hidden_TI = act.function(gate_TI).mul_(up_TI)
+        low_TR = hidden_TI @ a_RI.to(hidden_TI.dtype).T
+        ctx.save_for_backward(gate_TI, up_TI, a_RI, low_TR)
+        ctx.act = act
+        return hidden_TI, low_TR
+
+    @staticmethod
+    def take(ctx: Any) -> Tensor:
+        gate_TI, up_TI, a_RI, low_TR = ctx.saved_tensors
+        ctx.taken = (gate_TI, up_TI, a_RI)
+        result: Tensor = low_TR
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        grad_hidden_TI, grad_TR = gradients
+        gate_TI, up_TI, a_RI = ctx.taken
+        del ctx.taken
+        low = a_RI.to(grad_TR.dtype)
+        grad_a = torch.zeros_like(a_RI)
+        grad_gate_TI, grad_up_TI = torch.empty_like(gate_TI), torch.empty_like(up_TI)
+        for rows in slices(gate_TI):
+            active = ctx.act.function(gate_TI[rows])
+            grad_a += product_fp32(grad_TR[rows].T, active * up_TI[rows])
+            grad_hidden = torch.addmm(grad_hidden_TI[rows], grad_TR[rows], low)
+            grad_up_TI[rows] = grad_hidden * active
+            grad_gate_TI[rows] = ctx.act.slope(gate_TI[rows]).mul_(grad_hidden).mul_(up_TI[rows])
+        return grad_gate_TI, grad_up_TI, grad_a, None
+
+
+def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: AdaptedLinear, act: Activation) -> Tensor:
+    """down(f(gate(x)) · up(x)); shape of x."""
+    gate_TI, up_TI = (layer(x).reshape(-1, layer_width(layer)) for layer in (gate, up))
+    hidden_TI, low_TR = _GatedShrink.apply(gate_TI, up_TI, down.a_RK, act)  # type: ignore[no-untyped-call]
+    output: Tensor = Expand.apply(  # type: ignore[no-untyped-call]
+        hidden_TI, low_TR, down.b_NR, down.base, down.scale, low_TR.grad_fn, _GatedShrink.take
+    )
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def layer_width(layer: Any) -> int:
+    """Outputs of a linear layer or of the one inside a PEFT layer."""
+    return int(getattr(layer, "base_layer", layer).out_features)
+
+
+def slices(x: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, in slices of about SLICE numbers."""
+    rows = max(1, SLICE // x.shape[1])
+    for start in range(0, len(x), rows):
+        yield slice(start, start + rows)

@@ -1,0 +1,167 @@
+"""Fast parts against their plain twins: numbers, what is kept for the backward pass, and what is not computed twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qdpo.data.pack import PairRow
+from qdpo.model import blocks, checkpoint, fast, linear, quant
+from qdpo.model.adapter import Policy
+from qdpo.train.step import row_tensors
+from tests.model.families import CPU, SHARED, assert_equal, differentiated, make_policy, scores, tiny_row
+
+
+def both(family: str, kept: int | str = "all", **layers: Any) -> tuple[Policy, Policy, fast.Installed]:
+    """The same policy twice, plain and with fast parts."""
+    plain, other = make_policy(SHARED[family]()), make_policy(SHARED[family]())
+    installed = fast.install(other.peft, CPU)
+    checkpoint.Layers(other.backbone, **layers).keep(kept)
+    return plain, other, installed
+
+
+@pytest.mark.parametrize("kept", [0, 1, "all"])
+@pytest.mark.parametrize("family", SHARED)
+def test_a_whole_step_equals_the_plain_one(family: str, kept: int | str) -> None:
+    plain, other, installed = both(family, kept)
+    assert installed.fast or family == "gpt2"
+    row = tiny_row()
+    assert_equal(differentiated(other, row, "spans"), differentiated(plain, row, "spans"))
+
+
+def test_what_is_recognised() -> None:
+    fast_llama = both("llama")[2]
+    assert fast_llama.fast == {"adapter linear": 14, "norm": 5, "gated MLP": 2} and not fast_llama.plain
+    assert "14 adapter linear, 5 norm, 2 gated MLP checked against their plain twins" in str(fast_llama)
+    assert both("phi3")[2].fast == {"adapter linear": 8, "norm": 5} and not both("gpt2")[2].fast
+
+
+def test_names_and_the_adapter_switch_stay() -> None:
+    plain, other, _ = both("llama")
+    assert plain.peft.state_dict().keys() == other.peft.state_dict().keys()
+    row = tiny_row()
+    with torch.no_grad(), plain.reference(), other.reference():
+        assert torch.equal(scores(plain, row, "spans"), scores(other, row, "spans"))
+
+
+@pytest.mark.parametrize("part", ["linear", "norm", "mlp"])
+def test_a_wrong_fast_part_is_not_installed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if part == "linear":
+        right = linear.product_fp32
+        monkeypatch.setattr(linear, "product_fp32", lambda left, rest: right(left, rest) * 1.001)
+    elif part == "norm":
+        monkeypatch.setattr(blocks, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
+    else:
+        slope = blocks.Activation.slope
+        monkeypatch.setattr(blocks.Activation, "slope", lambda self, x: slope(self, x) * 1.001)
+    _, _, installed = both("llama")
+    kind = {"linear": "adapter linear", "norm": "norm", "mlp": "gated MLP"}[part]
+    assert kind not in installed.fast and "differs by 0.00" in str(installed)
+
+
+def test_an_unknown_activation_stays_plain() -> None:
+    plain = make_policy(SHARED["llama"]())
+    for module in plain.peft.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = nn.Hardswish()
+    assert "gated MLP LlamaMLP stays plain (its activation Hardswish is not known)" in str(
+        fast.install(plain.peft, CPU)
+    )
+
+
+def kept_bytes(policy: Policy, row: Any) -> int:
+    """Bytes of distinct storages that the forward pass keeps, without parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.peft.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        scores(policy, row, "spans")
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_lean_layer_keeps_less() -> None:
+    """In numbers a token: 6H + 2Hkv + 2I of a Llama layer, and what attention keeps for itself."""
+    config = SHARED["llama"]()
+    row = tiny_row()
+    tokens, width, inner, key = len(row.token_T), config.hidden_size, config.intermediate_size, 16
+    plain, other, _ = both("llama")
+    one = SHARED["llama"]()
+    one.num_hidden_layers = 1
+    single_plain, single = make_policy(one), make_policy(one)
+    fast.install(single.peft, CPU)
+    layer_plain = (kept_bytes(plain, row) - kept_bytes(single_plain, row)) / 4 / tokens
+    layer = (kept_bytes(other, row) - kept_bytes(single, row)) / 4 / tokens
+    low_rank = 7 * 4 + 2  # x Aᵀ of 7 layers, and a number for each norm
+    # Two SDPA calls a pair keep copies of their slices: keys and values repeated to all heads, query, output and lse.
+    attention = 4 * 2 * width + 2 * 4
+    assert layer <= 6 * width + 2 * key + 2 * inner + low_rank + attention
+    assert layer < 0.85 * layer_plain
+
+
+def test_the_recompute_stops_before_the_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, policy, _ = both("llama", kept=0)
+    row, calls = tiny_row(), []
+    product = quant.frozen_product
+    monkeypatch.setattr(quant, "frozen_product", lambda layer, x: calls.append(layer) or product(layer, x))
+    logp = scores(policy, row, "spans")
+    forward = len(calls)
+    logp.sum().backward()
+    # 7 linear layers in each of 2 decoder layers; the recompute leaves out each down_proj.
+    assert (forward, len(calls) - forward) == (14, 12)
+
+
+def test_inputs_on_the_host_change_nothing() -> None:
+    plain, other, _ = both("llama", kept=1, offload=True)
+    row = tiny_row()
+    packed, fetched = [], []
+    pack, unpack = checkpoint.HostInputs.pack, checkpoint.HostInputs.unpack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.HostInputs, "pack", lambda s, t, h: packed.append(r := pack(s, t, h)) or r)
+        patch.setattr(checkpoint.HostInputs, "unpack", lambda s, p: fetched.append(r := unpack(s, p)) or r)
+        for _attempt in range(2):  # the second row reuses the buffers of the first
+            found = differentiated(other, row, "spans")
+    assert_equal(found, differentiated(plain, row, "spans"))
+    parked = [item for item in packed if not isinstance(item, torch.Tensor)]
+    assert len(parked) == len(packed) == 2  # the input of one of two layers, twice
+    assert parked[0].buffer is parked[1].buffer and parked[0].tensor is None
+
+
+def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str, str]) -> None:
+    """Never compared with each other: both with fp32."""
+    from qdpo import presets
+    from qdpo.train.policy import load_policy
+    from tests.conftest import arguments
+    from tests.train.test_step import make
+
+    _, made = make(settings)
+    results: dict[tuple[str, bool], tuple[torch.Tensor, torch.Tensor]] = {}
+    for dtype in ("fp32", "bf16"):
+        for parts in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not parts:
+                    patch.setattr(fast, "install", lambda peft, device: fast.Installed())
+                words = arguments(settings, model__quantization="nf4", model__dtype=dtype)
+                config = presets.resolve(words).config
+                policy = load_policy(
+                    config, Path(str(config.model.path)), device=CPU, dtype=dtype, probe_with=made[:2],
+                    say=lambda line: None,
+                ).policy  # fmt: skip
+            torch.manual_seed(2)
+            for name, parameter in policy.adapter_parameters().items():
+                if "lora_B" in name:
+                    parameter.data.normal_(std=0.05)
+            logp, by_name = differentiated(policy, row_tensors(PairRow(made), CPU), "spans")
+            results[dtype, parts] = logp, torch.cat([g.flatten() for g in by_name.values()])
+    exact_logp, exact = results["fp32", False]
+    assert (results["fp32", True][0] - exact_logp).abs().max() < 1e-4
+    assert (results["fp32", True][1] - exact).norm() < 1e-5 * exact.norm()
+    errors = {parts: (results["bf16", parts][1] - exact).norm() / exact.norm() for parts in (True, False)}
+    assert errors[True] < 1.2 * errors[False] and errors[False] < 0.5
