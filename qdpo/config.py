@@ -21,6 +21,7 @@ NOT_TRAJECTORY = {
     "train.eval_every",
     "train.keep_checkpoints",
 }
+NOT_TRAJECTORY |= {"memory.limit_gib"}
 NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
 
 
@@ -169,15 +170,21 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept, newest first."""
+    compile: bool = False
+    """Put torch.compile in the place of the fast parts, on layers that are kept: slow to start, for long runs."""
     eval_every: Count = 50
     """Steps between evaluations on the held-out pairs (also before the first and after the last step)."""
 
 
 class MemoryConfig(Section):
-    tokens_per_row: Annotated[int, Field(ge=0)] = 0
-    """Token budget of a forward row: pairs are packed into rows up to it. 0: one pair a row."""
-    kept_layers: Annotated[int, Field(ge=0)] | Literal["all"] = 0
-    """Last layers whose activations are kept instead of recomputed: faster, more memory."""
+    tokens_per_row: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Token budget of a forward row: pairs are packed into rows up to it. 0: one pair a row. auto: from the memory."""
+    kept_layers: Annotated[int, Field(ge=0)] | Literal["auto", "all"] = "auto"
+    """Last layers whose activations are kept instead of recomputed: faster, more memory. auto: as many as fit."""
+    offload: bool | Literal["auto"] = "auto"
+    """Inputs of recomputed layers wait in host memory. auto: where more layers or longer rows fit then."""
+    limit_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory that auto may plan for, in GiB. Default: what is free on the device when the run starts."""
     head_tile_mib: Count = 128
     """Memory for the tile of logits, in MiB: response rows go through the head tile by tile."""
 

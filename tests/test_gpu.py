@@ -1,13 +1,27 @@
 """What only a CUDA device can show: the same numbers as on the CPU, and a run in bf16 with a paged optimizer."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from qdpo import presets
+from qdpo.config import LossConfig
+from qdpo.data.pack import pack_rows
+from qdpo.errors import OutOfMemoryError
+from qdpo.model import attention
+from qdpo.model.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
 from qdpo.model.logps import Head, plain_logps, response_logps
-from tests.conftest import Quiet
+from qdpo.train import fit, optim
+from qdpo.train.feed import ready
+from qdpo.train.policy import load_policy
+from qdpo.train.step import train_step
+from tests.conftest import Quiet, arguments
+from tests.model.test_attention import POSITION_T, SPANS, dense
+from tests.train.test_step import make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
@@ -37,3 +51,111 @@ def test_a_4_bit_run_learns_and_starts_at_its_reference(train: Train, dtype: str
     )
     assert abs(result["before"]["rewards/margins"]) < 0.02 and result["after"]["rewards/accuracies"] >= 0.8
     assert "reference offset" in watcher.text
+
+
+def loaded_policy(settings: dict[str, str], **changes: str) -> tuple[Any, list[Any]]:
+    """A 4-bit bf16 policy on the card, whose adapter does something, and pairs of ids."""
+    _, pairs = make(settings)
+    words = arguments(settings, model__quantization="nf4", model__dtype="bf16", model__device="cuda", **changes)
+    config = presets.resolve(words).config
+    loaded = load_policy(
+        config, Path(str(config.model.path)), device=torch.device("cuda"), dtype="bf16", probe_with=pairs[:2],
+        say=lambda line: None,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(2)
+    for parameter in loaded.policy.adapter_parameters().values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).cuda()
+    return loaded, pairs
+
+
+def zeros(pair: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(len(pair.chosen), np.float32), np.zeros(len(pair.rejected), np.float32)
+
+
+def step(loaded: Any, pairs: list[Any]) -> dict[str, torch.Tensor]:
+    """The gradients of one step that updates nothing."""
+    parameters = loaded.policy.adapter_parameters()
+    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    rows = [ready(row, zeros, pin=True) for row in pack_rows(pairs, 120)]
+    scaler = torch.amp.GradScaler("cuda", enabled=False)
+    train_step(loaded.policy, list(parameters.values()), optimizer, scaler, rows, LossConfig(), max_grad_norm=1e9)
+    return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+def test_inputs_on_the_host_change_nothing(settings: dict[str, str]) -> None:
+    kept, pairs = loaded_policy(settings, memory__kept_layers="all")
+    expected = step(kept, pairs)
+    parked, _ = loaded_policy(settings, memory__kept_layers="0", memory__offload="true")
+    for _attempt in range(3):  # buffers are reused from row to row and from step to step
+        found = step(parked, pairs)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_step_waits_for_the_card_once(settings: dict[str, str], recwarn: pytest.WarningsRecorder) -> None:
+    """The optimizer's own step aside: rows do not synchronise, the finite check does."""
+    loaded, pairs = loaded_policy(settings, memory__kept_layers="1")
+    step(loaded, pairs)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        step(loaded, pairs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in recwarn) <= 1
+
+
+def test_the_longest_row_is_tried_under_a_cap(settings: dict[str, str]) -> None:
+    """A cap just above what is allocated: the trial fails at once, and says what to do."""
+    loaded, pairs = loaded_policy(settings, memory__kept_layers="all")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+    try:
+        with pytest.raises(OutOfMemoryError, match="Nothing was trained"):
+            fit.try_worst_row(
+                loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**22,
+                say=lambda line: None,
+            )  # fmt: skip
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize("window", [None, 1, 5, 13, 100])
+def test_varlen_is_as_exact_as_sdpa(
+    dtype: torch.dtype, key_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and gradients, against float64: no further away than pair by pair. Has never run on a GPU so far."""
+    device, width, scale = torch.device("cuda", torch.cuda.current_device()), 64, 0.11
+    if path_name(device, dtype, width) != VARLEN:
+        pytest.skip(path_name(device, dtype, width))
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, len(POSITION_T), width, device=device, dtype=dtype, requires_grad=True)
+        for heads in (8, key_heads, key_heads)
+    ]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    exact = dense(*doubles, window, scale)
+    slope = torch.randn_like(exact)
+    exact_slopes = torch.autograd.grad(exact, doubles, slope)
+
+    def errors(path: str) -> list[float]:
+        monkeypatch.setattr(attention, "path_name", lambda *_: path)
+        spans = PairSpans(SPANS)
+        found, _ = shared_prompt_attention(
+            torch.nn.Module(), *tensors, None, scaling=scale, sliding_window=window, pair_spans=spans
+        )
+        assert spans.paths == {path}
+        slopes = torch.autograd.grad(found, tensors, slope.to(dtype))
+        pairs = zip([found, *slopes], [exact, *exact_slopes], strict=True)
+        return [((one - other).norm() / other.norm()).item() for one, other in pairs]
+
+    assert all(varlen <= 1.5 * plain + 1e-3 for varlen, plain in zip(errors(VARLEN), errors(PAIRWISE), strict=True))
+
+
+def test_the_path_of_this_card_is_announced(train: Train) -> None:
+    """Has never run on a GPU so far."""
+    _, watcher = train(train__steps="2", model__device="cuda", model__dtype="bf16")
+    # The tiny base has heads of 16.
+    assert path_name(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, 16) in watcher.text

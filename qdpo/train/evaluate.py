@@ -10,10 +10,11 @@ import torch
 from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.model.adapter import Policy
+from qdpo.train.feed import Reference, ready
 from qdpo.train.loss import pair_losses, rewards
 from qdpo.train.metrics import counts, means, pair_sums
 from qdpo.train.pairs import join
-from qdpo.train.step import Reference, score_row
+from qdpo.train.step import score_row
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,8 @@ def evaluate(
     scored = []
     with torch.no_grad():
         for row in rows:
-            scored.append(
-                score_row(policy, row, reference, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
-            )
+            mean_tokens_c = number["chosen tokens"] / number["pairs"]
+            scored.append(score_row(policy, ready(row, reference), loss, mean_tokens_c=mean_tokens_c))
             advance(len(row.pairs))
         pairs = join([part.pairs for part in scored])
         sums = pair_sums(pairs, pair_losses(pairs, loss), loss)

@@ -1,5 +1,6 @@
 """The order of events of a run: prepare, load, score the reference, then step, log, evaluate, save."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -16,10 +17,11 @@ from qdpo.rundir import RunDir
 from qdpo.train import checkpoint, optim, record, samples, signals
 from qdpo.train.checkpoint import Trained
 from qdpo.train.evaluate import Evaluation, evaluate, reference_offset
+from qdpo.train.feed import Feed
 from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
 from qdpo.train.signals import StopRequest
-from qdpo.train.start import Job, open_run, plan_run
+from qdpo.train.start import Job, open_run, plan_run, try_worst_row
 from qdpo.train.step import StepReport, train_step
 
 
@@ -42,6 +44,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
     job = open_run(resolved, run, watcher, stop)
     try:
+        try_worst_row(job)
         plan = plan_run(job)
         used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
         job.scorer.fill([job.train[index] for index in sorted(used)], job.held_out)
@@ -53,13 +56,20 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
         scaler = torch.amp.GradScaler(
             job.loaded.policy.device.type, enabled=job.found["model.dtype"] == "fp16", init_scale=2.0**14
         )
-        before, after, state = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler))
+        feed = Feed(
+            lambda step: [job.train[index] for index in plan.indices(step, job.config.train, len(job.train))],
+            job.scorer.for_loss,
+            tokens_per_row=job.scorer.tokens_per_row,
+            device=job.loaded.policy.device,
+        )
+        with contextlib.closing(feed):
+            before, after, state = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
         return _finish(job, plan, before, after, state)
     finally:
         job.scorer.cache.close()
 
 
-def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Evaluation, dict[str, Any]]:
+def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str, float], Evaluation, dict[str, Any]]:
     """Steps from the newest checkpoint (or 0) to the end; returns the evaluations before and after, and the state."""
     config = job.config
     state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
@@ -91,17 +101,13 @@ def _train(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, float], Ev
         )
         for group in trained.optimizer.param_groups:
             group["lr"] = rate
-        rows = pack_rows(
-            [job.train[index] for index in plan.indices(step, config.train, len(job.train))],
-            config.memory.tokens_per_row,
-        )
+        rows = feed.rows(step, last=plan.steps - 1)
         report = train_step(
             trained.policy,
             parameters,
             trained.optimizer,
             trained.scaler,
             rows,
-            job.scorer.for_loss,
             config.loss,
             max_grad_norm=config.train.max_grad_norm,
         )
@@ -182,7 +188,7 @@ def _log_step(
 
 def _evaluate(job: Job, metrics: Metrics, step: int) -> Evaluation:
     job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
-    rows = pack_rows(job.held_out, job.config.memory.tokens_per_row)
+    rows = pack_rows(job.held_out, job.scorer.tokens_per_row)
     evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
     job.watcher.finish()
     line = {"step": step, **{f"eval_{name}": value for name, value in evaluation.values.items()}}

@@ -8,6 +8,7 @@ tokenizer act only through the ids.
 import hashlib
 import json
 import sqlite3
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -45,6 +46,7 @@ class ReferenceCache:
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / "reference" / f"{name}.sqlite"
+        self._lock = threading.Lock()  # a step's rows are looked up on another thread than an evaluation's
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -63,7 +65,7 @@ class ReferenceCache:
             self._connect()
 
     def _connect(self) -> None:
-        self._database = sqlite3.connect(self.path, timeout=60)
+        self._database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         # Not WAL: it is unsafe on network disks. TRUNCATE with FULL costs about a millisecond a commit.
         self._database.execute("PRAGMA journal_mode=TRUNCATE")
         self._database.execute("PRAGMA synchronous=FULL")
@@ -76,7 +78,8 @@ class ReferenceCache:
         """Log-probs of the chosen and the rejected tokens, or None if either is absent or damaged."""
         found = []
         for key, length in zip(answer_keys(pair), (len(pair.chosen), len(pair.rejected)), strict=True):
-            row = self._database.execute("SELECT value, crc FROM logps WHERE key = ?", (key,)).fetchone()
+            with self._lock:
+                row = self._database.execute("SELECT value, crc FROM logps WHERE key = ?", (key,)).fetchone()
             if row is None or zlib.crc32(row[0]) != row[1] or len(row[0]) != 4 * length:
                 return None
             found.append(np.frombuffer(row[0], dtype="<f4"))

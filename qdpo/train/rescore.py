@@ -10,7 +10,7 @@ from qdpo.data.pack import pack_rows
 from qdpo.errors import ConfigError
 from qdpo.model import adapter, base, fetch
 from qdpo.rundir import RunDir
-from qdpo.train import prepare, signals
+from qdpo.train import fit, prepare, signals
 from qdpo.train.evaluate import Evaluation, evaluate
 from qdpo.train.meters import Watcher
 from qdpo.train.policy import load_policy, probe_pairs
@@ -42,6 +42,11 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
         raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
     kept = rundir.read_json(run.record)
     config, given = _settings(kept["settings"], arguments)
+    if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
+        config = fit.settled(config, {"memory.tokens_per_row": kept["found"].get("memory.tokens_per_row", 0)})
+    tokens_per_row = config.memory.tokens_per_row
+    if tokens_per_row == "auto":
+        raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
     device = base.choose_device(config.model.device, watcher.say)
     cache_dir = cache_folder(config)
     revision = kept["base"]["commit"] or config.model.revision
@@ -61,11 +66,11 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
         watcher.say("warning: the base's weights as loaded here are not those of the training run")
     with signals.listen(watcher.say) as stop:
         cache = ReferenceCache(cache_dir, loaded.reference_name)
-        scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss)
+        scorer = Scorer(loaded, cache, tokens_per_row, watcher, stop, config.loss)
         scorer.fill(pairs)
         adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")
-        rows = pack_rows(pairs, config.memory.tokens_per_row)
+        rows = pack_rows(pairs, tokens_per_row)
         evaluation = evaluate(loaded.policy, rows, scorer.for_loss, config.loss, watcher.advance)
         watcher.finish()
         cache.close()

@@ -11,11 +11,12 @@ from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import Interrupted, VerificationError
 from qdpo.loss_rules import needs_reference
+from qdpo.train.feed import Reference
 from qdpo.train.meters import Watcher
 from qdpo.train.policy import Loaded
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.signals import StopRequest
-from qdpo.train.step import Reference, score
+from qdpo.train.step import score
 
 
 @dataclass(frozen=True)

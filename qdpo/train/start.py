@@ -21,7 +21,7 @@ from qdpo.model import adapter, base, fetch
 from qdpo.model.fetch import BaseFolder
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
-from qdpo.train import optim, prepare, record
+from qdpo.train import fit, optim, prepare, record
 from qdpo.train.meters import Watcher
 from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
@@ -37,6 +37,8 @@ class Job:
     """What every phase of a run needs. `started` is a monotonic clock reading."""
 
     config: RunConfig
+    """The settings, with the memory values that were found."""
+    given: RunConfig
     run: RunDir
     watcher: Watcher
     stop: StopRequest
@@ -73,20 +75,42 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, say)
     train, held_out = prepare.load(run)
+    config = fit.settled(config, rundir.read_json(run.record)["found"])
     watcher.begin("loading the model", 1, "model")
     dtype = rundir.read_json(run.record)["found"]["model.dtype"]
     loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
     watcher.finish()
     _check_weights(run, folder, loaded)
     cache = ReferenceCache(cache_dir, loaded.reference_name)
+    assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss)
-    return Job(config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
+    return Job(config, resolved.config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
 
 
 def cache_folder(config: RunConfig) -> Path:
     """cache.dir, else $QDPO_CACHE, else qdpo in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdpo"
     return Path(config.cache.dir or os.environ.get("QDPO_CACHE") or default).expanduser()
+
+
+def try_worst_row(job: Job) -> None:
+    """Runs the longest row there can be: a lack of memory shows now. Records memory.kept_layers if it was lowered."""
+    device = job.loaded.policy.device
+    parameters = job.loaded.policy.adapter_parameters().values()
+    state_bytes = 8 if job.found["train.optimizer"] == "adamw" else 2
+    kept = job.config.memory.kept_layers
+    assert kept != "auto"
+    fits = fit.try_worst_row(
+        job.loaded,
+        job.train + job.held_out,
+        tokens_per_row=job.scorer.tokens_per_row,
+        kept_layers=kept,
+        may_lower=device.type == "cuda" and presets.flat(job.given)["memory.kept_layers"] == "auto",
+        optimizer_bytes=state_bytes * sum(parameter.numel() for parameter in parameters),
+        say=job.watcher.say,
+    )
+    if fits != kept:
+        record.mark_state(job.run, found={**job.found, "memory.kept_layers": fits})
 
 
 def plan_run(job: Job) -> Plan:
@@ -96,7 +120,7 @@ def plan_run(job: Job) -> Plan:
         plan = plan_steps(train, len(job.train))
         if train.hours is not None:
             speed = measure_speed(
-                job.loaded.policy, job.train, tokens_per_row=job.config.memory.tokens_per_row, seed=train.seed
+                job.loaded.policy, job.train, tokens_per_row=job.scorer.tokens_per_row, seed=train.seed
             )
             passes = Passes(
                 reference=needs_reference(job.config.loss.name), coupled=couples_pairs(job.config.loss.name)
@@ -150,6 +174,15 @@ def _first_start(
         "model.dtype": dtype,
         "train.optimizer": optim.choose_optimizer(config.train.optimizer, device, say),
     }
+    found |= fit.choose_memory(
+        config,
+        base.model_config(folder.folder),
+        data.train + data.held_out,
+        device=device,
+        dtype=dtype,
+        optimizer=found["train.optimizer"],
+        say=say,
+    )
     if folder.commit is not None:
         found["model.revision"] = folder.commit
 

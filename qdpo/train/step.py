@@ -12,33 +12,24 @@ from torch import Tensor, nn
 
 from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
-from qdpo.data.tokens import TokenPair
 from qdpo.errors import NonFiniteError
 from qdpo.loss_rules import couples_pairs
 from qdpo.model.adapter import Policy
 from qdpo.model.forward import row_scores
 from qdpo.model.logps import TokenScores
 from qdpo.model.probe import RowTensors
+from qdpo.train.feed import ReadyRow, row_tensors
 from qdpo.train.loss import loss_slopes, pair_losses
 from qdpo.train.metrics import counts, means, pair_sums, token_sums
 from qdpo.train.pairs import Pairs, sum_pairs
 
-# Reference log-probs of a pair's chosen and rejected tokens, float32.
-Reference = Callable[[TokenPair], tuple[np.ndarray, np.ndarray]]
 
-
-def row_tensors(row: PairRow, device: torch.device) -> RowTensors:
-    """The row's arrays as int64 tensors on the device."""
-
-    def place(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device)
-
-    return RowTensors(place(row.token_T), place(row.position_T), place(row.source_N), place(row.label_N), row.spans)
-
-
-def score(policy: Policy, row: PairRow, *, metrics: bool, squares: bool = False) -> TokenScores:
+def score(policy: Policy, row: PairRow, *, metrics: bool) -> TokenScores:
     """Scores of the row's response tokens; with `policy.reference()` around it, the reference's."""
-    tensors = row_tensors(row, policy.device)
+    return _score(policy, row_tensors(row, policy.device), metrics=metrics, squares=False)
+
+
+def _score(policy: Policy, tensors: RowTensors, *, metrics: bool, squares: bool) -> TokenScores:
     return row_scores(
         policy, tensors.token_T, tensors.position_T, tensors.source_N, tensors.label_N, tensors.spans,
         metrics=metrics, squares=squares,
@@ -53,20 +44,15 @@ class ScoredRow:
     sums: dict[str, Tensor]
 
 
-def score_row(
-    policy: Policy, row: PairRow, reference: Reference | None, loss: LossConfig, *, mean_tokens_c: float
-) -> ScoredRow:
+def score_row(policy: Policy, ready: ReadyRow, loss: LossConfig, *, mean_tokens_c: float) -> ScoredRow:
     """Log-probs of the row's answers beside their reference; `mean_tokens_c`: the step's chosen tokens a pair."""
-    scores = score(policy, row, metrics=True, squares=loss.wpo)
-    reference_N = None
-    if reference is not None:
-        logps = np.concatenate([part for pair in row.pairs for part in reference(pair)])
-        reference_N = torch.from_numpy(logps).to(policy.device)
+    tensors, reference_N = ready.on(policy.device)
+    scores = _score(policy, tensors, metrics=True, squares=loss.wpo)
     pairs = sum_pairs(
-        scores.logp, reference_N, row.lengths, loss, mean_tokens_c=mean_tokens_c, log_square_N=scores.log_square
+        scores.logp, reference_N, ready.row.lengths, loss, mean_tokens_c=mean_tokens_c, log_square_N=scores.log_square
     )
     with torch.no_grad():
-        return ScoredRow(pairs, token_sums(scores, reference_N, row))
+        return ScoredRow(pairs, token_sums(scores, reference_N, ready.row))
 
 
 @dataclass
@@ -88,8 +74,7 @@ def train_step(
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    rows: Sequence[PairRow],
-    reference: Reference | None,
+    rows: Sequence[ReadyRow],
     loss: LossConfig,
     *,
     max_grad_norm: float,
@@ -97,22 +82,22 @@ def train_step(
     """Updates the adapter with the gradient of the mean loss over exactly the rows' pairs, however they are packed.
 
     Losses that couple pairs see the whole step: every row is scored once without gradient, and again with it.
-    `reference` is None for losses that have none.
     Raises: NonFiniteError before the update if a loss or the gradient norm is NaN or infinite; with fp16 an infinite
     gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report says so.
     """
     optimizer.zero_grad(set_to_none=True)
     backward = _backward_coupled if couples_pairs(loss.name) else _backward_by_row
-    totals, row_losses = backward(policy, rows, reference, loss, scaler.scale)
+    totals, row_losses = backward(policy, rows, loss, scaler.scale)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     # The one synchronisation of the step.
     numbers = torch.stack([*totals.values(), norm, *row_losses]).tolist()
-    values = means(dict(zip(totals, numbers, strict=False)), rows)
+    laid_out = [ready.row for ready in rows]
+    values = means(dict(zip(totals, numbers, strict=False)), laid_out)
     grad_norm, losses = numbers[len(totals)], numbers[len(totals) + 1 :]
-    tokens, pairs = sum(row.tokens for row in rows), sum(len(row.pairs) for row in rows)
+    tokens, pairs = sum(row.tokens for row in laid_out), sum(len(row.pairs) for row in laid_out)
     if not all(np.isfinite(losses)) or not (np.isfinite(grad_norm) or scaler.is_enabled()):
-        raise NonFiniteError(_name_rows(rows, losses, grad_norm))
+        raise NonFiniteError(_name_rows(laid_out, losses, grad_norm))
     scaler.step(optimizer)
     scaler.update()
     return StepReport(values, grad_norm, tokens, pairs, overflow=not np.isfinite(grad_norm))
@@ -122,14 +107,14 @@ Scale = Callable[[Tensor], Tensor]
 
 
 def _backward_by_row(
-    policy: Policy, rows: Sequence[PairRow], reference: Reference | None, loss: LossConfig, scale: Scale
+    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Adds the step's gradient to the adapter row by row; metrics summed over the step, and each row's loss."""
-    number = counts(rows)
+    number = counts([ready.row for ready in rows])
     totals: dict[str, Tensor] = {}
     row_losses = []
     for row in rows:
-        scored = score_row(policy, row, reference, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
+        scored = score_row(policy, row, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
         losses_P = pair_losses(scored.pairs, loss)
         torch.autograd.backward(scale(losses_P.sum() / number["pairs"]))
         with torch.no_grad():
@@ -139,19 +124,19 @@ def _backward_by_row(
 
 
 def _backward_coupled(
-    policy: Policy, rows: Sequence[PairRow], reference: Reference | None, loss: LossConfig, scale: Scale
+    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The same for a loss of all pairs at once: first its slopes by each log-prob, then the rows with these."""
-    number = counts(rows)
+    number = counts([ready.row for ready in rows])
     mean_tokens_c = number["chosen tokens"] / number["pairs"]
     with torch.no_grad():
-        scored = [score_row(policy, row, reference, loss, mean_tokens_c=mean_tokens_c) for row in rows]
+        scored = [score_row(policy, row, loss, mean_tokens_c=mean_tokens_c) for row in rows]
     losses_P, slopes = loss_slopes([part.pairs for part in scored], loss)
     for row, slope in zip(rows, slopes, strict=True):
-        pairs = score_row(policy, row, reference, loss, mean_tokens_c=mean_tokens_c).pairs
+        pairs = score_row(policy, row, loss, mean_tokens_c=mean_tokens_c).pairs
         torch.autograd.backward([getattr(pairs, name) for name in slope], [scale(value) for value in slope.values()])
     totals: dict[str, Tensor] = {}
-    row_losses = torch.split(losses_P, [len(row.pairs) for row in rows])
+    row_losses = torch.split(losses_P, [len(part.pairs.c) for part in scored])
     for part, part_losses in zip(scored, row_losses, strict=True):
         _add(totals, {**pair_sums(part.pairs, part_losses, loss), **part.sums})
     return totals, [part.sum() for part in row_losses]

@@ -1,6 +1,8 @@
 """The step against a plain, obvious implementation, and its invariants."""
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from qdpo.loss_rules import RULES, needs_reference
 from qdpo.model import adapter
 from qdpo.rundir import RunDir
 from qdpo.train import optim
+from qdpo.train.feed import Feed, ready
 from qdpo.train.meters import read_metrics
 from qdpo.train.metrics import MEAN_OVER
 from qdpo.train.plan import plan_steps
@@ -119,7 +122,15 @@ def step_with(
     optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = rate
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    report = train_step(policy, list(parameters.values()), optimizer, scaler, rows, reference, loss, max_grad_norm=1e9)
+    report = train_step(
+        policy,
+        list(parameters.values()),
+        optimizer,
+        scaler,
+        [ready(row, reference) for row in rows],
+        loss,
+        max_grad_norm=1e9,
+    )
     return report, {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
 
@@ -229,6 +240,25 @@ def test_metrics_equal_their_definitions(settings: dict[str, str]) -> None:
         assert report.values[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
+def test_rows_are_made_ready_one_step_ahead(settings: dict[str, str]) -> None:
+    _, pairs = make(settings)
+    asked: list[tuple[int, str]] = []
+
+    def of(step: int) -> list[TokenPair]:
+        asked.append((step, threading.current_thread().name))
+        return pairs[2 * step : 2 * step + 2]
+
+    with contextlib.closing(Feed(of, zeros, tokens_per_row=0, device=CPU)) as feed:
+        for step in (0, 1, 3):
+            rows = feed.rows(step, last=3)
+            assert [row.row.pairs[0].row for row in rows] == [pair.row for pair in pairs[2 * step : 2 * step + 2]]
+            reference = rows[0].reference_N
+            assert reference is not None and len(reference) == sum(rows[0].row.lengths)
+    # 0 and 3 were not expected; 1 was ready, and so was 2, which nobody wanted; nothing after the last step.
+    assert [step for step, _ in asked] == [0, 1, 2, 3]
+    assert [name.startswith("qdpo-feed") for _, name in asked] == [False, True, True, False]
+
+
 def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
     result, watcher = train(train__steps="1", model__quantization="nf4", model__dtype="bf16")
     start = watcher.records[0]
@@ -284,8 +314,7 @@ def test_fp16_overflow_skips_the_update_and_is_counted(settings: dict[str, str])
         list(parameters.values()),
         optimizer,
         scaler,
-        pack_rows(pairs, 0),
-        zeros,
+        [ready(row, zeros) for row in pack_rows(pairs, 0)],
         LossConfig(),
         max_grad_norm=1.0,
     )
