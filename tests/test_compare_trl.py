@@ -1,6 +1,7 @@
 """TRL's trainer and ours, from one start to the same numbers; and the scripts that measure, on a tiny model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ pytestmark = pytest.mark.slow
 
 def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs a script; skips if TRL cannot be installed, for want of a package index."""
-    finished = subprocess.run([sys.executable, ROOT / "scripts" / name, *words], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "scripts" / name, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a tiny model gains nothing from a second one
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "pip could not install" in finished.stderr:
         pytest.skip(finished.stderr.splitlines()[-1])
     return finished
