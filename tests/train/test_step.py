@@ -254,7 +254,7 @@ def test_rows_are_made_ready_one_step_ahead(settings: dict[str, str]) -> None:
             assert [row.row.pairs[0].row for row in rows] == [pair.row for pair in pairs[2 * step : 2 * step + 2]]
             reference = rows[0].reference_N
             assert reference is not None and len(reference) == sum(rows[0].row.lengths)
-    # 0 and 3 were not expected; 1 was ready; 2, which nobody wanted, may have been dropped; nothing after the last step.
+    # 0 and 3 were not expected; 1 was ready; 2, which nobody wanted, may have been dropped; nothing follows the last.
     ahead = {step: name.startswith("qdpo-feed") for step, name in asked}
     assert ahead in ({0: False, 1: True, 3: False}, {0: False, 1: True, 2: True, 3: False})
 
