@@ -118,6 +118,7 @@ def test_the_worst_row_is_the_fullest(settings: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own code and of what it traces
 def test_compiled_layers_train_as_plain_ones_do(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
     for kept in ("all", "1"):
         plain, _ = train(train__steps="4", memory__kept_layers=kept, output__name=f"plain-{kept}")
