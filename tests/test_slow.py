@@ -12,8 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
 from qdpo import presets
+from qdpo.data.pack import pack_rows
 from qdpo.loss_rules import RULES
+from qdpo.model import fast, fetch
+from qdpo.model.base import load_tokenizer
+from qdpo.train import prepare
 from qdpo.train.loop import run_training
+from qdpo.train.policy import load_policy
+from qdpo.train.start import cache_folder
+from qdpo.train.step import score
 from tests.conftest import ROOT, Quiet, qdpo, tiny_rows, tiny_tokenizer, write_jsonl
 from tests.train.test_step import MOVES
 
@@ -76,6 +83,43 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert shown[0].startswith(str(tmp_path)) and shown[1] == "204" and "7b-24gb" in shown and len(shown) == 13
+
+
+def test_packed_and_lean_equals_separate_and_plain_on_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M in NF4, fp32: 8 bundled pairs in one row with every fast part, against 16 plain sequences."""
+    config = presets.resolve(["preset=demo", "model.dtype=fp32", "memory.kept_layers=10"]).config
+    base = fetch.locate_base(
+        str(config.model.path), revision=None, cache_dir=cache_folder(config), announce=lambda line: None
+    )
+    tokenizer = load_tokenizer(base.folder)
+    pairs = prepare.read_pairs(config.data, tokenizer, say=lambda line: None)[1][:8]
+    found = {}
+    for lean in (True, False):
+        if not lean:
+            monkeypatch.setattr(fast, "install", lambda peft, device: fast.Installed())
+        loaded = load_policy(
+            config, base.folder, device=torch.device("cpu"), dtype="fp32", probe_with=pairs[:2], say=lambda line: None
+        )
+        policy = loaded.policy
+        policy.layout = policy.layout if lean else "separate"
+        generator = torch.Generator().manual_seed(5)
+        for name, parameter in policy.adapter_parameters().items():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.02, generator=generator)
+        logps = []
+        for row in pack_rows(pairs, 10_000 if lean else 0):
+            logp = score(policy, row, metrics=False).logp
+            logp.sum().backward()
+            order = [pair.row for pair in row.pairs]
+            sums = torch.stack([part.sum() for part in torch.split(logp.detach(), row.lengths)])
+            logps += [(row_number, sums[2 * i], sums[2 * i + 1]) for i, row_number in enumerate(order)]
+        gradients = {name: p.grad for name, p in policy.adapter_parameters().items()}
+        found[lean] = torch.tensor([value for _, *both in sorted(logps) for value in both]), gradients
+    (packed, packed_gradients), (plain, plain_gradients) = found[True], found[False]
+    assert ((packed - plain) / plain).abs().max() < 2e-5
+    largest = max(g.abs().max() for g in plain_gradients.values() if g is not None)
+    for name, gradient in plain_gradients.items():
+        assert gradient is not None and (packed_gradients[name] - gradient).abs().max() <= 1e-4 * largest, name
 
 
 @pytest.mark.parametrize("name", RULES)
