@@ -1,7 +1,7 @@
 """Lean RMS norm and gated MLP: the same numbers, with less kept for the backward pass.
 
 A norm keeps its input and one number a token. A gated MLP keeps the outputs of gate and up; their product is computed
-again. Backward passes go through rows in slices, since whole-tensor temporaries would undo the saving.
+again. Float32 work goes through rows in slices, since whole-tensor temporaries would undo the saving.
 
 Letters: T tokens · D hidden width · I intermediate width · R rank.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from qdpo.model.linear import AdaptedLinear, Expand, product_fp32
+from qdpo.model import products
+from qdpo.model.linear import AdaptedLinear, Expand
 
 # Numbers in a slice: 16 MB in float32.
 SLICE = 2**22
@@ -39,11 +40,15 @@ WEIGHINGS: tuple[Weigh, ...] = (_weigh_after_cast, _weigh_before_cast, _weigh_pl
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float, weigh: Weigh) -> Tensor:
-        wide_TD = x_TD.float()
-        inverse_T1 = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)
+        output_TD = torch.empty_like(x_TD)
+        inverse_T1 = torch.empty(len(x_TD), 1, dtype=torch.float32, device=x_TD.device)
+        for rows in slices(x_TD):
+            wide = x_TD[rows].float()
+            inverse_T1[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            output_TD[rows] = weigh(wide * inverse_T1[rows], weight_D)
         ctx.save_for_backward(x_TD, inverse_T1)
         ctx.weight_D, ctx.weigh = weight_D, weigh
-        return weigh(wide_TD * inverse_T1, weight_D)
+        return output_TD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -112,14 +117,15 @@ class _GatedShrink(torch.autograd.Function):
         del ctx.taken
         low = a_RI.to(grad_TR.dtype)
         grad_a = torch.zeros_like(a_RI)
-        grad_gate_TI, grad_up_TI = torch.empty_like(gate_TI), torch.empty_like(up_TI)
         for rows in slices(gate_TI):
-            active = ctx.act.function(gate_TI[rows])
-            grad_a += product_fp32(grad_TR[rows].T, active * up_TI[rows])
+            gate, up = gate_TI[rows], up_TI[rows]
+            active = ctx.act.function(gate)
+            grad_a += products.mm_fp32(grad_TR[rows].T, active * up)
             grad_hidden = torch.addmm(grad_hidden_TI[rows], grad_TR[rows], low)
-            grad_up_TI[rows] = grad_hidden * active
-            grad_gate_TI[rows] = ctx.act.slope(gate_TI[rows]).mul_(grad_hidden).mul_(up_TI[rows])
-        return grad_gate_TI, grad_up_TI, grad_a, None
+            # Gradients take the places of gate and up, which nothing reads again.
+            gate.copy_(ctx.act.slope(gate).mul_(grad_hidden).mul_(up))
+            torch.mul(grad_hidden, active, out=up)
+        return gate_TI, up_TI, grad_a, None
 
 
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: AdaptedLinear, act: Activation) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdpo.model import quant
+from qdpo.model import products, quant
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Shrink(torch.autograd.Function):
         x_TK, a_RK = ctx.taken
         del ctx.taken
         grad_x = grad_TR @ a_RK.to(grad_TR.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, product_fp32(grad_TR.T, x_TK)
+        return grad_x, products.mm_fp32(grad_TR.T, x_TK)
 
 
 class Expand(torch.autograd.Function):
@@ -68,17 +68,10 @@ class Expand(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (grad_TN,) = gradients
         low_TR = ctx.take(ctx.shrink)
-        grad_b = product_fp32(grad_TN.T, low_TR).mul_(ctx.scale)
+        grad_b = products.mm_fp32(grad_TN.T, low_TR).mul_(ctx.scale)
         grad_low = (grad_TN @ ctx.b_NR.to(grad_TN.dtype)).mul_(ctx.scale)
         grad_x = grad_TN @ quant.dense_weight(ctx.base, grad_TN.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_low, grad_b, None, None, None, None
-
-
-def product_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left · right in float32; on CUDA without rounding the sum over tokens to 16 bits."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
 
 
 def adapted_linear(x: Tensor, layer: AdaptedLinear) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdpo.model import products
+
 
 @dataclass(frozen=True)
 class Head:
@@ -96,16 +98,14 @@ class _ResponseLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
-        return (slope_ND * gradients[0][:, None]).to(slope_ND.dtype), None, None, None, None, None
+        # Multiplied in float32, rounded once, without a float32 matrix in between.
+        grad_ND = torch.mul(slope_ND, gradients[0][:, None], out=torch.empty_like(slope_ND))
+        return grad_ND, None, None, None, None, None
 
 
 def _logits(hidden_RD: Tensor, head: Head) -> Tensor:
     """float32 logits of one tile; on CUDA the product is never rounded to the compute type."""
-    weight_VD = head.weight_VD
-    if hidden_RD.is_cuda and hidden_RD.dtype != torch.float32:
-        logit_RV = torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
-    else:
-        logit_RV = (hidden_RD @ weight_VD.T).float()
+    logit_RV = products.mm_fp32(hidden_RD, head.weight_VD.T)
     if head.bias_V is not None:
         logit_RV = logit_RV + head.bias_V.float()
     if head.scale != 1.0:

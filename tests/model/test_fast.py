@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdpo.data.pack import PairRow
-from qdpo.model import blocks, checkpoint, fast, linear, quant
+from qdpo.model import blocks, checkpoint, fast, linear, products, quant
 from qdpo.model.adapter import Policy
 from qdpo.train.step import row_tensors
 from tests.model.families import CPU, SHARED, assert_equal, differentiated, make_policy, scores, tiny_row
@@ -49,8 +49,8 @@ def test_names_and_the_adapter_switch_stay() -> None:
 @pytest.mark.parametrize("part", ["linear", "norm", "mlp"])
 def test_a_wrong_fast_part_is_not_installed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if part == "linear":
-        right = linear.product_fp32
-        monkeypatch.setattr(linear, "product_fp32", lambda left, rest: right(left, rest) * 1.001)
+        right = products.mm_fp32
+        monkeypatch.setattr(products, "mm_fp32", lambda left, rest: right(left, rest) * 1.001)
     elif part == "norm":
         monkeypatch.setattr(blocks, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
     else:
@@ -119,7 +119,7 @@ def test_the_recompute_stops_before_the_last_product(monkeypatch: pytest.MonkeyP
 
 
 def test_inputs_on_the_host_change_nothing() -> None:
-    plain, other, _ = both("llama", kept=1, offload=True)
+    plain, other, _ = both("llama", kept=1, host=checkpoint.HostInputs())
     row = tiny_row()
     packed, fetched = [], []
     pack, unpack = checkpoint.HostInputs.pack, checkpoint.HostInputs.unpack
