@@ -6,7 +6,7 @@ tokens of a row, e bytes of the compute type.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 GIB = 2**30
@@ -71,16 +71,26 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Row:
+    """What of a row of pairs decides its memory: all its tokens, those of its prompts (each once), and its pairs."""
+
+    tokens: int
+    prompts: int
+    pairs: int = 1
+
+
+@dataclass(frozen=True)
 class Settings:
     """What of a run decides its memory."""
 
     rank: int
     optimizer: str
     quantised: bool
+    double_quant: bool = field(default=True, kw_only=True)
     element: int
     """Bytes of the compute type."""
     tile_mib: int
-    row_tokens: int
+    row_tokens: int = field(default=0, kw_only=True)
     """Tokens of the longest row: its budget, or the longest pair."""
     kept_layers: int
     offload: bool

@@ -30,11 +30,12 @@ class Layers:
 
     Torch's own non-reentrant checkpoint goes around a recomputed layer's forward. The last layers are the ones to keep:
     their activations live shortest. `preserve_rng_state` is off because nothing random happens inside: dropout is zero.
+    `host` is where inputs of recomputed layers wait; None: on the device.
     With `compiled`, the kept layers run through torch.compile. Recomputed ones do not: under dynamic shapes a recompute
     may take another compiled graph than its forward pass did, and torch 2.13 then stops with a CheckpointError.
     """
 
-    def __init__(self, backbone: nn.Module, *, offload: bool = False, compiled: bool = False):
+    def __init__(self, backbone: nn.Module, *, host: "HostInputs | None" = None, compiled: bool = False):
         self._layers: list[Any] = list(decoder_layers(backbone))
         self._forwards = [layer.forward for layer in self._layers]
         self._kept = self._forwards
@@ -43,7 +44,7 @@ class Layers:
             # Layers share their code, and with it one budget of compiled variants.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._layers))
             self._kept = [_compiled(forward) for forward in self._forwards]
-        self._host = HostInputs() if offload else None
+        self._host = host
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -76,11 +77,19 @@ def _recomputed(forward: Callable[..., Any], host: "HostInputs | None") -> Calla
         if host is None:
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         # These hooks see the layer's inputs alone: inside the layer the checkpoint's own hooks are above them.
-        hidden = (args[0] if args else kwargs["hidden_states"]).data_ptr()
+        hidden = _place(args[0] if args else kwargs["hidden_states"])
         with torch.autograd.graph.saved_tensors_hooks(lambda t: host.pack(t, hidden), host.unpack):
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
+
+
+_Place = tuple[int, int, torch.Size]
+
+
+def _place(tensor: Tensor) -> _Place:
+    """Storage, offset and shape: tells tensors apart, fake ones too, which have no address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape
 
 
 class HostInputs:
@@ -95,14 +104,14 @@ class HostInputs:
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         self._last: _Parked | None = None
 
-    def pack(self, tensor: Tensor, hidden: int) -> "Tensor | _Parked":
-        """Sends the tensor that starts at address `hidden` to the host; positions and masks stay where they are."""
-        if tensor.data_ptr() != hidden:
+    def pack(self, tensor: Tensor, hidden: "_Place") -> "Tensor | _Parked":
+        """Sends the tensor that lies at `hidden` to the host; positions and masks stay where they are."""
+        if _place(tensor) != hidden:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
         buffers = self._free.setdefault((tensor.shape, tensor.dtype), [])
-        buffer = buffers.pop() if buffers else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffer = buffers.pop() if buffers else self.buffer(tensor)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
             tensor.record_stream(self._stream)  # its memory is not handed out again before the copy is done
@@ -110,6 +119,10 @@ class HostInputs:
             buffer.copy_(tensor, non_blocking=True)
         self._last = _Parked(buffer, tensor.device, self._last)
         return self._last
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """New host memory of a tensor's shape and type, pinned if that tensor is on a GPU."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
     def unpack(self, packed: "Tensor | _Parked") -> Tensor:
         """The hidden states, back on the device; starts the copy of the layer before."""

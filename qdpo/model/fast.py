@@ -34,8 +34,12 @@ class Installed:
         return "; ".join([", ".join(parts) + " checked against their plain twins" if parts else "none", *left])
 
 
-def install(peft: nn.Module, device: torch.device) -> Installed:
-    """Replaces forwards of adapter linears, RMS norms and gated MLPs, module by module; saved names do not change."""
+def install(peft: nn.Module, device: torch.device, *, weightless: bool = False) -> Installed:
+    """Replaces forwards of adapter linears, RMS norms and gated MLPs, module by module; saved names do not change.
+
+    `weightless`: the linear layers have shapes and no numbers (a trace on fake tensors), so that they and the MLPs are
+    taken by their kind alone, without the check.
+    """
     found = Installed()
     modules = list(peft.named_modules())
     verdicts: dict[tuple[Any, ...], str | None] = {}
@@ -43,7 +47,7 @@ def install(peft: nn.Module, device: torch.device) -> Installed:
         if (layer := linear.adapted(module)) is not None:
             kind = (type(module), name.rpartition(".")[2], layer.base.in_features, layer.base.out_features)
             if kind not in verdicts:
-                verdicts[kind] = _compare_linear(module, layer, device)
+                verdicts[kind] = None if weightless else _compare_linear(module, layer, device)
             fast = linear.fast_forward(module) if verdicts[kind] is None else None
             _settle(found, module, "adapter linear", fast, verdicts[kind])
     for _name, module in modules:
@@ -53,7 +57,7 @@ def install(peft: nn.Module, device: torch.device) -> Installed:
     for _name, module in modules:
         if all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             mlp = (type(module), "mlp", blocks.layer_width(module.up_proj))
-            forward, why = _fast_mlp(module, device, known=mlp in verdicts)
+            forward, why = _fast_mlp(module, device, known=weightless or mlp in verdicts)
             verdicts.setdefault(mlp, why)
             _settle(found, module, "gated MLP", forward, verdicts[mlp])
     return found

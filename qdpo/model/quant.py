@@ -7,6 +7,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
 
@@ -58,6 +59,52 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
         weight: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         return weight.to(dtype)
     return layer.weight.to(dtype)
+
+
+def random_four_bit(
+    layer: nn.Linear, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device
+) -> bnb.nn.Linear4bit:
+    """A 4-bit layer of the same shape with random weights, quantised on `device`; `layer` may lie on meta.
+
+    Under FakeTensorMode, which cannot make bitsandbytes' parameter class, the weight is a plain parameter with the
+    same attributes.
+    """
+    shape = (layer.out_features, layer.in_features)
+    with unset_fake_temporarily():
+        four_bit = bnb.nn.Linear4bit(1, 1, layer.bias is not None, dtype, double_quant, quantization, device="meta")
+    four_bit.in_features, four_bit.out_features = layer.in_features, layer.out_features
+    if layer.bias is not None:
+        four_bit.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device), requires_grad=False)
+    if isinstance(torch.empty(0), FakeTensor):
+        weight: Any = nn.Parameter(torch.empty((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8), False)
+        weight.quant_state = _empty_state(shape, quantization, double_quant, dtype)
+        weight.quant_type, weight.compress_statistics = quantization, double_quant
+    else:
+        dense = torch.randn(shape, dtype=dtype, device=device).mul_(shape[1] ** -0.5)
+        packed, state = bnb.functional.quantize_4bit(
+            dense, blocksize=64, compress_statistics=double_quant, quant_type=quantization
+        )
+        weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, blocksize=64, compress_statistics=double_quant,
+            quant_type=quantization, bnb_quantized=True, module=four_bit,
+        )  # fmt: skip
+        four_bit.quant_state = state
+    four_bit.weight = weight
+    return four_bit
+
+
+def _empty_state(shape: tuple[int, int], quantization: str, double_quant: bool, dtype: torch.dtype) -> Any:
+    blocks = -(-shape[0] * shape[1] // 64)
+    nested = None
+    if double_quant:
+        nested = bnb.functional.QuantState(
+            absmax=torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+        )
+    return bnb.functional.QuantState(
+        absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32), shape=torch.Size(shape),
+        code=torch.empty(16), blocksize=64, quant_type=quantization, dtype=dtype,
+        offset=torch.empty(()) if double_quant else None, state2=nested,
+    )  # fmt: skip
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -54,7 +54,8 @@ def load_policy(
     else:
         say(f"fast parts: {fast.install(policy.peft, device)}")
     offload = config.memory.offload is True and device.type == "cuda"
-    layers = checkpoint.Layers(policy.backbone, offload=offload, compiled=config.train.compile)
+    host = checkpoint.HostInputs() if offload else None
+    layers = checkpoint.Layers(policy.backbone, host=host, compiled=config.train.compile)
     recomputed = layers.keep(kept_layers(config))
     if recomputed:
         where = ", their inputs wait in host memory" if offload else ""

@@ -86,7 +86,7 @@ def train_step(
     gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report says so.
     """
     optimizer.zero_grad(set_to_none=True)
-    backward = _backward_coupled if couples_pairs(loss.name) else _backward_by_row
+    backward = _backward_coupled if couples_pairs(loss.name) else backward_by_row
     totals, row_losses = backward(policy, rows, loss, scaler.scale)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -106,7 +106,7 @@ def train_step(
 Scale = Callable[[Tensor], Tensor]
 
 
-def _backward_by_row(
+def backward_by_row(
     policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Adds the step's gradient to the adapter row by row; metrics summed over the step, and each row's loss."""

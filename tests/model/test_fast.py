@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdpo.data.pack import PairRow
-from qdpo.model import blocks, checkpoint, fast, linear, products, quant
+from qdpo.model import blocks, checkpoint, fast, products, quant
 from qdpo.model.adapter import Policy
 from qdpo.train.step import row_tensors
 from tests.model.families import CPU, SHARED, assert_equal, differentiated, make_policy, scores, tiny_row
