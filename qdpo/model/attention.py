@@ -23,11 +23,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qdpo.model.scored import scored_attention
+
 NAME = "qdpo_shared"
 # What `path_name` and `PairSpans.paths` say.
 VARLEN = "one varlen call a layer"
 PAIRWISE = "two SDPA calls a pair"
-SCORED = "two plain products a pair, because its scores are soft-capped or have sinks"
+SCORED = "plain products in blocks, because its scores are soft-capped or have sinks"
 # torch 2.11 has no enable_gqa.
 VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -183,8 +185,11 @@ def shared_prompt_attention(
         if is_plain:
             outputs.append(_causal(query_Q, key_G, value_G, scale, sliding_window, pair_spans))
         else:
-            mask = pair_spans.mask(query_Q.shape[2], key_G.shape[2], sliding_window, query.device)
-            outputs.append(_scored(query_Q, key_G, value_G, mask, scale, softcap, s_aux))
+            outputs.append(
+                scored_attention(
+                    query_Q, key_G, value_G, scale=scale, window=sliding_window, softcap=softcap, sink_H=s_aux
+                )
+            )
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
