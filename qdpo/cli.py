@@ -85,6 +85,31 @@ def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
         terminal.finish()
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    settings: Settings = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
+    card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
+    like: Annotated[str | None, typer.Option(help="The family whose layers an unknown architecture has.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Forecast a run's memory by cause, its time, and whether it fits; loads and downloads nothing.
+
+    Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
+    """
+    import json
+
+    from qdpo.measure.plan import make_plan, print_plan
+
+    resolved = presets.resolve(settings or [])
+    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
+    if json_:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_plan(found, typer.echo)
+
+
 @app.command(name="presets")
 def presets_(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
     """List the presets, or print one with its comments."""

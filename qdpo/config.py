@@ -183,6 +183,8 @@ class MemoryConfig(Section):
     """Last layers whose activations are kept instead of recomputed: faster, more memory. auto: as many as fit."""
     offload: bool | Literal["auto"] = "auto"
     """Inputs of recomputed layers wait in host memory. auto: where more layers or longer rows fit then."""
+    embeddings: Literal["auto", "device", "host"] = "auto"
+    """Where the embedding table lies; host: looked-up rows are copied. auto: on the device unless it does not fit."""
     limit_gib: Annotated[float, Field(gt=0)] | None = None
     """Memory that auto may plan for, in GiB. Default: what is free on the device when the run starts."""
     head_tile_mib: Count = 128

@@ -1,73 +1,28 @@
 """Peak memory of a training step by cause, from plain numbers; no torch.
 
-Formulas: what the step keeps for its backward pass, counted tensor by tensor. H hidden width, I intermediate width, T
-tokens of a row, e bytes of the compute type.
+The step is followed through the moments at which its memory can be highest, counted tensor by tensor as the code keeps
+them; the highest is the forecast. `measure.trace` runs the very step on fake tensors and holds these formulas to it.
+
+Letters: T tokens of a row · N of them in answers · G keys (prompts count twice) · H hidden width · I intermediate width
+· Q, K widths of all query and key heads · R adapter rank · V vocabulary · e bytes of the compute type.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+
+from qdpo.shapes import Shape
 
 GIB = 2**30
-# NF4 with double quantisation: 4 bits, a byte a block of 64, a float32 for 256 of these blocks (QLoRA, section 3).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Weights, float32 gradients, and the two states of 8-bit or 32-bit AdamW, per trained number.
-ADAPTER_BYTES = {"paged_adamw8bit": 4 + 4 + 2, "adamw8bit": 4 + 4 + 2, "adamw": 4 + 4 + 8}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of an architecture decides its memory."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    """Width of all query heads together; `key` of all key heads."""
-    key: int
-    vocabulary: int
-    tied: bool
-    gated: bool = True
-
-    @classmethod
-    def of(cls, get: Callable[[str], Any]) -> "Shape":
-        """From a function that gives a config's values by transformers' standard names, or None.
-
-        Raises: KeyError naming the value that is missing.
-        """
-
-        def need(name: str) -> int:
-            value = get(name)
-            if not isinstance(value, int) or value <= 0:
-                raise KeyError(name)
-            return value
-
-        hidden, heads = need("hidden_size"), need("num_attention_heads")
-        head = get("head_dim") or hidden // heads
-        return cls(
-            layers=need("num_hidden_layers"),
-            hidden=hidden,
-            intermediate=get("intermediate_size") or get("n_inner") or 4 * hidden,
-            query=heads * head,
-            key=(get("num_key_value_heads") or heads) * head,
-            vocabulary=need("vocab_size"),
-            tied=bool(get("tie_word_embeddings")),
-            gated=get("model_type") not in ("gpt2", "gpt_neox", "starcoder2", "bloom", "falcon", "opt", "phi"),
-        )
-
-    @property
-    def linears(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of one layer's linear layers."""
-        attention = [(self.hidden, self.query), (self.hidden, self.key), (self.hidden, self.key)]
-        attention.append((self.query, self.hidden))
-        into = [(self.hidden, self.intermediate)] * (2 if self.gated else 1)
-        return [*attention, *into, (self.intermediate, self.hidden)]
-
-    @property
-    def linear_weights(self) -> int:
-        """Weights of all adapted layers of the base."""
-        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+# Weights and their float32 gradients, per trained number; the optimizer's two states come on top.
+ADAPTER_BYTES = 8
+STATE_BYTES = {"paged_adamw8bit": 2, "adamw8bit": 2, "adamw": 8}
+# Numbers that a norm or an MLP works on at a time, in float32 (`blocks.SLICE`), and scores of a block (`scored.BLOCK`).
+SLICE = 2**22
+SCORES = 2**24
+# Not a tensor: the CUDA context with its loaded kernels, and the libraries' workspaces. Not measured yet.
+CONTEXT = 0.5 * GIB
+WORKSPACES = 0.1 * GIB
+# On the CPU: the libraries, as resident after loading torch, transformers and bitsandbytes (measured: 0.9 to 1.0).
+PROCESS = 1.0 * GIB
 
 
 @dataclass(frozen=True)
@@ -78,94 +33,195 @@ class Row:
     prompts: int
     pairs: int = 1
 
+    @property
+    def sequence(self) -> float:
+        """Tokens of a prompt and its answer, in a row of equal pairs."""
+        return (self.prompts + self.responses / 2) / max(self.pairs, 1)
+
+    @property
+    def responses(self) -> int:
+        return self.tokens - self.prompts
+
+    @property
+    def keys(self) -> int:
+        return self.tokens + self.prompts
+
 
 @dataclass(frozen=True)
 class Settings:
     """What of a run decides its memory."""
 
-    rank: int
-    optimizer: str
-    quantised: bool
-    double_quant: bool = field(default=True, kw_only=True)
-    element: int
+    rank: int = 16
+    optimizer: str = "paged_adamw8bit"
+    quantised: bool = True
+    double_quant: bool = True
+    element: int = 2
     """Bytes of the compute type."""
-    tile_mib: int
-    row_tokens: int = field(default=0, kw_only=True)
-    """Tokens of the longest row: its budget, or the longest pair."""
-    kept_layers: int
-    offload: bool
-    cuda: bool
+    tile_mib: int = 128
+    kept_layers: int = 0
+    offload: bool = False
+    host_embeddings: bool = False
+    """Whether the embedding table lies in host memory."""
+    cuda: bool = True
+    context: bool = True
+    """Whether the CUDA context counts; not where what is free was asked for after it was made."""
 
 
-def forecast(shape: Shape, run: Settings) -> dict[str, float]:
-    """Bytes on the device at the step's peak, by cause; every row token is taken to be a response token."""
-    e, tokens, width = run.element, run.row_tokens, shape.hidden
-    weights = shape.linear_weights
-    trained = shape.layers * run.rank * sum(inputs + outputs for inputs, outputs in shape.linears)
-    layer = 6 * width + 2 * shape.key + 2 * shape.intermediate  # what a kept layer holds a token, lean parts on
-    recomputed = shape.layers - run.kept_layers
-    on_device = min(recomputed, 3) if run.offload else recomputed
+def nf4_bytes(numbers: int, double_quant: bool) -> float:
+    """A matrix in 4 bits: a scale for each 64 numbers, in float32 or again in 8 bits (QLoRA, section 3)."""
+    blocks = numbers / 64
+    return numbers / 2 + (blocks + 4 * blocks / 256 + 1024 if double_quant else 4 * blocks) + 64
+
+
+def fixed(shape: Shape, run: Settings) -> dict[str, float]:
+    """Bytes on the device before a step, by cause."""
+    e = run.element
+    sizes = [inputs * outputs for inputs, outputs in shape.linears]
+    stored = [nf4_bytes(size, run.double_quant) if run.quantised else float(e * size) for size in sizes]
+    tables = shape.table_weights * e * (1 if shape.tied else 2)
+    if run.host_embeddings and not shape.tied:
+        tables -= shape.table_weights * e
+    trained = adapter_numbers(shape, run.rank)
     return {
-        "4-bit base" if run.quantised else "base": weights * (NF4_BYTES if run.quantised else e),
-        "embeddings and head": shape.vocabulary * width * e * (1 if shape.tied else 2),
-        "adapter, gradients, optimizer": trained * ADAPTER_BYTES[run.optimizer],
-        "kept layers": e * tokens * layer * run.kept_layers,
-        "inputs of recomputed layers": e * tokens * width * on_device,
-        "working layer": e * tokens * (10 * width + 3 * shape.intermediate),
-        "dequantised weight": 2 * e * max(a * b for a, b in shape.linears) if run.quantised else 0.0,
-        "head": run.tile_mib * 2**20 + 2 * e * tokens * width,
-        "runtime": 0.7 * GIB if run.cuda else 1.0 * GIB,
+        "4-bit base" if run.quantised else "base": shape.layers * sum(stored),
+        "embeddings and head": float(tables),
+        "adapter": 4.0 * trained,
+        "gradients": 4.0 * trained,
+        "optimizer": STATE_BYTES[run.optimizer] * trained * (1.02 if run.optimizer != "adamw" else 1.0),
     }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Values for memory.tokens_per_row, memory.kept_layers and memory.offload, and the peak that is forecast."""
-
-    tokens_per_row: int
-    kept_layers: int
-    offload: bool
-    peak: float
+def adapter_numbers(shape: Shape, rank: int) -> int:
+    """Trained numbers of an adapter on every linear layer but the head."""
+    return shape.layers * rank * sum(inputs + outputs for inputs, outputs in shape.linears)
 
 
-ROWS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
-# Tokens whose computing takes as long as dequantising the base once (research on 4090-class cards: 17 % at 1,024).
-PASS_TOKENS = 180
+def kept_bytes(shape: Shape, run: Settings, row: Row) -> float:
+    """What one layer keeps for its backward pass, its input included."""
+    e, tokens, family = run.element, row.tokens, shape.family
+    hidden = 4 + (family.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
+    wide = (4 if family.fused_mlp else 2) * shape.intermediate
+    heads = (3 if family.copied_output else 2) * shape.query + ((shape.query + shape.key) if family.head_norms else 0)
+    low = run.rank * len(shape.linears)
+    statistics = 4 * (shape.heads + family.norms) + (4 * (shape.heads + shape.key_heads) if family.head_norms else 0)
+    gathered = 2 * e * row.keys * (shape.query if family.scored else shape.key)
+    return e * tokens * (hidden * shape.hidden + heads + wide + low) + gathered + tokens * statistics
 
 
-def choose(
-    shape: Shape,
-    run: Settings,
-    *,
-    limit: float,
-    longest: int,
-    step_tokens: int,
-    rows: int | None,
-    kept: int | None,
-    offload: bool | None,
-) -> Choice:
-    """The fastest values under `limit` bytes; what is not None is given and stays.
+def forecast(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+    """Bytes on the device at the step's peak, by cause."""
+    moments = [_at_head(shape, run, row), _in_last_mlp(shape, run, row)]
+    kept = min(run.kept_layers, shape.layers)
+    if kept > 0:
+        moments.append(_in_backward(shape, run, row, kept * kept_bytes(shape, run, row), kept))
+    if kept < shape.layers:
+        moments.append(_in_backward(shape, run, row, 0.0, kept))
+    highest = max(moments, key=lambda moment: sum(moment.values()))
+    return {**fixed(shape, run), **highest, **outside(run)}
 
-    `longest` is the longest pair in tokens, `step_tokens` the tokens of a step: longer rows could not be filled. If
-    nothing fits, the choice with the lowest peak, which is then above the limit.
-    """
-    budgets = [rows] if rows is not None else sorted({max(longest, min(r, step_tokens)) for r in ROWS}, reverse=True)
-    switches = [offload] if offload is not None else ([False, True] if run.cuda else [False])
-    best: tuple[float, Choice] | None = None
-    smallest: Choice | None = None
-    for budget in budgets:
-        for moved in switches:
-            setting = replace(run, row_tokens=max(budget, longest), offload=moved)
-            none, one = (sum(forecast(shape, replace(setting, kept_layers=k)).values()) for k in (0, 1))
-            fit = math.floor((limit - none) / max(one - none, 1.0)) if limit >= none else -1
-            layers = min(shape.layers, max(fit, 0)) if kept is None else kept
-            peak = sum(forecast(shape, replace(setting, kept_layers=layers)).values())
-            found = Choice(budget, layers, moved, peak)
-            if smallest is None or peak < smallest.peak:
-                smallest = found
-            # Passes of a token: forward, backward, and the recompute of layers that are not kept.
-            cost = (3 - layers / shape.layers) * (1 + PASS_TOKENS / max(budget, 1)) * (1.01 if moved else 1.0)
-            if peak <= limit and (best is None or cost < best[0]):
-                best = (cost, found)
-    assert smallest is not None
-    return best[1] if best is not None else smallest
+
+def outside(run: Settings) -> dict[str, float]:
+    """Bytes that no tensor takes, by cause."""
+    if not run.cuda:
+        return {"libraries": PROCESS if run.context else 0.0}
+    return {"CUDA context": CONTEXT if run.context else 0.0, "workspaces": WORKSPACES}
+
+
+def peak(shape: Shape, run: Settings, row: Row) -> float:
+    """Bytes of `forecast` together."""
+    return sum(forecast(shape, run, row).values())
+
+
+def _inputs(shape: Shape, run: Settings, row: Row, kept: int) -> float:
+    """Inputs of recomputed layers: all on the device, or with offload this one and the one on its way."""
+    recomputed = shape.layers - kept
+    return run.element * row.tokens * shape.hidden * (min(recomputed, 2) if run.offload else recomputed)
+
+
+def _weight(run: Settings, size: int) -> float:
+    """A matrix in the compute type, with its unpacked scales."""
+    return size * (run.element + (1 / 16 if run.double_quant else 0.0)) if run.quantised else 0.0
+
+
+def _indices(row: Row) -> float:
+    """Ids, positions, labels, gathered keys and per-token metrics."""
+    return 8.0 * (2 * row.tokens + row.keys) + 80.0 * row.responses
+
+
+def _at_head(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+    """All layers done: the last hidden states, those of answer tokens with their slopes, and one tile of logits."""
+    e, kept = run.element, min(run.kept_layers, shape.layers)
+    rows = min(row.responses, max(16, run.tile_mib * 2**20 // (shape.vocabulary * 12)))
+    tile = rows * shape.vocabulary * 12.0
+    return {
+        "kept layers": kept * kept_bytes(shape, run, row),
+        "inputs of recomputed layers": _inputs(shape, run, row, kept),
+        "working layer": e * row.tokens * 2 * shape.hidden + _indices(row),
+        "head tile": tile + 2 * e * row.responses * shape.hidden,
+    }
+
+
+def _in_last_mlp(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+    """The forward pass in the last layer's MLP: its product that goes down, or one gate and up matrix."""
+    e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
+    working, weight = shape.hidden + (0 if shape.family.fused_mlp else shape.intermediate), _weight(run, size)
+    if kept == 0:
+        working += 2 * shape.hidden + (4 if shape.family.fused_mlp else 2) * shape.intermediate
+    elif shape.family.fused_mlp and _weight(run, size) > e * row.tokens * (2 * shape.intermediate + shape.hidden):
+        working, weight = -2 * shape.intermediate, _weight(run, 2 * size)
+    return {
+        "kept layers": kept * kept_bytes(shape, run, row),
+        "inputs of recomputed layers": _inputs(shape, run, row, kept),
+        "working layer": e * row.tokens * working + _indices(row),
+        "dequantised weight": weight,
+    }
+
+
+def _in_backward(shape: Shape, run: Settings, row: Row, kept: float, first: int) -> dict[str, float]:
+    """The backward pass in a layer, `kept` bytes of kept layers before it; 0: the first recomputed one."""
+    own = 0.0 if kept else kept_bytes(shape, run, row) - run.element * row.tokens * shape.hidden
+    working, weight = max(_mlp_gradients(shape, run, row), _attention_gradients(shape, run, row), key=sum)
+    return {
+        "kept layers": kept,
+        "inputs of recomputed layers": _inputs(shape, run, row, first),
+        "working layer": own + working + _indices(row),
+        "dequantised weight": weight,
+    }
+
+
+def _mlp_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]:
+    """The gradient of the MLP's product, then a dequantised weight or a slice's float32 work."""
+    e, tokens, wide = run.element, row.tokens, shape.intermediate
+    down = _weight(run, wide * shape.hidden)
+    if shape.family.fused_mlp:
+        both = _weight(run, 2 * wide * shape.hidden)
+        choices = [(shape.hidden + wide, down), (shape.hidden + 2 * wide, 0.0), (shape.hidden - 2 * wide, both)]
+        return max(((e * tokens * width, weight) for width, weight in choices), key=sum)
+    slices = 12.0 * min(SLICE, tokens * wide)
+    return e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down
+
+
+def _attention_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]:
+    """Gradients of queries, keys and values, and what the kernel sums them up in; the MLP's part is gone by then."""
+    e, tokens = run.element, row.tokens
+    gone = e * tokens * (2 * shape.intermediate + 2 * shape.hidden + shape.family.copied_output * shape.query)
+    working = 2.0 * e * (tokens * (shape.hidden + shape.query) + row.keys * shape.key) - gone
+    if shape.family.scored:
+        working += (12.0 + e) * min(SCORES, shape.heads * row.sequence**2) + (8 + 2 * e) * row.sequence * shape.query
+        return working + 2 * e * row.keys * shape.query, 0.0
+    working += 4.0 * tokens * shape.query
+    if shape.query != shape.key:
+        working += 2 * e * row.keys * shape.query
+    return working, 0.0
+
+
+def host_bytes(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+    """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
+    waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0
+    buffer = run.element * row.tokens * shape.hidden
+    return {
+        "process and libraries": 3.0 * GIB,
+        # Pinned blocks are rounded up to a power of two.
+        "inputs of recomputed layers": float(waiting * 2 ** max(0, (buffer - 1).bit_length())),
+        "embedding table": float(shape.table_weights * run.element if run.host_embeddings else 0),
+    }

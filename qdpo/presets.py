@@ -4,6 +4,7 @@ Only the standard library and pydantic are imported, so that a wrong setting is 
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -63,6 +64,14 @@ def preset_text(name: str) -> str:
     if name not in preset_names():
         raise ConfigError(f"Unknown preset {name!r}. {nearest(name, preset_names())} `qdpo presets` describes them.")
     return (shipped_folder() / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def card_gib(name: str | None) -> float | None:
+    """Memory of the card that a preset is made for; None for those without a card."""
+    if name is None:
+        return None
+    number = re.match(r"(\d+) GB", tomllib.loads(preset_text(name))["card"])
+    return float(number[1]) if number else None
 
 
 def preset_table() -> list[str]:

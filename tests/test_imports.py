@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
-LAYER = {"errors": 0, "config": 1, "memory": 1, "presets": 2, "rundir": 2, "data": 3, "model": 3, "train": 4}
-LAYER |= {"export": 5, "report": 5, "collect": 5, "measure": 5, "cli": 6, "__init__": 0}
+LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, "memory": 2, "timing": 3, "choice": 4}
+LAYER |= {"presets": 5, "rundir": 5, "data": 6, "model": 6, "train": 7}
+LAYER |= {"export": 8, "report": 8, "collect": 8, "measure": 8, "cli": 9}
 IMPORTERS = {
     "typer": {"cli"},
     "datasets": {"data/source", "data/files"},

@@ -147,3 +147,21 @@ def load_base(
             f"No linear layer of {folder} became 4-bit. Use model.quantization=none for this architecture."
         )
     return model
+
+
+def embeddings_to_host(model: Any) -> None:
+    """Moves the embedding table into host memory; looked-up rows go to the model's device. The numbers are the same.
+
+    Raises: ConfigError if the head is the same table.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight.data_ptr() == table.weight.data_ptr():
+        raise ConfigError("memory.embeddings=host: this model's head is the same table, which the device needs.")
+    plain, device = table.forward, table.weight.device
+    table.to("cpu")
+
+    def forward(token: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = plain(token.cpu())
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+    table.forward = forward

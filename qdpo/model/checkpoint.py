@@ -96,12 +96,13 @@ class HostInputs:
     """Inputs of recomputed layers, in pinned host memory from the forward pass to the backward pass.
 
     Copies run on a stream of their own. When the backward pass asks for one input, the one before it in the forward
-    pass is already on its way back. Buffers are reused: every copy into or out of them is on that one stream.
+    pass is already on its way back. Buffers are reused, for shorter rows too: every copy into or out of them is on that
+    one stream.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._free: list[Tensor] = []
         self._last: _Parked | None = None
 
     def pack(self, tensor: Tensor, hidden: "_Place") -> "Tensor | _Parked":
@@ -110,19 +111,21 @@ class HostInputs:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
-        buffers = self._free.setdefault((tensor.shape, tensor.dtype), [])
-        buffer = buffers.pop() if buffers else self.buffer(tensor)
+        whole = self._free.pop() if self._free else None
+        if whole is None or whole.numel() < tensor.numel() or whole.dtype != tensor.dtype:
+            whole = self.buffer(tensor)
+        buffer = whole[: tensor.numel()].view(tensor.shape)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
             tensor.record_stream(self._stream)  # its memory is not handed out again before the copy is done
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
-        self._last = _Parked(buffer, tensor.device, self._last)
+        self._last = _Parked(whole, buffer, tensor.device, self._last)
         return self._last
 
     def buffer(self, like: Tensor) -> Tensor:
-        """New host memory of a tensor's shape and type, pinned if that tensor is on a GPU."""
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+        """New host memory for the numbers of a tensor, in one dimension; pinned if that tensor is on a GPU."""
+        return torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.is_cuda)
 
     def unpack(self, packed: "Tensor | _Parked") -> Tensor:
         """The hidden states, back on the device; starts the copy of the layer before."""
@@ -134,7 +137,7 @@ class HostInputs:
             tensor.record_stream(torch.cuda.current_stream(packed.device))
         self._last, before = packed.before, packed.before
         packed.tensor = packed.before = None
-        self._free[(packed.buffer.shape, packed.buffer.dtype)].append(packed.buffer)
+        self._free.append(packed.whole)
         if before is not None:
             self._fetch(before)
         return tensor
@@ -155,9 +158,9 @@ class HostInputs:
 
 
 class _Parked:
-    """One tensor on the host, and the one that was sent before it."""
+    """One tensor on the host, in the first part of its buffer, and the one that was sent before it."""
 
-    def __init__(self, buffer: Tensor, device: torch.device, before: "_Parked | None"):
-        self.buffer, self.device, self.before = buffer, device, before
+    def __init__(self, whole: Tensor, buffer: Tensor, device: torch.device, before: "_Parked | None"):
+        self.whole, self.buffer, self.device, self.before = whole, buffer, device, before
         self.tensor: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None

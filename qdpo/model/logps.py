@@ -81,6 +81,7 @@ class _ResponseLogps(torch.autograd.Function):
             label_R1 = label_N[tile, None]
             logp_N[tile] = logit_RV.gather(1, label_R1)[:, 0] - lse_R
             if not (metrics or squares) and slope_ND is None:
+                del logit_RV  # not beside the next tile's
                 continue
             prob_RV = (logit_RV - lse_R[:, None]).exp_()
             if metrics:
@@ -91,6 +92,7 @@ class _ResponseLogps(torch.autograd.Function):
                 square_N[tile] = torch.linalg.vecdot(prob_RV, prob_RV).log()
             if slope_ND is not None:
                 slope_ND[tile] = _hidden_slope(logit_RV, prob_RV, label_R1, head).to(slope_ND.dtype)
+            del logit_RV, prob_RV
         ctx.save_for_backward(slope_ND)
         ctx.mark_non_differentiable(mean_N, entropy_N, hit_N, square_N)
         return logp_N, mean_N, entropy_N, hit_N, square_N
@@ -107,20 +109,20 @@ def _logits(hidden_RD: Tensor, head: Head) -> Tensor:
     """float32 logits of one tile; on CUDA the product is never rounded to the compute type."""
     logit_RV = products.mm_fp32(hidden_RD, head.weight_VD.T)
     if head.bias_V is not None:
-        logit_RV = logit_RV + head.bias_V.float()
+        logit_RV += head.bias_V.float()
     if head.scale != 1.0:
-        logit_RV = logit_RV * head.scale
+        logit_RV *= head.scale
     if head.softcap is not None:
-        logit_RV = head.softcap * torch.tanh(logit_RV / head.softcap)
+        logit_RV = logit_RV.div_(head.softcap).tanh_().mul_(head.softcap)
     return logit_RV
 
 
 def _hidden_slope(logit_RV: Tensor, prob_RV: Tensor, label_R1: Tensor, head: Head) -> Tensor:
-    """d logp / d hidden = (onehot − p) · cap′ · scale · W, shape (R, D). Overwrites `prob_RV`."""
+    """d logp / d hidden = (onehot − p) · cap′ · scale · W, shape (R, D). Overwrites both tiles."""
     slope_RV = prob_RV.neg_()
     slope_RV.scatter_add_(1, label_R1, torch.ones_like(label_R1, dtype=slope_RV.dtype))
     if head.softcap is not None:
-        slope_RV *= 1 - (logit_RV / head.softcap) ** 2
+        slope_RV *= logit_RV.div_(head.softcap).square_().neg_().add_(1)
     if head.scale != 1.0:
         slope_RV *= head.scale
     return slope_RV.to(head.weight_VD.dtype) @ head.weight_VD

@@ -1,4 +1,4 @@
-"""Causal attention with soft-capped scores or attention sinks, in blocks of queries: scores exist for one block at a time.
+"""Causal attention with soft-capped scores or sinks, in blocks of queries: scores exist for one block at a time.
 
 The backward pass computes a block's scores again from the kept log-sum-exp (FlashAttention, arXiv 2205.14135, section
 3.1), so that memory grows with tokens and not with their square.

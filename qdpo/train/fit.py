@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo import memory
+from qdpo import choice, presets, shapes
+from qdpo.choice import Lengths
 from qdpo.config import RunConfig
 from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
-from qdpo.errors import OutOfMemoryError
+from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.memory import GIB
 from qdpo.train.meters import give_back_memory
 from qdpo.train.policy import Loaded
 from qdpo.train.step import score
 
 Say = Callable[[str], None]
-SETTINGS = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload")
-# Share of the free memory that is planned for: the rest is fragmentation, and what the formula does not know.
-PLANNED_SHARE = 0.92
-# On CPUs longer rows gain nothing.
-CPU_ROW = 2048
+SETTINGS = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload", "memory.embeddings")
+# Share of the free host memory that waiting inputs and an embedding table may take.
+HOST_SHARE = 0.7
+CPU = torch.device("cpu")
 
 
 def choose_memory(
@@ -34,51 +34,63 @@ def choose_memory(
     optimizer: str,
     say: Say,
 ) -> dict[str, Any]:
-    """Concrete values for SETTINGS: as given, or from the forecast for this device and these pairs."""
+    """Concrete values for SETTINGS: as given, or from the forecast for this device and these pairs.
+
+    Raises: OutOfMemoryError if the forecast says that nothing fits, before anything is loaded.
+    """
     given = config.memory
-    if "auto" not in (given.tokens_per_row, given.kept_layers, given.offload):
-        return dict(zip(SETTINGS, (given.tokens_per_row, given.kept_layers, given.offload), strict=True))
-    text = model_config.get_text_config()
     try:
-        shape = memory.Shape.of(lambda name: getattr(text, name, None))
-    except KeyError as error:
-        say(f"memory: no forecast for this architecture (its config names no {error}); nothing is kept or packed")
+        shape = shapes.from_config(model_config.to_dict(), str(config.model.path))
+    except ConfigError as error:
+        say(f"memory: no forecast, so nothing is packed or kept unless settings say so. {error}")
         return {
             "memory.tokens_per_row": _number(given.tokens_per_row) or 0,
             "memory.kept_layers": 0 if given.kept_layers == "auto" else given.kept_layers,
             "memory.offload": given.offload is True,
+            "memory.embeddings": "device" if given.embeddings == "auto" else given.embeddings,
         }
+    if given.embeddings == "host" and shape.tied:
+        raise ConfigError(
+            "memory.embeddings=host has no use for this model: its head is the same table, and must be on the device. "
+            "Leave it at auto."
+        )
     cuda = device.type == "cuda"
-    free = available(device) if given.limit_gib is None else min(available(device), given.limit_gib * GIB)
-    longest = max(pair.tokens for pair in pairs)
-    settings = memory.Settings(
-        rank=config.adapter.rank,
-        optimizer=optimizer,
-        quantised=config.model.quantization != "none",
-        element=4 if dtype == "fp32" else 2,
-        tile_mib=given.head_tile_mib,
-        row_tokens=longest,
-        kept_layers=0,
-        offload=False,
-        cuda=cuda,
-    )
-    step_tokens = int(np.mean([pair.tokens for pair in pairs]) * config.train.pairs_per_step)
-    choice = memory.choose(
-        shape,
-        settings,
-        limit=free * PLANNED_SHARE,
-        longest=longest,
-        step_tokens=step_tokens if cuda else min(step_tokens, CPU_ROW),
-        rows=_number(given.tokens_per_row),
-        kept=shape.layers if given.kept_layers == "all" else _number(given.kept_layers),
-        offload=None if given.offload == "auto" else given.offload,
-    )
-    row = "one pair" if choice.tokens_per_row == 0 else f"{choice.tokens_per_row} tokens"
+    values = presets.flat(config)
+    run = choice.settings_of(values, optimizer=optimizer, element=4 if dtype == "fp32" else 2, cuda=cuda, context=False)
+    free = available(device)
+    limit = (free if given.limit_gib is None else min(free, given.limit_gib * GIB)) * choice.PLANNED_SHARE
+    lengths = lengths_of(pairs, config.train.pairs_per_step)
+    asked = choice.given_of(values, shape)
+    found = choice.choose(shape, run, lengths, asked, limit=limit, host_limit=HOST_SHARE * available(CPU))
+    if found.peak > limit:
+        ways = choice.ways_out(shape, run, lengths, asked, limit=limit, max_tokens=config.data.max_tokens)
+        raise OutOfMemoryError(
+            f"This run does not fit: it needs {found.peak / GIB:.1f} GiB at least, and {limit / GIB:.1f} GiB "
+            f"of {device} can be planned for ({_of_what(free, given.limit_gib)}). Nothing was loaded. "
+            f"{choice.advice(ways)}"
+        )
+    row = "one pair" if found.tokens_per_row == 0 else f"{found.tokens_per_row} tokens"
     say(
-        f"memory: {choice.peak / GIB:.1f} GiB forecast of {free / GIB:.1f} GiB free, with rows of {row}, "
-        f"{choice.kept_layers} of {shape.layers} layers kept" + (", inputs of the others on the host" * choice.offload)
+        f"memory: {found.peak / GIB:.1f} GiB forecast of {free / GIB:.1f} GiB free, with rows of {row}, "
+        f"{found.run.kept_layers} of {shape.layers} layers kept"
+        + ", inputs of the others on the host" * found.run.offload
+        + ", embedding table on the host" * found.run.host_embeddings
     )
-    return dict(zip(SETTINGS, (choice.tokens_per_row, choice.kept_layers, choice.offload), strict=True))
+    place = "host" if found.run.host_embeddings else "device"
+    return dict(zip(SETTINGS, (found.tokens_per_row, found.run.kept_layers, found.run.offload, place), strict=True))
+
+
+def lengths_of(pairs: Sequence[TokenPair], pairs_per_step: int) -> Lengths:
+    """Lengths of prepared pairs."""
+    longest = max(pairs, key=lambda pair: pair.tokens)
+    prompts, tokens = ([len(pair.prompt) for pair in pairs], [pair.tokens for pair in pairs])
+    return Lengths(longest.tokens, len(longest.prompt), float(np.mean(tokens)), float(np.mean(prompts)), pairs_per_step)
+
+
+def _of_what(free: float, limit_gib: float | None) -> str:
+    if limit_gib is not None and limit_gib * GIB < free:
+        return f"memory.limit_gib={limit_gib:g}, less {1 - choice.PLANNED_SHARE:.0%} to spare"
+    return f"{free / GIB:.1f} GiB are free, less {1 - choice.PLANNED_SHARE:.0%} to spare"
 
 
 def _number(value: int | str) -> int | None:

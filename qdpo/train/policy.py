@@ -44,6 +44,8 @@ def load_policy(
     """Loads the base from `folder`, attaches the adapter, chooses the attention path by a check on two real pairs."""
     model = _load(config, folder, device, dtype, say)
     weights = quant.weights_checksum(model)
+    if config.memory.embeddings == "host":
+        base.embeddings_to_host(model)
     model = _attach(config, model)
     policy = _policy(model, config, device)
     row = row_tensors(PairRow(list(probe_with)), device)

