@@ -15,6 +15,8 @@ CPU_ROW = 2048
 PLANNED_SHARE = 0.96
 # Speeds are compared on this card where none is named.
 REFERENCE_CARD = timing.CARDS["rtx-4090"]
+# The settings of `Given`, in its order.
+_AUTO = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload", "memory.embeddings")
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def ways_out(
 ) -> list[Way]:
     """Up to three changes that make the run fit, the least slow first; then what costs data or adapter rank.
 
-    Single changes are tried, then all that cost only time together, each with shorter pairs.
+    Single changes are tried, then all of them together, then each with shorter pairs.
     """
     now = choose(shape, run, lengths, given, limit=limit)
     found: list[Way] = []
@@ -152,18 +154,33 @@ def ways_out(
     if not run.quantised:
         attempt("model.quantization=nf4", run=replace(run, quantised=True))
     found.sort(key=lambda way: way.slower or 0)
-    lean = replace(run, tile_mib=min(run.tile_mib, 32))
-    if not found and given != free:
-        attempt("memory settings left at auto and memory.head_tile_mib=32", run=lean, given=free)
-    for settings, words in ((run, ""), (lean, " memory.head_tile_mib=32")):
-        kept = given if not words else free
+    words, lean = _all_changes(run, given)
+    if not found and len(words) > 1:
+        attempt(" ".join(words), run=lean, given=free)
+    whole = choose(shape, lean, lengths, free, limit=limit).peak <= limit
+    reached = 0
+    for more, settings, kept in (([], run, given), (words, lean, free)):
         shorter = _longest_that_fits(shape, settings, lengths, kept, limit)
-        if shorter is not None and len(found) < 3:
-            tokens = int(max_tokens * shorter.longest / lengths.longest)
-            attempt(f"data.max_tokens={tokens}{words}", settings, shorter, kept)
+        # More changes must spare data, and are no reason to cut pairs that fit whole.
+        if shorter is not None and len(found) < 3 and shorter.longest > reached and not (more and whole):
+            # Whatever its prompt, a pair has at most twice data.max_tokens.
+            reached, tokens = shorter.longest, min(max_tokens, shorter.longest // 2)
+            attempt(" ".join([f"data.max_tokens={tokens}", *more]), settings, shorter, kept)
     if run.rank > 8 and len(found) < 3:
         attempt("adapter.rank=8", run=replace(run, rank=8))
     return found[:3]
+
+
+def _all_changes(run: Settings, given: Given) -> tuple[list[str], Settings]:
+    """What frees memory without touching the data, as words, and the settings with it; what is given becomes auto."""
+    words = [f"{name}=auto" for name, value in zip(_AUTO, vars(given).values(), strict=True) if value is not None]
+    if not run.quantised:
+        words.append("model.quantization=nf4")
+    if not run.double_quant:
+        words.append("model.double_quant=true")
+    if run.tile_mib > 32:
+        words.append("memory.head_tile_mib=32")
+    return words, replace(run, quantised=True, double_quant=True, tile_mib=min(run.tile_mib, 32))
 
 
 def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Given, limit: float) -> Lengths | None:
@@ -171,7 +188,8 @@ def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Giv
     for eighths in range(7, 0, -1):
         share = eighths / 8
         cut = replace(
-            lengths, longest=int(lengths.longest * share), longest_prompt=int(lengths.longest_prompt * share),
+            lengths, longest=int(lengths.longest * share),
+            longest_prompt=min(lengths.longest_prompt, int(lengths.longest * share / 2)),
             mean=min(lengths.mean, lengths.longest * share), mean_prompt=lengths.mean_prompt * min(1.0, 2 * share),
         )  # fmt: skip
         if cut.longest >= 64 and choose(shape, run, cut, given, limit=limit).peak <= limit:
@@ -182,6 +200,12 @@ def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Giv
 def fixed_part(shape: Shape, run: Settings) -> float:
     """Bytes that no row length changes: below it nothing can run."""
     return sum(memory.fixed(shape, run).values()) + sum(memory.outside(run).values())
+
+
+def smallest_fixed_part(shape: Shape, run: Settings) -> float:
+    """The fixed part with every setting that makes it smaller: below it `ways_out` has nothing to offer."""
+    lean = replace(run, quantised=True, double_quant=True, rank=min(run.rank, 8), host_embeddings=run.cuda)
+    return fixed_part(shape, lean)
 
 
 def advice(ways: Sequence[Way]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qdpo import __version__, presets
-from qdpo.errors import QdpoError
+from qdpo.errors import ConfigError, QdpoError
 
 app = typer.Typer(
     add_completion=True,
@@ -110,13 +110,77 @@ def plan(
         print_plan(found, typer.echo)
 
 
+@app.command()
+def fit(
+    gpu_gib: Annotated[float, typer.Option(help="Memory of the card, in GiB.")],
+    card: Annotated[str | None, typer.Option(help="The card by name, for the estimate of time: rtx-4090, …")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
+    longest: Annotated[int, typer.Option(help="Longest pair, in tokens of prompt and both answers.")] = 2000,
+    mean: Annotated[float, typer.Option(help="Mean pair, in tokens.")] = 600,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Which models from 1B to 32B a card can train, how long their pairs may be, and how fast it may go.
+
+    Example: qdpo fit --gpu-gib 8
+    """
+    import json
+
+    from qdpo.measure.fit import fit_table, table_lines
+    from qdpo.measure.plan import usable
+
+    limit, name = usable(gpu_gib, card, others_gib)
+    fits = fit_table(limit, card=name, longest=longest, mean=mean)
+    if json_:
+        typer.echo(json.dumps([vars(one) for one in fits], indent=1))
+        return
+    for line in table_lines(fits):
+        typer.echo(line)
+    typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def bench(
+    settings: Settings = None,
+    limit_gib: Annotated[float | None, typer.Option(help="Stand for a card with this memory, in GiB.")] = None,
+    others_gib: Annotated[
+        float | None, typer.Option(help="What other programs would hold of it. Default: 0.7.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps, after one to warm up.")] = 5,
+    longest: Annotated[int | None, typer.Option(help="Longest pair in tokens. Default: 2 x data.max_tokens.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the figures into the preset's [measured] table.")] = False,
+) -> None:
+    """Run the real step on random weights of the model's shape, under a memory cap: speed, and peak against forecast.
+
+    Example: qdpo bench preset=7b-24gb --limit-gib 24
+    """
+    _quiet_libraries()
+    import json
+
+    resolved = presets.resolve(settings or [])
+    if write and resolved.preset is None:
+        raise ConfigError("--write puts figures into a preset's file; give preset=NAME.")
+    from qdpo.measure.bench import print_measured, run_bench, write_measured
+
+    say = lambda line: typer.echo(line, err=json_)  # noqa: E731
+    found = run_bench(resolved, limit_gib=limit_gib, others_gib=others_gib, steps=steps, longest=longest, say=say)
+    if json_:
+        typer.echo(json.dumps(vars(found), indent=1))
+    else:
+        print_measured(found, typer.echo)
+    if write and resolved.preset is not None:
+        typer.echo(f"written to {write_measured(resolved.preset, found, presets.shipped_folder())}", err=json_)
+
+
 @app.command(name="presets")
 def presets_(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
-    """List the presets, or print one with its comments."""
+    """List the presets with their forecast and measured peaks, or print one with its comments."""
     if name is not None:
         typer.echo(presets.preset_text(name))
         return
-    for line in presets.preset_table():
+    from qdpo.measure.table import preset_table
+
+    for line in preset_table():
         typer.echo(line)
 
 

@@ -21,7 +21,9 @@ NOT_TRAJECTORY = {
     "train.eval_every",
     "train.keep_checkpoints",
 }
-NOT_TRAJECTORY |= {"memory.limit_gib"}
+# Where activations and the embedding table lie changes no number; a run may be continued with less memory.
+NEUTRAL = {"memory.kept_layers", "memory.offload", "memory.embeddings"}
+NOT_TRAJECTORY |= {"memory.limit_gib", *NEUTRAL}
 NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
 
 

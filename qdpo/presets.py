@@ -74,20 +74,6 @@ def card_gib(name: str | None) -> float | None:
     return float(number[1]) if number else None
 
 
-def preset_table() -> list[str]:
-    """One line a preset: name, card, measured peak memory, and what it does."""
-    rows = [("preset", "card", "peak memory", "")]
-    for name in preset_names():
-        text = tomllib.loads(preset_text(name))
-        peak = text.get("measured", {}).get("peak_gib")
-        rows.append((name, text["card"], "not measured yet" if peak is None else f"{peak} GiB", text["about"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    ]
-
-
 def setting_names() -> dict[str, type[Section]]:
     """Every setting's full name and the section class that owns it."""
     return {name: section for name, section, _field in _fields(RunConfig, "")}

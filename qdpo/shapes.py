@@ -207,6 +207,10 @@ def cached_file(path: str, name: str, revision: str | None) -> Path | None:
     if path.count("/") != 1 or path.startswith((".", "/", "pypi:")):
         return None
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(path, name, revision=revision)
+    try:
+        found = try_to_load_from_cache(path, name, revision=revision)
+    except HFValidationError:  # no name that the hub could have
+        return None
     return Path(found) if isinstance(found, str) else None

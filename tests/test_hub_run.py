@@ -45,6 +45,10 @@ def test_a_run_from_hub_ids(hub_folder: Path, settings: dict[str, str], tmp_path
         for path, named in (("org/closed", "hf auth login"), ("org/nothing", "org/nothing")):
             answer = qdpo("run", *words(settings, model__path=path, output__name="x"), cwd=tmp_path, **online)
             assert answer.returncode == 2 and named in answer.stderr and "Traceback" not in answer.stderr
+        elsewhere = {**online, "HF_HOME": str(tmp_path / "empty")}
+        answer = qdpo("run", *words(settings, memory__limit_gib="0.0001", output__name="z"), cwd=tmp_path, **elsewhere)
+        assert answer.returncode == 5 and "Its weights were not downloaded" in answer.stderr, answer.stderr
+        assert not list((tmp_path / "empty").rglob("*.safetensors")) and list((tmp_path / "empty").rglob("config.json"))
         answer = qdpo("run", *words(settings, data__path="org/nothing", output__name="y"), cwd=tmp_path, **online)
         assert answer.returncode == 3 and "org/nothing" in answer.stderr and "Traceback" not in answer.stderr
 

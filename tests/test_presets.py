@@ -10,6 +10,7 @@ import pytest
 
 from qdpo import presets
 from qdpo.errors import ConfigError
+from qdpo.measure.table import preset_table
 from qdpo.train.record import config_toml
 from tests.conftest import qdpo
 
@@ -114,7 +115,7 @@ def test_presets_are_listed_and_shown(tmp_path: Path) -> None:
 
 def test_the_readme_shows_the_presets_as_they_are() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(presets.preset_table()) in readme
+    assert "\n".join(preset_table()) in readme
 
 
 def test_dry_run_prints_origins_and_makes_nothing(tmp_path: Path) -> None:

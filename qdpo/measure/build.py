@@ -3,15 +3,47 @@
 The base never exists in 16 bits: its linear layers are quantised one by one on the device, or are fake tensors.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from qdpo.model import attention, quant
+from qdpo import shapes
+from qdpo.model import attention, base, quant
+from qdpo.shapes import FAMILY_OF, KNOWN
+
+
+def config_of(name: str, *, layers: int | None = None) -> Any:
+    """A transformers config of a known model's shape, with fewer layers if asked for."""
+    shape = KNOWN[name]
+    numbers = {
+        "num_hidden_layers": layers or shape.layers, "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.key_heads, "head_dim": shape.head_width, "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied, "pad_token_id": 0,
+    }  # fmt: skip
+    return CONFIG_MAPPING[FAMILY_OF[name]](**numbers)
+
+
+def config_for(path: str, revision: str | None) -> Any:
+    """The transformers config of model.path: from its config.json if that is here, else of the known shape.
+
+    Raises: ConfigError if neither describes it.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return base.model_config(folder)
+    cached = shapes.cached_file(path, "config.json", revision)
+    if cached is not None:
+        return base.model_config(cached.parent)
+    name = shapes.known_name(path)
+    if name is None:
+        shapes.of_model(path)  # says what is missing
+    return config_of(str(name))
 
 
 def random_base(config: Any, *, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,7 +1,9 @@
 """How long the pairs of a run are: as prepared, from a sample of the data, or assumed from the settings; no torch."""
 
+import heapq
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from qdpo.presets import shipped_folder
 from qdpo.rundir import RunDir
 
 SAMPLE = 1000
-"""Rows that are tokenised, and as many of the longest by characters."""
+"""Rows that are tokenised, and at most twice as many of the longest."""
 CHARACTERS = 4.0
 """Characters of a token where no tokenizer is at hand: English text, roughly."""
 TURN_TOKENS = 6
@@ -68,25 +70,36 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
     usable = [p for p in found if isinstance(p, Pair)]
     if not usable:
         raise DataError(f"No usable pair in {opened.name}: all {len(found)} rows would be dropped.")
-    usable = usable[: config.data.limit]
-    step = max(1, len(usable) // SAMPLE)
-    by_size = sorted(usable, key=lambda p: -_characters(p))
-    sample, longest = usable[::step][:SAMPLE], by_size[: min(SAMPLE, max(20, len(usable) // 50))]
-    sizes = [_size(row, config) for row in _counted([*sample, *longest], _counter(tokenizer_file))]
-    lengths = _lengths([size for size in sizes[: len(sample)] if size], config)
-    top = max((size for size in sizes if size), key=lambda size: size[1])
-    lengths = Lengths(
-        max(top[1], lengths.longest), top[0], lengths.mean, lengths.mean_prompt, config.train.pairs_per_step
-    )
+    front = usable[: config.data.limit]
+    sample, count = random.Random(0).sample(front, min(SAMPLE, len(front))), _counter(tokenizer_file)
+    counted = _counted(sample, count, config)
+    kept = [size for row in counted if (size := _size(row, config))]
+    lengths = _lengths(kept, config)
+    longest = _longest(front, sum(map(_characters, sample)) / sum(map(sum, counted)), config)
+    long_sizes = [size for row in _counted(longest, count, config) if (size := _size(row, config))]
+    top = max(kept + long_sizes, key=lambda size: size[1])
+    lengths = replace(lengths, longest=top[1], longest_prompt=top[0])
+    pairs = min(round(len(usable) * len(kept) / len(sample)), config.data.limit or len(usable))
+    if not (config.data.eval_path or config.data.eval_split):
+        pairs -= min(max(1, round(pairs * config.data.eval_fraction)), config.data.eval_limit)
     with_what = (
         f"with {tokenizer_file}" if tokenizer_file else f"as {CHARACTERS:g} characters a token: no tokenizer here"
     )
-    held_out = 0 if config.data.eval_path or config.data.eval_split else config.data.eval_fraction
+    template = f", {TURN_TOKENS} tokens a turn added for the chat template" if config.data.template == "auto" else ""
     how = (
-        f"sampled: {len(sample)} of {len(usable)} usable pairs of {opened.name} and the longest ones, counted "
-        f"{with_what}, {TURN_TOKENS} tokens a turn added for the chat template"
+        f"sampled: {len(sample)} of {len(front)} usable pairs of {opened.name} and the longest ones, counted "
+        f"{with_what}{template}"
     )
-    return Known(lengths, round(len(usable) * (1 - held_out)), how)
+    return Known(lengths, pairs, how)
+
+
+def _longest(pairs: Sequence[Pair], per_token: float, config: RunConfig) -> list[Pair]:
+    """The longest pairs by characters, and those that look the longest once the length rule has cut and dropped."""
+    most = min(SAMPLE, max(20, len(pairs) // 50))
+    counted = _counted(pairs, lambda texts: [round(len(text) / per_token) for text in texts], config)
+    left = [(_size(row, config) or (0, 0))[1] for row in counted]
+    after = heapq.nlargest(most, range(len(pairs)), key=left.__getitem__)
+    return heapq.nlargest(most, pairs, key=_characters) + [pairs[index] for index in after]
 
 
 def _characters(p: Pair) -> int:
@@ -102,20 +115,23 @@ def _counter(tokenizer_file: Path | None) -> Count:
     return lambda texts: [len(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def _counted(pairs: Sequence[Pair], count: Count) -> list[tuple[int, int, int]]:
+def _counted(pairs: Sequence[Pair], count: Count, config: RunConfig) -> list[tuple[int, int, int]]:
     texts = [text for p in pairs for text in ("\n".join(t["content"] for t in p.prompt), p.chosen, p.rejected)]
     numbers = iter(count(texts))
-    extra = [TURN_TOKENS * len(p.prompt) if p.is_chat else 0 for p in pairs]
+    # A chat template puts roles around plain text as well; without one, `Human:` and `Assistant:` stand in a chat.
+    extra = [TURN_TOKENS * len(p.prompt) if p.is_chat or config.data.template == "auto" else 0 for p in pairs]
     return [(next(numbers) + more, next(numbers) + 1, next(numbers) + 1) for more in extra]
 
 
 def _size(counted: tuple[int, int, int], config: RunConfig) -> tuple[int, int] | None:
-    """Tokens of the prompt and of the pair after the length rule; None if the pair would be dropped."""
+    """Tokens of the prompt and of the pair after the length rule of `data.tokens`; None if it drops the pair."""
     prompt, *answers = counted
-    most = config.data.max_tokens
-    if prompt > min(config.data.max_prompt_tokens or most, most - tokens.MIN_KEPT_TOKENS):
+    room = config.data.max_tokens - prompt
+    if room < 1 or prompt > (config.data.max_prompt_tokens or prompt):
         return None
-    return prompt, prompt + sum(min(answer, most - prompt) for answer in answers)
+    if any(room < answer and room < max(tokens.MIN_KEPT_SHARE * answer, tokens.MIN_KEPT_TOKENS) for answer in answers):
+        return None
+    return prompt, prompt + sum(min(answer, room) for answer in answers)
 
 
 def _lengths(sizes: Sequence[tuple[int, int]], config: RunConfig) -> Lengths:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,12 @@ def make_plan(
     run = choice.settings_of(values, optimizer=optimizer, element=element, cuda=cuda)
     known = _known(resolved, read_data)
     limit = (gib - others) * GIB * choice.PLANNED_SHARE
-    if limit < choice.fixed_part(shape, run) and _never(shape, run, limit):
-        smallest = choice.fixed_part(shape, run) / GIB
+    smallest = choice.smallest_fixed_part(shape, run)
+    if limit < smallest:
         raise ConfigError(
             f"{gib:g} GiB less {others:g} GiB for other programs is below what {config.model.path} takes before its "
-            f"first token, {smallest:.1f} GiB. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` lists what fits)."
+            f"first token, {smallest / GIB:.1f} GiB at the least. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
+            "lists what fits)."
         )
     given = choice.given_of(values, shape)
     chosen = choice.choose(shape, run, known.lengths, given, limit=limit)
@@ -128,9 +129,12 @@ def _card(
     return card or timing.card_for(gib), gib, OTHERS_GIB if others is None else others
 
 
-def _never(shape: Shape, run: Settings, limit: float) -> bool:
-    """Whether the fixed part is above the limit even with the embedding table on the host."""
-    return limit < choice.fixed_part(shape, replace(run, host_embeddings=run.cuda))
+def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[float, str]:
+    """Bytes of a card that can be planned for, and the card's name. Raises: ConfigError for an unknown card."""
+    if card is not None and card not in timing.CARDS:
+        raise ConfigError(f"--card={card} is not known. {presets.nearest(card, list(timing.CARDS))}")
+    others = OTHERS_GIB if others_gib is None else others_gib
+    return (gib - others) * GIB * choice.PLANNED_SHARE, card or timing.card_for(gib)
 
 
 def _known(resolved: Resolved, read_data: bool) -> Known:

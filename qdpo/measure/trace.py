@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import CONFIG_MAPPING
 
 from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
@@ -25,7 +24,6 @@ from qdpo.memory import Row, Settings
 from qdpo.model import adapter, attention, checkpoint, fast, paths, products
 from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
-from qdpo.shapes import FAMILY_OF, KNOWN
 from qdpo.train.feed import ready
 from qdpo.train.step import backward_by_row
 
@@ -112,18 +110,6 @@ def _as_on_cuda() -> Iterator[None]:
     finally:
         for (module, name), value in zip(names, before, strict=True):
             setattr(module, name, value)
-
-
-def config_of(name: str, *, layers: int | None = None) -> Any:
-    """A transformers config of a known model's shape, with fewer layers if asked for."""
-    shape = KNOWN[name]
-    numbers = {
-        "num_hidden_layers": layers or shape.layers, "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_heads, "head_dim": shape.head_width, "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": shape.tied, "pad_token_id": 0,
-    }  # fmt: skip
-    return CONFIG_MAPPING[FAMILY_OF[name]](**numbers)
 
 
 def trace_peak(config: Any, run: Settings, row: Row, *, targets: Sequence[str] = ("all-linear",)) -> dict[str, float]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qdpo.errors import ConfigError
 from qdpo.model.convert import convert_gguf, disk_errors, wheel_gguf
@@ -26,6 +27,7 @@ from qdpo.model.folder import (
 from qdpo.rundir import need_space
 
 Announce = Callable[[str], None]
+Refuse = Callable[[dict[str, Any]], None]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Not just any suffix: the last part of Qwen/Qwen2.5-7B has one, too.
@@ -57,14 +59,17 @@ class _NoAnswer(Exception):
     """Offline, no connection, a timeout, or a hub that is down: the cache may still hold what is needed."""
 
 
-def locate_base(path: str, *, revision: str | None, cache_dir: Path, announce: Announce) -> BaseFolder:
+def locate_base(
+    path: str, *, revision: str | None, cache_dir: Path, announce: Announce, refuse: Refuse = lambda config: None
+) -> BaseFolder:
     """The base model that `model.path` names, on this machine and checked.
 
+    `refuse` sees a hub model's config.json before its weights are downloaded, and may raise.
     Raises: ConfigError for a path, repository, revision or checkpoint that cannot be used; DiskError.
     """
     place = Path(path).expanduser()
     if not (path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path)):
-        return _from_hub(path, revision, announce)
+        return _from_hub(path, revision, announce, refuse)
     if revision is not None:
         raise ConfigError(
             f"model.revision={revision} names a commit, branch or tag of a hub model, but {path!r} (from model.path) "
@@ -103,7 +108,7 @@ def _near_names(place: Path) -> str:
     return "Pass an existing folder, a .gguf file, or a hub id such as 'owner/name'."
 
 
-def _from_hub(repo: str, revision: str | None, announce: Announce) -> BaseFolder:
+def _from_hub(repo: str, revision: str | None, announce: Announce, refuse: Refuse) -> BaseFolder:
     pinned = revision is not None and COMMIT.fullmatch(revision) is not None
     folder = _cached(repo, revision, WANTED) if pinned else None
     if folder is not None:
@@ -111,7 +116,7 @@ def _from_hub(repo: str, revision: str | None, announce: Announce) -> BaseFolder
     else:
         try:
             with _hub_errors(repo, revision):
-                folder = _download(repo, revision, announce)
+                folder = _download(repo, revision, announce, refuse)
         except _NoAnswer as error:
             folder = _from_cache(repo, revision, error)
             announce(f"Base model {repo}: {error}. Using the copy in the cache, commit {folder.name}.")
@@ -119,7 +124,7 @@ def _from_hub(repo: str, revision: str | None, announce: Announce) -> BaseFolder
     return BaseFolder(folder, repo, name=repo, commit=folder.name, license=license_of(folder), revision=revision)
 
 
-def _download(repo: str, revision: str | None, announce: Announce) -> Path:
+def _download(repo: str, revision: str | None, announce: Announce, refuse: Refuse) -> Path:
     """Snapshot folder of the commit that `revision` stands for now; its name is the commit."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -135,7 +140,9 @@ def _download(repo: str, revision: str | None, announce: Announce) -> Path:
     cache = Path(constants.HF_HUB_CACHE)
     with disk_errors(cache):
         # config.json first, so that a model that cannot be used is refused before gigabytes are downloaded.
-        check_config(read_json(Path(hf_hub_download(repo, "config.json", revision=commit))), owner)
+        config = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
+        check_config(config, owner)
+        refuse(config)
         wanted = filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         absent = [name for name in wanted if try_to_load_from_cache(repo, name, revision=commit.resolved) is None]
         absent_bytes = sum(sizes[name] for name in absent)

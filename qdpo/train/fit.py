@@ -58,7 +58,7 @@ def choose_memory(
     values = presets.flat(config)
     run = choice.settings_of(values, optimizer=optimizer, element=4 if dtype == "fp32" else 2, cuda=cuda, context=False)
     free = available(device)
-    limit = (free if given.limit_gib is None else min(free, given.limit_gib * GIB)) * choice.PLANNED_SHARE
+    limit = _limit(config, free)
     lengths = lengths_of(pairs, config.train.pairs_per_step)
     asked = choice.given_of(values, shape)
     found = choice.choose(shape, run, lengths, asked, limit=limit, host_limit=HOST_SHARE * available(CPU))
@@ -78,6 +78,52 @@ def choose_memory(
     )
     place = "host" if found.run.host_embeddings else "device"
     return dict(zip(SETTINGS, (found.tokens_per_row, found.run.kept_layers, found.run.offload, place), strict=True))
+
+
+def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: torch.device) -> None:
+    """Stops before a download if not even short pairs can fit; an architecture without a forecast passes.
+
+    Raises: OutOfMemoryError.
+    """
+    try:
+        shape = shapes.from_config(model_config, str(config.model.path))
+    except ConfigError:
+        return
+    element = 4 if config.model.dtype == "fp32" else 2
+    cuda = device.type == "cuda"
+    run = choice.settings_of(presets.flat(config), element=element, cuda=cuda, context=False)
+    needed, limit = choice.smallest_fixed_part(shape, run), _limit(config, available(device))
+    if needed > limit:
+        raise OutOfMemoryError(
+            f"{config.model.path} does not fit: {needed / GIB:.1f} GiB at the least are taken before the first token, and "
+            f"{limit / GIB:.1f} GiB of {device} can be planned for "
+            f"({_of_what(available(device), config.memory.limit_gib)}). Its weights were not downloaded. Choose a "
+            "smaller model; `qdpo fit --gpu-gib N` lists what fits."
+        )
+
+
+def after_failure(config: RunConfig, pairs: Sequence[TokenPair], state: dict[str, Any]) -> str:
+    """What to say when a step ran out of memory for good: what was measured, and what may be changed."""
+    memory, longest = config.memory, max(pair.tokens for pair in pairs)
+    changes = []
+    if memory.kept_layers not in (0, "auto"):
+        changes.append(f"memory.kept_layers={0 if memory.kept_layers == 'all' else int(memory.kept_layers) // 2}")
+    if memory.offload is not True:
+        changes.append("memory.offload=true")
+    if memory.embeddings != "host":
+        changes.append("memory.embeddings=host (unless the head is the same table)")
+    anew = f"data.max_tokens={config.data.max_tokens * 3 // 4} --fresh"
+    return (
+        f"The adapter after step {state['step']} is saved. Measured peak {state['peak_gib']:.1f} GiB, longest pair "
+        f"{longest} tokens. Close other programs that hold memory of the card, or continue with "
+        f"{' or '.join([*changes[:2], anew])}."
+    )
+
+
+def _limit(config: RunConfig, free: float) -> float:
+    """Bytes that may be planned for."""
+    given = config.memory.limit_gib
+    return (free if given is None else min(free, given * GIB)) * choice.PLANNED_SHARE
 
 
 def lengths_of(pairs: Sequence[TokenPair], pairs_per_step: int) -> Lengths:

@@ -41,8 +41,15 @@ def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
 def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
-    """Loads the base from `folder`, attaches the adapter, chooses the attention path by a check on two real pairs."""
+    """Loads the base from `folder`, and makes the policy of it."""
     model = _load(config, folder, device, dtype, say)
+    return make_policy(config, model, device=device, dtype=dtype, probe_with=probe_with, say=say)
+
+
+def make_policy(
+    config: RunConfig, model: Any, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
+) -> Loaded:
+    """Attaches the adapter to a base, chooses the attention path by a check on two real pairs, installs fast parts."""
     weights = quant.weights_checksum(model)
     if config.memory.embeddings == "host":
         base.embeddings_to_host(model)

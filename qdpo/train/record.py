@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qdpo import presets, rundir
-from qdpo.config import NOT_TRAJECTORY
+from qdpo.config import NEUTRAL, NOT_TRAJECTORY
 from qdpo.errors import ConfigError
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
@@ -129,6 +129,14 @@ def move_aside(run: RunDir) -> Path:
     with alone(run):
         run.path.rename(aside)
     return aside
+
+
+def take_neutral(run: RunDir, now: dict[str, Any]) -> None:
+    """Lets settings that change no number replace those of an earlier start, unless they are auto."""
+    kept = rundir.read_json(run.record)
+    changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept["settings"].get(name))}
+    if changed:
+        mark_state(run, settings={**kept["settings"], **changed}, found={**kept["found"], **changed})
 
 
 def mark_state(run: RunDir, **values: Any) -> None:

@@ -69,11 +69,13 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     cache_dir = cache_folder(config)
     pinned = rundir.read_json(run.record)["base"]["commit"] if run.record.exists() else None
     folder = fetch.locate_base(
-        str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say
-    )
+        str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
+        refuse=lambda found: fit.refuse_hopeless(config, found, device),
+    )  # fmt: skip
     tokenizer = base.load_tokenizer(folder.folder)
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, say)
+    record.take_neutral(run, presets.flat(config))
     train, held_out = prepare.load(run)
     config = fit.settled(config, rundir.read_json(run.record)["found"])
     watcher.begin("loading the model", 1, "model")

@@ -1,13 +1,16 @@
 """Fitting a run into memory: the forecast's choice, and the worst row tried at the start."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from qdpo.errors import OutOfMemoryError
+from qdpo.errors import ConfigError, OutOfMemoryError
+from qdpo.model.base import embeddings_to_host
 from qdpo.rundir import RunDir, read_json
 from qdpo.train import fit
 from tests.conftest import Quiet
@@ -24,6 +27,45 @@ def test_a_run_records_what_it_found_and_keeps_it(
     assert found["memory.kept_layers"] == 2 and found["memory.tokens_per_row"] > 0 and not found["memory.offload"]
     assert "kept_layers = 2  # default; found at the first start" in run.config.read_text()
     assert "kept_layers = 2  # found at the first start" in run.config.read_text() or "2" in run.config.read_text()
+
+
+def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(
+    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("qdpo.model.base.load_base", loads)
+    with pytest.raises(OutOfMemoryError) as failure:
+        train(memory__limit_gib="0.0008", memory__kept_layers="all", memory__tokens_per_row="4096")
+    text = str(failure.value)
+    assert "memory.limit_gib=0.0008" in text and "Nothing was loaded" in text and failure.value.exit_code == 5
+    assert not (Path(settings["output.dir"]) / "run").exists()
+    with pytest.raises(AssertionError, match="was loaded"):
+        train(memory__limit_gib="1")
+
+
+def test_the_embedding_table_on_the_host_changes_no_number(
+    train: Callable[..., tuple[dict[str, Any], Quiet]], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "untied"
+    shutil.copytree(tiny_base, base)
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(base)
+    results = [
+        train(model__path=str(base), memory__embeddings=place, train__steps="3", output__name=place)[0]["after"]
+        for place in ("device", "host")
+    ]
+    assert results[0] == results[1]
+
+
+def test_a_tied_table_stays_on_the_device(tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.lm_head.weight = model.get_input_embeddings().weight
+    with pytest.raises(ConfigError, match="the same table"):
+        embeddings_to_host(model)
 
 
 def test_layers_are_given_up_until_the_longest_row_fits(

@@ -1,0 +1,90 @@
+"""Which models a card can train: the table of `qdpo fit`; no torch."""
+
+from dataclasses import dataclass
+
+from qdpo import choice, memory, timing
+from qdpo.choice import Given, Lengths
+from qdpo.memory import GIB, Settings
+from qdpo.shapes import KNOWN, Shape
+
+# One or two models of each size, 1B to 32B.
+MODELS = (
+    "meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-1.7B", "HuggingFaceTB/SmolLM3-3B", "Qwen/Qwen3-4B",
+    "mistralai/Mistral-7B-v0.3", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "google/gemma-2-9b",
+    "mistralai/Mistral-Nemo-Base-2407", "Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-32B",
+)  # fmt: skip
+MOST_TOKENS = 131_072
+PAIRS_PER_STEP = 16
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model on a card: the longest pair that fits at all, and the fastest settings for pairs of an asked length."""
+
+    model: str
+    longest_pair: int
+    """Tokens of prompt and both answers; 0: nothing fits."""
+    tokens_per_row: int | None
+    kept_layers: int | None
+    layers: int
+    offload: bool
+    host_embeddings: bool
+    peak_gib: float | None
+    pairs_per_hour: float | None
+    """An estimate: reference pass included."""
+
+
+def fit_table(limit: float, *, card: str, longest: int, mean: float, rank: int = 16) -> list[Fit]:
+    """A line for each of MODELS under `limit` bytes; `longest` and `mean` are tokens of pairs."""
+    return [_fit(name, KNOWN[name], limit, card, longest, mean, rank) for name in MODELS]
+
+
+def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
+    run = Settings(rank=rank, tile_mib=64)
+    most = longest_pair(shape, run, limit)
+    lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
+    found = choice.choose(shape, run, lengths, Given(), limit=limit)
+    if found.peak > limit:
+        return Fit(name, most, None, None, shape.layers, False, False, None, None)
+    budget = min(found.tokens_per_row, lengths.step)
+    row = memory.Row(budget, budget * 2 // 5, max(1, round(budget / mean)))
+    seconds = sum(
+        timing.row_seconds(shape, found.run, row, timing.CARDS[card], scoring=scoring) for scoring in (False, True)
+    )
+    return Fit(
+        name, most, found.tokens_per_row, found.run.kept_layers, shape.layers, found.run.offload,
+        found.run.host_embeddings, found.peak / GIB, 3600 * budget / mean / seconds,
+    )  # fmt: skip
+
+
+def longest_pair(shape: Shape, run: Settings, limit: float) -> int:
+    """Tokens of the longest pair that fits with nothing kept and everything moved that can be, in steps of 64."""
+
+    def fits(tokens: int) -> bool:
+        lengths = Lengths(tokens, tokens * 2 // 5, tokens, tokens * 2 / 5, 1)
+        return choice.choose(shape, run, lengths, Given(kept=0), limit=limit).peak <= limit
+
+    low, high = 0, MOST_TOKENS // 64
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(64 * middle) else (low, middle - 1)
+    return 64 * low
+
+
+def table_lines(fits: list[Fit]) -> list[str]:
+    """The table as text."""
+    rows = [("model", "longest pair", "rows", "layers kept", "on the host", "peak", "pairs/hour*")]
+    for fit in fits:
+        moved = " + ".join(["inputs"] * fit.offload + ["embeddings"] * fit.host_embeddings) or "-"
+        if fit.peak_gib is None:
+            longest = f"{fit.longest_pair:,}" if fit.longest_pair else "does not fit"
+            rows.append((fit.model, longest, "-", "-", "-", "-", "-"))
+            continue
+        rows.append(
+            (
+                fit.model, f"{fit.longest_pair:,}", f"{fit.tokens_per_row:,}", f"{fit.kept_layers} of {fit.layers}",
+                moved, f"{fit.peak_gib:.1f} GiB", f"{fit.pairs_per_hour:,.0f}",
+            )
+        )  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

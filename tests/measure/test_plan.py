@@ -1,0 +1,164 @@
+"""What `qdpo plan` promises: causes that add up, ways out that work, lengths as prepared; and that it loads nothing."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qdpo import presets
+from qdpo.data.tokens import TokenPair, save_pairs
+from qdpo.errors import ConfigError
+from qdpo.measure.plan import Plan, make_plan
+from qdpo.memory import GIB
+from qdpo.train import record
+from tests.conftest import qdpo, tiny_rows, write_jsonl
+
+FIXED = ("memory.tokens_per_row=4096", "memory.kept_layers=4", "memory.offload=false", "memory.embeddings=device")
+SEVEN = "model.path=Qwen/Qwen2.5-7B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder without runs: one that has prepared its pairs would be found."""
+    monkeypatch.chdir(tmp_path)
+
+
+def plan(*words: str, **options: Any) -> Plan:
+    return make_plan(presets.resolve(list(words)), **options)
+
+
+def long_rows() -> list[dict[str, str]]:
+    """Answers of up to 3,000 tokens at four characters a token, after prompts of 25 to 600."""
+    return [
+        {"prompt": f"{n:0{100 + n * 23 % 2300}}", "chosen": "c" * (400 + n * 170 % 11_600), "rejected": "r" * (n + 400)}
+        for n in range(200)
+    ]
+
+
+def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -> None:
+    words = ("plan", "preset=7b-24gb", "data.path=bundled:demo-train.jsonl")
+    text = qdpo(*words, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    numbers = json.loads(qdpo(*words, "--json", cwd=tmp_path).stdout)
+    imported = {line.rpartition("|")[2].strip() for line in text.stderr.splitlines()}
+    assert text.returncode == 0 and "qdpo.measure.plan" in imported and not imported & {"torch", "transformers"}
+    causes = numbers["by_cause_bytes"]
+    assert {"4-bit base", "optimizer", "kept layers", "CUDA context"} <= causes.keys()
+    for name, value in causes.items():
+        assert (f"{name:28} {value / GIB:7.2f} GiB" in text.stdout) == (value >= 0.005 * GIB), name
+    assert sum(causes.values()) == pytest.approx(numbers["peak_bytes"])
+    assert numbers["fits"] and f"\nFITS: {numbers['peak_bytes'] / GIB:.1f} GiB at the peak" in text.stdout
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", presets.preset_names())
+def test_every_preset_fits_its_card(name: str) -> None:
+    found = plan(f"preset={name}")
+    assert found.fits and found.ways == []
+    assert found.card_gib == presets.card_gib(name) or found.card == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gib", "words"),
+    [
+        (6.5, ()),
+        (7, ("memory.kept_layers=all", "memory.offload=false", "memory.embeddings=device")),
+        (7.5, ("memory.kept_layers=all", "memory.head_tile_mib=16")),
+        (12, ("model.quantization=none", "memory.tokens_per_row=4096")),
+        (8, ("adapter.rank=256",)),
+        (6.5, ("data.path=long.jsonl", "data.max_tokens=16384")),
+        (6.5, ("data.path=long.jsonl", "data.max_tokens=16384", "memory.tokens_per_row=8192")),
+    ],
+    ids=str,
+)
+def test_each_way_out_is_one(gib: float, words: tuple[str, ...]) -> None:
+    write_jsonl(Path("long.jsonl"), long_rows())
+    found = plan("preset=7b-24gb", *words, gpu_gib=gib)
+    assert not found.fits and 1 <= len(found.ways) <= 3
+    for way in found.ways:
+        assert way.peak <= found.limit
+        changed = dict(word.split("=", 1) for word in (*words, *way.change.split()))
+        again = plan("preset=7b-24gb", *(f"{name}={value}" for name, value in changed.items()), gpu_gib=gib)
+        assert again.fits, way.change
+
+
+def test_no_is_an_answer(tmp_path: Path) -> None:
+    done = qdpo("plan", "preset=7b-24gb", "--gpu-gib", "6.5", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    assert re.search(r"DOES NOT FIT: .* GiB at the least, .* What fits: data\.max_tokens=\d+ \(", done.stdout)
+
+
+def test_below_the_named_memory_nothing_runs() -> None:
+    """The number in the message is the border: just above it there is a plan."""
+    message = r"4 GiB less 0.7 GiB .* first token, (\d+\.\d) GiB at the least\. .*`qdpo fit --gpu-gib 4` lists"
+    with pytest.raises(ConfigError, match=message) as error:
+        plan("preset=7b-24gb", gpu_gib=4)
+    named = re.search(message, str(error.value))
+    assert named is not None
+    border = float(named[1]) / 0.96
+    assert not plan("preset=7b-24gb", gpu_gib=border + 0.1, others_gib=0).fits
+    with pytest.raises(ConfigError, match="first token"):
+        plan("preset=7b-24gb", gpu_gib=border - 0.1, others_gib=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["preset=7b-24gb"], {"card": "rtx-409"}, r"--card=rtx-409 is not known\. Did you mean 'rtx-4090'\?"),
+        ([SEVEN, "data.path=pairs.jsonl"], {}, r"Give --gpu-gib=N, --card=NAME, or a preset"),
+        (["preset=7b-24gb", "model.path=some/one"], {}, r"No config.json of model.path=some/one is on this machine"),
+        (["preset=7b-24gb", "model.path=models/my model"], {}, r"No config.json of model.path=models/my model"),
+        (["preset=7b-24gb", "model.path=new"], {}, r"no forecast for model_type='new'.*--like=NAME"),
+        (["preset=7b-24gb", "data.path=absent.jsonl"], {}, r"data.path=absent.jsonl is not on this machine"),
+    ],
+    ids=["card", "no card", "model", "no hub name", "family", "data"],
+)
+def test_what_it_cannot_know_is_asked_for(words: list[str], options: dict[str, Any], message: str) -> None:
+    write_jsonl(Path("pairs.jsonl"), tiny_rows(10))
+    Path("new").mkdir()
+    Path("new/config.json").write_text('{"model_type": "new"}')
+    with pytest.raises(ConfigError, match=message):
+        plan(*words, **options)
+
+
+def test_a_card_or_its_memory_is_enough() -> None:
+    write_jsonl(Path("pairs.jsonl"), tiny_rows(50))
+    named, sized = (plan(SEVEN, "data.path=pairs.jsonl", **given) for given in ({"card": "rtx-3090"}, {"gpu_gib": 24}))
+    assert named == sized and named.card_gib == 24 and named.known.pairs == 48
+    assert named.steps == 3 and named.limit == pytest.approx((24 - 0.7) * 0.96 * GIB)
+    limited = plan("preset=7b-24gb", "memory.limit_gib=12", others_gib=0)
+    assert limited.limit == pytest.approx(12 * 0.96 * GIB)
+
+
+def test_prepared_pairs_are_used_as_they_are() -> None:
+    resolved = presets.resolve(["preset=7b-24gb"])
+    assert make_plan(resolved).known.how.startswith("assumed: pairs up to 4,096 tokens")
+    sizes = [(100, 20, 30), (7, 300, 400), (50, 1, 2)] * 11 + [(7, 500, 300)]
+    pairs = [TokenPair(*(np.arange(n, dtype=np.int32) for n in parts), row) for row, parts in enumerate(sizes)]
+    run = record.run_folder(resolved)
+    save_pairs(run.train_pairs, pairs[:30])
+    save_pairs(run.held_out_pairs, pairs[30:])
+    found = make_plan(resolved)
+    assert found.known.how == f"exact: the pairs that {run.path} has prepared"
+    lengths = found.known.lengths
+    assert (lengths.longest, lengths.longest_prompt, found.known.pairs) == (807, 7, 30)
+    assert lengths.mean == pytest.approx(sum(map(sum, sizes)) / len(sizes))
+    assert found.steps == math.ceil(30 / 16) and found.tokens == pytest.approx(30 * lengths.mean)
+
+
+@pytest.mark.parametrize(("name", "least"), [("7b-24gb", 7), ("13b-12gb", 12)])
+def test_more_memory_never_takes_longer(name: str, least: int) -> None:
+    """On one card; within half a percent, for settings are compared by a full row on another."""
+    found = [plan(f"preset={name}", gpu_gib=float(gib), card="rtx-4090") for gib in range(least, 33)]
+    seconds = [sum(one.seconds.values()) for one in found if one.fits and one.seconds]
+    assert len(seconds) == 33 - least and seconds[-1] < 0.95 * seconds[0]
+    assert all(more <= 1.005 * less for less, more in zip(seconds, seconds[1:], strict=False))
+
+
+def test_a_larger_rank_takes_more_memory() -> None:
+    ranks = (1, 4, 8, 16, 64, 256)
+    peaks = [plan("preset=7b-24gb", *FIXED, f"adapter.rank={rank}").chosen.peak for rank in ranks]
+    assert peaks == sorted(set(peaks))
