@@ -95,8 +95,8 @@ def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: tor
     needed, limit = choice.smallest_fixed_part(shape, run), _limit(config, available(device))
     if needed > limit:
         raise OutOfMemoryError(
-            f"{config.model.path} does not fit: {needed / GIB:.1f} GiB at the least are taken before the first token, and "
-            f"{limit / GIB:.1f} GiB of {device} can be planned for "
+            f"{config.model.path} does not fit: {needed / GIB:.1f} GiB at the least are taken before the first token, "
+            f"and {limit / GIB:.1f} GiB of {device} can be planned for "
             f"({_of_what(available(device), config.memory.limit_gib)}). Its weights were not downloaded. Choose a "
             "smaller model; `qdpo fit --gpu-gib N` lists what fits."
         )

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from qdpo.errors import Interrupted, OutOfMemoryError, VerificationError
 from qdpo.model import adapter
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
-from qdpo.train import checkpoint, optim, record, samples, signals
+from qdpo.train import checkpoint, fit, optim, record, samples, signals
 from qdpo.train.checkpoint import Trained
 from qdpo.train.evaluate import Evaluation, evaluate, reference_offset
-from qdpo.train.feed import Feed
+from qdpo.train.feed import Feed, ReadyRow
 from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
+from qdpo.train.recover import Recovery
 from qdpo.train.signals import StopRequest
 from qdpo.train.start import Job, open_run, plan_run, try_worst_row
 from qdpo.train.step import StepReport, train_step
@@ -86,6 +88,10 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
         metrics = Metrics(job.run.metrics, keep_through=state["step"])
     parameters = list(trained.policy.adapter_parameters().values())
+    recovery = Recovery(
+        job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
+        lambda splits: record.mark_state(job.run, found={**job.found, "row_splits": splits}),
+    )  # fmt: skip
     last: Evaluation | None = None
     tokens = metrics.last_tokens
     job.watcher.begin("training", plan.steps, "step")
@@ -102,15 +108,18 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         for group in trained.optimizer.param_groups:
             group["lr"] = rate
         rows = feed.rows(step, last=plan.steps - 1)
-        report = train_step(
-            trained.policy,
-            parameters,
-            trained.optimizer,
-            trained.scaler,
-            rows,
-            config.loss,
-            max_grad_norm=config.train.max_grad_norm,
-        )
+
+        def compute(rows: Sequence[ReadyRow], sided: bool) -> StepReport:
+            return train_step(
+                trained.policy, parameters, trained.optimizer, trained.scaler, rows, config.loss,
+                max_grad_norm=config.train.max_grad_norm, sided=sided,
+            )  # fmt: skip
+
+        try:
+            report = recovery.take(step, rows, compute)
+        except OutOfMemoryError as error:
+            checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+            raise OutOfMemoryError(f"{error} {fit.after_failure(job.config, job.train, state)}") from None
         tokens += report.tokens
         seconds = time.monotonic() - begun
         state = _after_step(job, state, step, report, seconds)

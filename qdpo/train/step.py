@@ -3,8 +3,8 @@
 Letters: N response tokens of a row · P pairs of a row.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -78,16 +78,23 @@ def train_step(
     loss: LossConfig,
     *,
     max_grad_norm: float,
+    sided: bool = False,
 ) -> StepReport:
     """Updates the adapter with the gradient of the mean loss over exactly the rows' pairs, however they are packed.
 
-    Losses that couple pairs see the whole step: every row is scored once without gradient, and again with it.
+    Losses that couple pairs see the whole step: every row is scored once without gradient, and again with it. `sided`:
+    each row is scored without gradient first, then each answer by itself: the same gradient in the least memory.
     Raises: NonFiniteError before the update if a loss or the gradient norm is NaN or infinite; with fp16 an infinite
     gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report says so.
+    RowTooLarge if the device's memory was not enough for the gradient; the adapter is as it was.
     """
     optimizer.zero_grad(set_to_none=True)
     backward = _backward_coupled if couples_pairs(loss.name) else backward_by_row
-    totals, row_losses = backward(policy, rows, loss, scaler.scale)
+    try:
+        totals, row_losses = backward(policy, rows, loss, scaler.scale, sided=sided)
+    except torch.cuda.OutOfMemoryError as error:
+        optimizer.zero_grad(set_to_none=True)
+        raise RowTooLarge(str(error).splitlines()[0]) from None
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     # The one synchronisation of the step.
@@ -103,28 +110,37 @@ def train_step(
     return StepReport(values, grad_norm, tokens, pairs, overflow=not np.isfinite(grad_norm))
 
 
+class RowTooLarge(Exception):
+    """A step's gradient did not fit; the step can be tried again with smaller rows."""
+
+
 Scale = Callable[[Tensor], Tensor]
 
 
 def backward_by_row(
-    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale
+    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale, *, sided: bool = False
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Adds the step's gradient to the adapter row by row; metrics summed over the step, and each row's loss."""
     number = counts([ready.row for ready in rows])
+    mean_tokens_c = number["chosen tokens"] / number["pairs"]
     totals: dict[str, Tensor] = {}
     row_losses = []
     for row in rows:
-        scored = score_row(policy, row, loss, mean_tokens_c=number["chosen tokens"] / number["pairs"])
-        losses_P = pair_losses(scored.pairs, loss)
-        torch.autograd.backward(scale(losses_P.sum() / number["pairs"]))
+        losses: list[Tensor] = []
+
+        def share(pairs: Pairs, losses: list[Tensor] = losses) -> Tensor:
+            losses.append(pair_losses(pairs, loss))
+            return scale(losses[0].sum() / number["pairs"])
+
+        scored = _backward_row(policy, row, loss, share, mean_tokens_c=mean_tokens_c, sided=sided)
         with torch.no_grad():
-            _add(totals, {**pair_sums(scored.pairs, losses_P, loss), **scored.sums})
-        row_losses.append(losses_P.detach().sum())
+            _add(totals, {**pair_sums(scored.pairs, losses[0], loss), **scored.sums})
+        row_losses.append(losses[0].detach().sum())
     return totals, row_losses
 
 
 def _backward_coupled(
-    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale
+    policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale, *, sided: bool = False
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The same for a loss of all pairs at once: first its slopes by each log-prob, then the rows with these."""
     number = counts([ready.row for ready in rows])
@@ -133,13 +149,54 @@ def _backward_coupled(
         scored = [score_row(policy, row, loss, mean_tokens_c=mean_tokens_c) for row in rows]
     losses_P, slopes = loss_slopes([part.pairs for part in scored], loss)
     for row, slope in zip(rows, slopes, strict=True):
-        pairs = score_row(policy, row, loss, mean_tokens_c=mean_tokens_c).pairs
-        torch.autograd.backward([getattr(pairs, name) for name in slope], [scale(value) for value in slope.values()])
+
+        def share(pairs: Pairs, slope: dict[str, Tensor] = slope) -> Tensor:
+            parts = [(getattr(pairs, name) * scale(value)).sum() for name, value in slope.items()]
+            return torch.stack(parts).sum()
+
+        _backward_row(policy, row, loss, share, mean_tokens_c=mean_tokens_c, sided=sided)
     totals: dict[str, Tensor] = {}
     row_losses = torch.split(losses_P, [len(part.pairs.c) for part in scored])
     for part, part_losses in zip(scored, row_losses, strict=True):
         _add(totals, {**pair_sums(part.pairs, part_losses, loss), **part.sums})
     return totals, [part.sum() for part in row_losses]
+
+
+def _backward_row(
+    policy: Policy, row: ReadyRow, loss: LossConfig, share: Callable[[Pairs], Tensor], *, mean_tokens_c: float,
+    sided: bool,
+) -> ScoredRow:  # fmt: skip
+    """Adds the gradient of a row's share of the step's loss to the adapter."""
+    if not sided:
+        scored = score_row(policy, row, loss, mean_tokens_c=mean_tokens_c)
+        torch.autograd.backward(share(scored.pairs))
+        return scored
+    tensors, reference_N = row.on(policy.device)
+    with torch.no_grad():
+        scores = _score(policy, tensors, metrics=True, squares=loss.wpo)
+        sums = token_sums(scores, reference_N, row.row)
+    logp_N = scores.logp.requires_grad_()
+    pairs = sum_pairs(
+        logp_N, reference_N, row.row.lengths, loss, mean_tokens_c=mean_tokens_c, log_square_N=scores.log_square
+    )
+    (slope_N,) = torch.autograd.grad(share(pairs), logp_N)
+    for side, inside, whole in sides(row.row):
+        torch.autograd.backward(score(policy, side, metrics=False).logp[inside], slope_N[whole])
+    return ScoredRow(pairs, sums)
+
+
+def sides(row: PairRow) -> Iterator[tuple[PairRow, slice, slice]]:
+    """Each answer of a row by itself: its row, and which response tokens there and in the whole row are its own.
+
+    The other answer is cut to one token, which the answer does not see and whose slope is not used.
+    """
+    start = 0
+    for pair in row.pairs:
+        chosen, rejected = len(pair.chosen), len(pair.rejected)
+        yield PairRow([replace(pair, rejected=pair.rejected[:1])]), slice(0, chosen), slice(start, start + chosen)
+        place = slice(start + chosen, start + chosen + rejected)
+        yield PairRow([replace(pair, chosen=pair.chosen[:1])]), slice(1, 1 + rejected), place
+        start += chosen + rejected
 
 
 def _add(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:

@@ -1,0 +1,78 @@
+"""When the memory is suddenly too small for a step: once more, then smaller rows, then a stop that loses nothing."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from qdpo.data.pack import PairRow
+from qdpo.errors import OutOfMemoryError
+from qdpo.train.feed import ReadyRow, ready
+from qdpo.train.meters import give_back_memory
+from qdpo.train.step import RowTooLarge, StepReport
+
+# How a step's rows are computed, from the usual way to the one that takes least memory.
+WHOLE, HALVES, SINGLE, SIDED = range(4)
+NAMES = ("whole rows", "rows of half the pairs", "rows of one pair", "one answer at a time")
+Step = Callable[[Sequence[ReadyRow], bool], StepReport]
+
+
+class Recovery:
+    """Takes steps at the current level; a level that was found necessary stays, from that step on."""
+
+    def __init__(
+        self, found: dict[str, int], device: torch.device, say: Callable[[str], None],
+        record: Callable[[dict[str, int]], None],
+    ):  # fmt: skip
+        """`found` maps the first step of each lowered level, as text, to the level; `record` stores it for a resume."""
+        self.found, self._device, self._say, self._record = dict(found), device, say, record
+
+    def level(self, step: int) -> int:
+        """The level of a step: the same in a resumed run, so that its splits are replayed."""
+        return max((level for first, level in self.found.items() if int(first) <= step), default=WHOLE)
+
+    def take(self, step: int, rows: Sequence[ReadyRow], compute: Step) -> StepReport:
+        """The step's report. The same gradient at every level, to rounding.
+
+        `compute` takes rows and whether answers go one at a time, and raises RowTooLarge.
+        Raises: OutOfMemoryError if the step does not fit at the last level.
+        """
+        again = True
+        while True:
+            level = self.level(step)
+            try:
+                return compute(split(rows, level), level == SIDED)
+            except RowTooLarge as error:
+                reason = str(error)
+            give_back_memory(self._device)
+            if again:
+                again = False
+                self._say(f"step {step + 1}: out of memory ({reason}); trying once more with the cache emptied")
+                continue
+            if level == SIDED:
+                raise OutOfMemoryError(f"Step {step + 1} does not fit even one answer at a time: {reason}")
+            self.found[str(step)] = level + 1
+            self._say(f"step {step + 1}: out of memory; from here on {NAMES[level + 1]} at a time, the same gradient")
+            self._record(self.found)
+
+
+def split(rows: Sequence[ReadyRow], level: int) -> list[ReadyRow]:
+    """The same pairs in smaller rows: halves, or one pair each."""
+    if level == WHOLE:
+        return list(rows)
+    parts = []
+    for row in rows:
+        pairs = row.row.pairs
+        size = -(-len(pairs) // 2) if level == HALVES else 1
+        parts += [_part(row, place, min(place + size, len(pairs))) for place in range(0, len(pairs), size)]
+    return parts
+
+
+def _part(row: ReadyRow, first: int, last: int) -> ReadyRow:
+    pairs, pin = row.row.pairs[first:last], row.tensors.token_T.is_pinned()
+    if row.reference_N is None:
+        return ready(PairRow(pairs), None, pin=pin)
+    lengths = row.row.lengths
+    answers = np.split(row.reference_N.numpy(), np.cumsum(lengths)[:-1])
+    known = {id(pair): (answers[2 * n], answers[2 * n + 1]) for n, pair in enumerate(row.row.pairs)}
+    return ready(PairRow(pairs), lambda pair: known[id(pair)], pin=pin)
