@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, presets
-from qdpo.errors import ConfigError, QdpoError
+from qdpo import __version__, cli_cache, cli_measure, presets
+from qdpo.cli_measure import Settings, quiet_libraries
+from qdpo.errors import QdpoError
 
 app = typer.Typer(
     add_completion=True,
@@ -18,13 +19,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Preference-tune a 7B-13B language model on one consumer GPU: DPO with a LoRA adapter over a 4-bit base.",
 )
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[preset=NAME] [FILE.toml] [key=value …]",
-        help="Settings; later layers win: defaults, preset, file, key=value.",
-    ),
-]
+app.add_typer(cli_cache.app, name="cache")
+# The folder of the run that this process works on, once it is known: its debug.log takes tracebacks.
+_run_folder: list[Path] = []
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -52,6 +49,7 @@ def run(
         typer.echo(record.config_toml(resolved, {}))
         return
     folder = record.run_folder(resolved)
+    _run_folder.append(folder.path)
     if fresh and folder.path.exists():
         typer.echo(f"the earlier run is kept as {record.move_aside(folder)}")
     from qdpo.report.terminal import Terminal, print_result
@@ -71,7 +69,7 @@ def run(
 
 
 def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
-    _quiet_libraries()
+    quiet_libraries()
     if resolved.preset is not None:
         for name, what in (("model.path", "model"), ("data.path", "preference pairs")):
             if resolved.origins[name] == f"preset {resolved.preset}":
@@ -85,91 +83,9 @@ def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
         terminal.finish()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
-def plan(
-    settings: Settings = None,
-    gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
-    card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
-    like: Annotated[str | None, typer.Option(help="The family whose layers an unknown architecture has.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Forecast a run's memory by cause, its time, and whether it fits; loads and downloads nothing.
-
-    Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
-    """
-    import json
-
-    from qdpo.measure.plan import make_plan, print_plan
-
-    resolved = presets.resolve(settings or [])
-    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
-    if json_:
-        typer.echo(json.dumps(found.to_json(), indent=1))
-    else:
-        print_plan(found, typer.echo)
-
-
-@app.command()
-def fit(
-    gpu_gib: Annotated[float, typer.Option(help="Memory of the card, in GiB.")],
-    card: Annotated[str | None, typer.Option(help="The card by name, for the estimate of time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
-    longest: Annotated[int, typer.Option(help="Longest pair, in tokens of prompt and both answers.")] = 2000,
-    mean: Annotated[float, typer.Option(help="Mean pair, in tokens.")] = 600,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
-) -> None:
-    """Which models from 1B to 32B a card can train, how long their pairs may be, and how fast it may go.
-
-    Example: qdpo fit --gpu-gib 8
-    """
-    import json
-
-    from qdpo.measure.fit import fit_table, table_lines
-    from qdpo.measure.plan import usable
-
-    limit, name = usable(gpu_gib, card, others_gib)
-    fits = fit_table(limit, card=name, longest=longest, mean=mean)
-    if json_:
-        typer.echo(json.dumps([vars(one) for one in fits], indent=1))
-        return
-    for line in table_lines(fits):
-        typer.echo(line)
-    typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
-
-
-@app.command(context_settings={"ignore_unknown_options": True})
-def bench(
-    settings: Settings = None,
-    limit_gib: Annotated[float | None, typer.Option(help="Stand for a card with this memory, in GiB.")] = None,
-    others_gib: Annotated[
-        float | None, typer.Option(help="What other programs would hold of it. Default: 0.7.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps, after one to warm up.")] = 5,
-    longest: Annotated[int | None, typer.Option(help="Longest pair in tokens. Default: 2 x data.max_tokens.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Put the figures into the preset's [measured] table.")] = False,
-) -> None:
-    """Run the real step on random weights of the model's shape, under a memory cap: speed, and peak against forecast.
-
-    Example: qdpo bench preset=7b-24gb --limit-gib 24
-    """
-    _quiet_libraries()
-    import json
-
-    resolved = presets.resolve(settings or [])
-    if write and resolved.preset is None:
-        raise ConfigError("--write puts figures into a preset's file; give preset=NAME.")
-    from qdpo.measure.bench import print_measured, run_bench, write_measured
-
-    say = lambda line: typer.echo(line, err=json_)  # noqa: E731
-    found = run_bench(resolved, limit_gib=limit_gib, others_gib=others_gib, steps=steps, longest=longest, say=say)
-    if json_:
-        typer.echo(json.dumps(vars(found), indent=1))
-    else:
-        print_measured(found, typer.echo)
-    if write and resolved.preset is not None:
-        typer.echo(f"written to {write_measured(resolved.preset, found, presets.shipped_folder())}", err=json_)
+app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)
+app.command()(cli_measure.fit)
+app.command(context_settings={"ignore_unknown_options": True})(cli_measure.bench)
 
 
 @app.command(name="presets")
@@ -200,7 +116,7 @@ def eval_(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Score a trained run again, on its own held-out pairs or on others."""
-    _quiet_libraries()
+    quiet_libraries()
     from qdpo.report.terminal import Terminal, print_evaluation
     from qdpo.train.rescore import rescore
 
@@ -232,22 +148,6 @@ def metrics(
         typer.echo(text)
 
 
-def _quiet_libraries() -> None:
-    """No telemetry, and no library noise on the screen, unless the user's environment asks for them."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # On CPUs, two caches keep a compiled bf16 product and its buffers for each shape met, 1,024 of them each: oneDNN's
-    # own and that of torch's binding. With rows of all lengths they grew without end.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
-    import logging
-    import warnings
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|datasets)\b.*")
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"qdpo {__version__}")
@@ -269,13 +169,38 @@ def main() -> None:
     try:
         app()
     except QdpoError as error:
-        if os.environ.get("QDPO_VERBOSE"):
-            traceback.print_exc()
+        _show_traceback()
+        if _run_folder and _run_folder[-1].is_dir():
+            _note(_run_folder[-1], error)
         print(f"qdpo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("qdpo: stopped. What was saved before is intact; the same command continues.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        _show_traceback()
+        from qdpo.rundir import cache_folder
+
+        is_run = bool(_run_folder) and _run_folder[-1].is_dir()
+        path = _note(_run_folder[-1] if is_run else cache_folder(None), error)
+        what = (str(error).splitlines() or [""])[0]
+        print(
+            f"qdpo: unexpected {type(error).__name__}: {what}. This is a bug in qdpo; what was saved before is intact. "
+            f"The traceback is in {path or 'no file: none could be written (-v shows it)'}; please report it.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _show_traceback() -> None:
+    if os.environ.get("QDPO_VERBOSE"):
+        traceback.print_exc()
+
+
+def _note(folder: Path, error: Exception) -> Path | None:
+    from qdpo.report.debug import note
+
+    return note(folder, error, sys.argv[1:])
 
 
 if __name__ == "__main__":

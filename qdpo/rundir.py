@@ -79,6 +79,12 @@ class RunDir:
         return self.path.with_name(f".{self.path.name}.lock")
 
 
+def cache_folder(given: str | Path | None) -> Path:
+    """The folder given (cache.dir), else $QDPO_CACHE, else qdpo in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdpo"
+    return Path(given or os.environ.get("QDPO_CACHE") or default).expanduser()
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
     try:

@@ -7,16 +7,19 @@ tokenizer act only through the ids.
 
 import hashlib
 import json
+import os
+import shlex
 import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import DiskError
@@ -24,11 +27,26 @@ from qdpo.errors import DiskError
 # Raise it when the rule that turns ids into log-probs changes (shift, mask, precision of the sums).
 SCORING_RULE = 1
 
+# Result codes of SQLite that tell of the disk, of permissions or of another process. All others tell of the content.
+OF_THE_DISK = {
+    sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH,
+}  # fmt: skip
+UNREADABLE = {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ}
+# Messages quote a damaged schema, which need not be text.
+ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
+WAIT_S = 60
+
+_Result = TypeVar("_Result")
+_described: dict[str, dict[str, Any]] = {}
+
 
 def identity(weights: str, adapter: str | None, path: dict[str, Any]) -> str:
     """Name of a reference: hex digest of its weights' checksum, its start adapter's, and the way of computing."""
-    text = json.dumps({"weights": weights, "adapter": adapter, "rule": SCORING_RULE, **path}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    parts = {"weights": weights, "adapter": adapter, "rule": SCORING_RULE, **path}
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    _described[name] = parts
+    return name
 
 
 def answer_keys(pair: TokenPair) -> tuple[bytes, bytes]:
@@ -41,46 +59,51 @@ def answer_keys(pair: TokenPair) -> tuple[bytes, bytes]:
     return key(pair.chosen), key(pair.rejected)
 
 
+def is_intact(key: Any, value: Any, crc: Any) -> bool:
+    """Whether a row is as it was stored, under this key: a damaged index can lead to the row of another answer."""
+    return isinstance(key, bytes) and isinstance(value, bytes) and _checksum(key, value) == crc
+
+
+def is_damage(error: sqlite3.DatabaseError | UnicodeDecodeError, path: Path) -> bool:
+    """Whether the file's content is at fault, and not its disk or its permissions."""
+    if isinstance(error, UnicodeDecodeError):
+        return True
+    code = error.sqlite_errorcode
+    if code in UNREADABLE or code & 0xFF not in OF_THE_DISK:
+        return True
+    # One flipped bit of the header forbids writing. Also SQLite's answer when the file was renamed under its hands.
+    is_read_only = code & 0xFF == sqlite3.SQLITE_READONLY and code != sqlite3.SQLITE_READONLY_DIRECTORY
+    return is_read_only and os.access(path, os.W_OK)
+
+
 class ReferenceCache:
-    """float32 log-probs of every response token, by answer. Safe for several processes; each `put` is one commit."""
+    """float32 log-probs of every response token, by answer. Safe for several processes; each `put` is one commit.
 
-    def __init__(self, folder: Path, name: str):
+    A damaged row counts as absent. A damaged file is set aside as *.corrupt-TIME whenever its damage shows, `say` is
+    told, and a new one is begun; other processes notice that and go on with the new one.
+    Raises: DiskError, from every method, for a file that cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, name: str, *, base: str = "", say: Callable[[str], None] = lambda line: None):
+        """`base` is the model's name, kept in the file beside what the identity was made of, for people to read."""
         self.path = folder / "reference" / f"{name}.sqlite"
-        self._lock = threading.Lock()  # a step's rows are looked up on another thread than an evaluation's
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
-        except (OSError, sqlite3.OperationalError) as error:
-            raise DiskError(
-                f"Cannot open the reference cache {self.path}: {error}. Choose another folder with cache.dir=."
-            ) from error
-
-    def _open(self) -> None:
-        try:
-            self._connect()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            self.path.rename(self.path.with_suffix(f".corrupt-{int(time.time())}"))
-            self._connect()
-
-    def _connect(self) -> None:
-        self._database = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
-        # Not WAL: it is unsafe on network disks. TRUNCATE with FULL costs about a millisecond a commit.
-        self._database.execute("PRAGMA journal_mode=TRUNCATE")
-        self._database.execute("PRAGMA synchronous=FULL")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB NOT NULL, crc INTEGER NOT NULL)"
-        )
-        self._database.commit()
+        command = f"qdpo cache clear {name[:12]} --dir {shlex.quote(str(folder))}"
+        self.way_out = f"`{command}` removes it; then the same command computes it anew."
+        self._about = json.dumps({"base": base, **_described.get(name, {})})
+        self._say = say
+        self._threads = threading.Lock()
+        self._processes = FileLock(f"{self.path}.lock", timeout=WAIT_S)  # held to create a file and to set one aside
+        self._database: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        self._guarded(lambda database: None)
 
     def get(self, pair: TokenPair) -> tuple[np.ndarray, np.ndarray] | None:
         """Log-probs of the chosen and the rejected tokens, or None if either is absent or damaged."""
-        found = []
-        for key, length in zip(answer_keys(pair), (len(pair.chosen), len(pair.rejected)), strict=True):
-            with self._lock:
-                row = self._database.execute("SELECT value, crc FROM logps WHERE key = ?", (key,)).fetchone()
-            if row is None or zlib.crc32(row[0]) != row[1] or len(row[0]) != 4 * length:
+        keys, found = answer_keys(pair), []
+        query = "SELECT value, crc FROM logps WHERE key = ?"
+        rows = self._guarded(lambda database: [database.execute(query, (key,)).fetchone() for key in keys])
+        for key, row, length in zip(keys, rows, (len(pair.chosen), len(pair.rejected)), strict=True):
+            if row is None or not is_intact(key, *row) or len(row[0]) != 4 * length:
                 return None
             found.append(np.frombuffer(row[0], dtype="<f4"))
         return found[0], found[1]
@@ -90,25 +113,95 @@ class ReferenceCache:
         rows = []
         for pair, chosen, rejected in scored:
             for key, logps in zip(answer_keys(pair), (chosen, rejected), strict=True):
-                blob = logps.astype("<f4").tobytes()
-                rows.append((key, blob, zlib.crc32(blob)))
-        with self._writing():
-            self._database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", rows)
+                value = logps.astype("<f4").tobytes()
+                rows.append((key, value, _checksum(key, value)))
 
-    def missing(self, pairs: Iterable[TokenPair]) -> list[TokenPair]:
-        """Those pairs that have no usable row, each once."""
-        seen: dict[str, TokenPair] = {pair.digest: pair for pair in pairs}
-        return [pair for pair in seen.values() if self.get(pair) is None]
+        def write(database: sqlite3.Connection) -> None:
+            with database:
+                database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", rows)
+
+        self._guarded(write)
 
     def close(self) -> None:
-        self._database.close()
+        with self._threads:
+            self._disconnect()
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            with self._database:
-                yield
-        except sqlite3.OperationalError as error:
-            raise DiskError(
-                f"Cannot write the reference cache {self.path}: {error}. What was stored before is safe."
-            ) from error
+    def _guarded(self, act: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """What `act` returns on the file that has the name now: the one place where damage and disk errors are met."""
+        with self._threads:
+            try:
+                try:
+                    return act(self._connected())
+                except ERRORS as error:
+                    if not is_damage(error, self.path):
+                        raise
+                    self._set_aside(error)
+                    return act(self._connected())
+            except (*ERRORS, OSError) as error:
+                raise DiskError(
+                    f"Cannot use the reference cache {self.path}: {error}. What was stored before is safe. Free space, "
+                    "fix the permissions, or choose another folder with cache.dir=; then run the same command again."
+                ) from error
+
+    def _connected(self) -> sqlite3.Connection:
+        """An open file. One that was renamed is left: its journal's name belongs to the file that came after it."""
+        if self._database is not None and _file_id(self.path) == self._file:
+            return self._database
+        self._disconnect()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._processes:
+            self.path.touch()  # its time says when it was last used; fails here if it is read-only
+            self._file = _file_id(self.path)
+            database = sqlite3.connect(self.path, timeout=WAIT_S, check_same_thread=False)
+            try:
+                self._prepare(database)
+            except BaseException:
+                database.close()
+                raise
+            self._database = database
+        return database
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
+        database.text_factory = bytes  # damage can turn a blob into text
+        # Not WAL: it is unsafe on network disks. TRUNCATE with FULL costs about a millisecond a commit.
+        database.execute("PRAGMA journal_mode=TRUNCATE")
+        database.execute("PRAGMA synchronous=FULL")
+        with database:
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB NOT NULL, crc INTEGER NOT NULL)"
+            )
+            database.execute("CREATE TABLE IF NOT EXISTS about (description TEXT NOT NULL)")
+            database.execute("INSERT INTO about SELECT ? WHERE NOT EXISTS (SELECT 1 FROM about)", (self._about,))
+
+    def _disconnect(self) -> None:
+        if self._database is not None:
+            with suppress(sqlite3.Error):
+                self._database.close()
+        self._database = None
+
+    def _set_aside(self, error: Exception) -> None:
+        """Renames the damaged file and its journal, unless another process has done so."""
+        self._disconnect()
+        with self._processes:
+            if _file_id(self.path) != self._file:
+                return
+            seconds = int(time.time())
+            while (aside := self.path.with_suffix(f".corrupt-{seconds}")).exists():
+                seconds += 1
+            self.path.rename(aside)
+            journal = Path(f"{self.path}-journal")
+            if journal.exists():  # or it would be rolled back into the next file
+                journal.rename(f"{aside}-journal")
+        self._say(f"reference: {self.path} is damaged ({error}); kept as {aside.name}, what it held is computed anew")
+
+
+def _checksum(key: bytes, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(key))
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

@@ -67,8 +67,8 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     if loaded.weights != kept["weights"]:
         watcher.say("warning: the base's weights as loaded here are not those of the training run")
     with signals.listen(watcher.say) as stop:
-        cache = ReferenceCache(cache_dir, loaded.reference_name)
-        scorer = Scorer(loaded, cache, tokens_per_row, watcher, stop, config.loss)
+        cache = ReferenceCache(cache_dir, loaded.reference_name, base=place.name, say=watcher.say)
+        scorer = Scorer(loaded, cache, tokens_per_row, watcher, stop, config.loss, config.train.seed)
         scorer.fill(pairs)
         adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")

@@ -1,7 +1,6 @@
 """From settings to a loaded, checked policy and prepared pairs: a new run folder, or the one to continue."""
 
 import dataclasses
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +65,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.adapter.start is not None:
         adapter.check_adapter_folder(Path(config.adapter.start))
     device = base.choose_device(config.model.device, say)
+    if config.train.deterministic and device.type == "cuda":
+        base.repeat_rounding()
     cache_dir = cache_folder(config)
     pinned = rundir.read_json(run.record)["base"]["commit"] if run.record.exists() else None
     folder = fetch.locate_base(
@@ -83,16 +84,15 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
     watcher.finish()
     _check_weights(run, folder, loaded)
-    cache = ReferenceCache(cache_dir, loaded.reference_name)
+    cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
-    scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss)
+    scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
     return Job(config, resolved.config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """cache.dir, else $QDPO_CACHE, else qdpo in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdpo"
-    return Path(config.cache.dir or os.environ.get("QDPO_CACHE") or default).expanduser()
+    """Where reference log-probs and converted bases are kept."""
+    return rundir.cache_folder(config.cache.dir)
 
 
 def try_worst_row(job: Job) -> None:

@@ -1,0 +1,112 @@
+"""The verbs that forecast and measure: plan, fit, bench. `cli` registers them."""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from qdpo import presets
+from qdpo.errors import ConfigError
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[preset=NAME] [FILE.toml] [key=value …]",
+        help="Settings; later layers win: defaults, preset, file, key=value.",
+    ),
+]
+
+
+def plan(
+    settings: Settings = None,
+    gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
+    card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
+    like: Annotated[str | None, typer.Option(help="The family whose layers an unknown architecture has.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Forecast a run's memory by cause, its time, and whether it fits; loads and downloads nothing.
+
+    Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
+    """
+    from qdpo.measure.plan import make_plan, print_plan
+
+    resolved = presets.resolve(settings or [])
+    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
+    if json_:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        print_plan(found, typer.echo)
+
+
+def fit(
+    gpu_gib: Annotated[float, typer.Option(help="Memory of the card, in GiB.")],
+    card: Annotated[str | None, typer.Option(help="The card by name, for the estimate of time: rtx-4090, …")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
+    longest: Annotated[int, typer.Option(help="Longest pair, in tokens of prompt and both answers.")] = 2000,
+    mean: Annotated[float, typer.Option(help="Mean pair, in tokens.")] = 600,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Which models from 1B to 32B a card can train, how long their pairs may be, and how fast it may go.
+
+    Example: qdpo fit --gpu-gib 8
+    """
+    from qdpo.measure.fit import fit_table, table_lines
+    from qdpo.measure.plan import usable
+
+    limit, name = usable(gpu_gib, card, others_gib)
+    fits = fit_table(limit, card=name, longest=longest, mean=mean)
+    if json_:
+        typer.echo(json.dumps([vars(one) for one in fits], indent=1))
+        return
+    for line in table_lines(fits):
+        typer.echo(line)
+    typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
+
+
+def bench(
+    settings: Settings = None,
+    limit_gib: Annotated[float | None, typer.Option(help="Stand for a card with this memory, in GiB.")] = None,
+    others_gib: Annotated[
+        float | None, typer.Option(help="What other programs would hold of it. Default: 0.7.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Timed steps, after one to warm up.")] = 5,
+    longest: Annotated[int | None, typer.Option(help="Longest pair in tokens. Default: 2 x data.max_tokens.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put the figures into the preset's [measured] table.")] = False,
+) -> None:
+    """Run the real step on random weights of the model's shape, under a memory cap: speed, and peak against forecast.
+
+    Example: qdpo bench preset=7b-24gb --limit-gib 24
+    """
+    quiet_libraries()
+    resolved = presets.resolve(settings or [])
+    if write and resolved.preset is None:
+        raise ConfigError("--write puts figures into a preset's file; give preset=NAME.")
+    from qdpo.measure.bench import print_measured, run_bench, write_measured
+
+    say = lambda line: typer.echo(line, err=json_)  # noqa: E731
+    found = run_bench(resolved, limit_gib=limit_gib, others_gib=others_gib, steps=steps, longest=longest, say=say)
+    if json_:
+        typer.echo(json.dumps(vars(found), indent=1))
+    else:
+        print_measured(found, typer.echo)
+    if write and resolved.preset is not None:
+        typer.echo(f"written to {write_measured(resolved.preset, found, presets.shipped_folder())}", err=json_)
+
+
+def quiet_libraries() -> None:
+    """No telemetry, and no library noise on the screen, unless the user's environment asks for them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # On CPUs, two caches keep a compiled bf16 product and its buffers for each shape met, 1,024 of them each: oneDNN's
+    # own and that of torch's binding. With rows of all lengths they grew without end.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+    import logging
+    import warnings
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|datasets)\b.*")
