@@ -16,6 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NOT_TRAJECTORY = {
     "output.dir",
     "output.name",
+    "output.on_disk_full",
     "cache.dir",
     "train.save_every",
     "train.eval_every",
@@ -172,6 +173,8 @@ class TrainConfig(Section):
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Checkpoints kept, newest first."""
+    deterministic: bool = False
+    """On CUDA, only kernels that repeat their rounding: a resumed run equals an uninterrupted one byte for byte."""
     compile: bool = False
     """Put torch.compile in the place of the fast parts, on layers that are kept: slow to start, for long runs."""
     eval_every: Count = 50
@@ -207,6 +210,8 @@ class OutputConfig(Section):
     """Folder that holds the run folders."""
     name: str | None = None
     """Name of the run folder. Default: preset + 6 hex digits of the settings that change the training."""
+    on_disk_full: Literal["wait", "stop"] = "wait"
+    """When the last checkpoint or the adapter cannot be written: wait for room, or stop (exit 6)."""
 
 
 class CacheConfig(Section):

@@ -13,9 +13,10 @@ from qdpo.config import LossConfig
 from qdpo.data.pack import pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.measure.bench import run_bench
-from qdpo.measure.build import config_of
+from qdpo.measure.build import config_of, random_base
 from qdpo.model import attention
 from qdpo.model.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
+from qdpo.model.base import embeddings_to_host
 from qdpo.model.logps import Head, plain_logps, response_logps
 from qdpo.train import fit, optim
 from qdpo.train.feed import ready
@@ -177,3 +178,35 @@ def test_the_forecast_is_the_measured_peak(tmp_path: Path, kept: int, offload: b
         presets.resolve(words), limit_gib=None, others_gib=None, steps=2, longest=4096, say=lambda line: None
     )
     assert -0.03 <= measured.forecast_gib / measured.peak_gib - 1 <= 0.08, measured
+
+
+def test_a_deterministic_run_repeats_itself_and_resumes_exactly(train: Train, settings: dict[str, str]) -> None:
+    words = {
+        "model__device": "cuda", "model__quantization": "nf4", "model__dtype": "bf16", "train__optimizer": "auto",
+        "train__deterministic": "true", "train__steps": "6", "train__save_every": "3",
+    }  # fmt: skip
+    folder = Path(settings["output.dir"])
+    try:
+        for name in ("first", "second"):
+            train(output__name=name, **words)
+        (folder / "second" / "result.json").unlink()
+        (folder / "second" / "checkpoints" / "step-000006" / "MANIFEST.json").unlink()
+        train(output__name="second", **words)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    adapters = [(folder / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")]
+    assert adapters[0] == adapters[1]
+
+
+def test_the_embedding_table_on_the_host_changes_no_number() -> None:
+    config = config_of("meta-llama/Llama-2-7b-hf", layers=1)
+    torch.manual_seed(0)
+    model = random_base(
+        config, quantization="nf4", double_quant=True, dtype=torch.bfloat16, device=torch.device("cuda")
+    )
+    token = torch.randint(0, 32000, (1, 50), device="cuda")
+    with torch.no_grad():
+        before = model(input_ids=token).logits
+        embeddings_to_host(model)
+        after = model(input_ids=token).logits
+    assert model.get_input_embeddings().weight.device.type == "cpu" and torch.equal(before, after)

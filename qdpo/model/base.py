@@ -1,6 +1,7 @@
 """Chooses device and compute type, and loads tokenizer and frozen base from a local folder."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -41,6 +42,15 @@ def choose_device(wanted: str, announce: Announce) -> torch.device:
     others = f", the freest of {count} devices" if count > 1 else ""
     announce(f"device: cuda:{best} {name}, {free[best] / 2**30:.1f} GiB free{others}")
     return torch.device("cuda", best)
+
+
+def repeat_rounding() -> None:
+    """Holds CUDA to kernels that give the same bits each time. Must come before the first product.
+
+    cuBLAS repeats itself only with a fixed workspace (NVIDIA's documentation, "Results reproducibility").
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def _driver_hint() -> str:

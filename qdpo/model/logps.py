@@ -120,7 +120,9 @@ def _logits(hidden_RD: Tensor, head: Head) -> Tensor:
 def _hidden_slope(logit_RV: Tensor, prob_RV: Tensor, label_R1: Tensor, head: Head) -> Tensor:
     """d logp / d hidden = (onehot − p) · cap′ · scale · W, shape (R, D). Overwrites both tiles."""
     slope_RV = prob_RV.neg_()
-    slope_RV.scatter_add_(1, label_R1, torch.ones_like(label_R1, dtype=slope_RV.dtype))
+    place_R1 = torch.arange(len(slope_RV), device=slope_RV.device)[:, None]
+    # Not scatter_add_: on CUDA it has no deterministic kernel.
+    slope_RV.index_put_((place_R1, label_R1), torch.ones((), device=slope_RV.device), accumulate=True)
     if head.softcap is not None:
         slope_RV *= logit_RV.div_(head.softcap).square_().neg_().add_(1)
     if head.scale != 1.0:

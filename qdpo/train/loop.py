@@ -22,9 +22,13 @@ from qdpo.train.feed import Feed, ReadyRow
 from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
 from qdpo.train.recover import Recovery
+from qdpo.train.saving import Saver
 from qdpo.train.signals import StopRequest
 from qdpo.train.start import Job, open_run, plan_run, try_worst_row
 from qdpo.train.step import StepReport, train_step
+
+# Steps without any effect after which that is said.
+UNMOVED_STEPS = 10
 
 
 def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
@@ -92,6 +96,11 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
         lambda splits: record.mark_state(job.run, found={**job.found, "row_splits": splits}),
     )  # fmt: skip
+    saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
+
+    def save() -> None:
+        checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+
     last: Evaluation | None = None
     tokens = metrics.last_tokens
     job.watcher.begin("training", plan.steps, "step")
@@ -118,7 +127,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         try:
             report = recovery.take(step, rows, compute)
         except OutOfMemoryError as error:
-            checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+            save()
             raise OutOfMemoryError(f"{error} {fit.after_failure(job.config, job.train, state)}") from None
         tokens += report.tokens
         seconds = time.monotonic() - begun
@@ -129,8 +138,12 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
             last = _evaluate(job, metrics, done)
             job.watcher.begin("training", plan.steps, "step")
             job.watcher.advance(done)
-        if done == plan.steps or done % config.train.save_every == 0 or job.stop.number is not None:
-            checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+        if done == plan.steps:
+            saver.insist(save)
+        elif job.stop.number is not None:
+            save()
+        elif done % config.train.save_every == 0:
+            saver.attempt(save)
         if job.stop.number is not None and done < plan.steps:
             raise Interrupted(
                 f"Stopped after step {done} of {plan.steps}, which is saved. The same command continues.",
@@ -154,7 +167,7 @@ def _check_offset(job: Job, before: Evaluation) -> None:
         raise VerificationError(
             f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} "
             "nats (bound "
-            f"{bound:.2g}). Remove {job.scorer.cache.path} and run the same command again."
+            f"{bound:.2g}). {job.scorer.cache.way_out}"
         )
 
 
@@ -167,8 +180,16 @@ def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, 
             "answers may be "
             "identical after cutting, or adapter.targets may match no layer that is used."
         )
+    unmoved = state.get("unmoved", True) and report.values.get("rewards/margins") == 0.0
+    if unmoved and step + 1 == UNMOVED_STEPS:
+        job.watcher.say(
+            f"warning: after {UNMOVED_STEPS} steps every margin is still exactly 0: the adapter learns nothing. Usual "
+            f"causes: a rate too small to change a weight (train.learning_rate={job.config.train.learning_rate:g}), "
+            "adapter.targets that no answer passes through, or a layer without a backward pass."
+        )
     return {
         "step": step + 1,
+        "unmoved": unmoved,
         "overflows": state["overflows"] + report.overflow,
         "seconds": state["seconds"] + seconds,
         "peak_gib": max(state["peak_gib"], peak_gib(job.loaded.policy.device)),
@@ -216,7 +237,8 @@ def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation, s
         adapter.save_adapter(policy, path, base_name=job.base.name, revision=job.base.commit)
         job.tokenizer.save_pretrained(path)
 
-    rundir.write_folder(job.run.adapter, fill)
+    saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
+    saver.insist(lambda: rundir.write_folder(job.run.adapter, fill))
     shown = samples.write_samples(job.run.samples, policy, job.tokenizer, job.held_out, job.config.samples, job.watcher)
     result = {
         "steps": plan.steps,
@@ -231,5 +253,5 @@ def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation, s
         "overflows": state["overflows"],
         "adapter": str(job.run.adapter),
     }
-    rundir.write_json(job.run.result, result)
+    saver.insist(lambda: rundir.write_json(job.run.result, result))
     return result

@@ -1,8 +1,10 @@
 """metrics.jsonl, and what a run tells the one who watches it."""
 
+import contextlib
 import ctypes
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,12 +43,21 @@ class Metrics:
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_through]
         rundir.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._waiting = ""
         self.last_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         self.evaluated = {record["step"] for record in kept if "eval_loss" in record}
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+        """Appends a line. On a full disk lines wait here, and go with the next one that can be written."""
+        self._waiting += json.dumps({"schema": SCHEMA, **record}) + "\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+            self._waiting = ""
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)  # no half a line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,28 @@
+"""debug.log: the traceback of whatever ended a command, without tokens and without the name of the home folder."""
+
+import datetime
+import re
+import traceback
+from pathlib import Path
+
+# Tokens of the Hub, of GitHub, and in an Authorization header.
+SECRETS = re.compile(r"\b(hf_|ghp_|gho_|github_pat_)\w{8,}|(?<=Bearer )\S+")
+
+
+def note(folder: Path, error: BaseException, words: list[str]) -> Path | None:
+    """Appends the error's traceback and the command's words to `folder`/debug.log; None if that cannot be written."""
+    path = folder / "debug.log"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    text = "".join(traceback.format_exception(error))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(redact(f"--- {now} qdpo {' '.join(words)}\n{text}\n"))
+    except OSError:
+        return None
+    return path
+
+
+def redact(text: str) -> str:
+    """The text without access tokens, and with ~ for the user's home folder."""
+    return SECRETS.sub("[token]", text).replace(str(Path.home()), "~")
