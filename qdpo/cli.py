@@ -62,9 +62,13 @@ def run(
         result = read_json(folder.result)
     else:
         result = _train(resolved, terminal)
+    if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
         from qdpo.report.card import write_card
+        from qdpo.rundir import clear_leftovers
 
-        write_card(folder, resolved)
+        with record.alone(folder):
+            clear_leftovers(folder)
+            write_card(folder, resolved)
     print_result(folder, result, terminal.console)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -142,6 +143,16 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise disk_error(error, path) from error
+
+
+def clear_leftovers(run: RunDir) -> None:
+    """Removes what a killed process was still writing for this run. Only for the one who holds the run's lock."""
+    beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
+    inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
+    for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):
+        for path in folder.glob(".*"):
+            if re.fullmatch(name, path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def share(path: Path) -> None:

@@ -50,9 +50,14 @@ def save_checkpoint(folder: Path, trained: Trained, state: dict[str, Any], *, ke
     rundir.write_folder(target, fill)
     if not _is_whole(target):
         raise VerificationError(f"The checkpoint {target} does not read back as it was written. Check the disk.")
+    prune(folder, keep=keep)
+    return target
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Removes all but the `keep` newest checkpoints. A start does so too: a kill may have come before, or inside."""
     for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
-    return target
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:

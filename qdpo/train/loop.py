@@ -48,6 +48,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
 
 
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
+    rundir.clear_leftovers(run)
     job = open_run(resolved, run, watcher, stop)
     try:
         try_worst_row(job)
@@ -89,6 +90,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         record.mark_state(job.run, before=before.values)
     else:
         state = checkpoint.load_checkpoint(newest, trained)
+        checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
         job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
         metrics = Metrics(job.run.metrics, keep_through=state["step"])
     parameters = list(trained.policy.adapter_parameters().values())

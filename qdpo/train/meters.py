@@ -54,6 +54,8 @@ class Metrics:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(self._waiting)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must not be ahead of its steps after a power cut
             self._waiting = ""
         except OSError:
             with contextlib.suppress(OSError):
