@@ -1,8 +1,10 @@
 """The verbs: parse, call one function, turn a QdpoError into one message and an exit code."""
 
+import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,9 +84,20 @@ def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
     from qdpo.train.loop import run_training
 
     try:
-        return run_training(resolved, terminal)
+        with _left_at_once():
+            return run_training(resolved, terminal)
     finally:
         terminal.finish()
+
+
+@contextlib.contextmanager
+def _left_at_once() -> Iterator[None]:
+    """A second Ctrl-C: typer would exit without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("qdpo: left at once. What was saved before is intact; the same command continues.", err=True)
+        raise typer.Exit(130) from None
 
 
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)

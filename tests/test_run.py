@@ -128,6 +128,24 @@ def test_interrupted_and_continued_equals_uninterrupted(
     assert trajectory(run) == trajectory(whole) and len(trajectory(run)) == 30
 
 
+def test_a_second_ctrl_c_leaves_at_once(settings: dict[str, str], tmp_path: Path) -> None:
+    words = arguments(settings, train__steps="6", train__pairs_per_step="8", memory__tokens_per_row="0")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qdpo.cli", "run", *words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(("step 2/6", "stopping:")):
+            process.send_signal(signal.SIGINT)
+        if line.startswith("stopping:"):
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "left at once" in errors and "The same command" not in errors
+    assert qdpo("run", *words, cwd=tmp_path).returncode == 0
+
+
 class StopsAt(Quiet):
     """Sends Ctrl-C to this process while the named stage runs."""
 
