@@ -115,8 +115,7 @@ def make_plan(
 def _card(
     resolved: Resolved, card: str | None, gib: float | None, others: float | None, cuda: bool
 ) -> tuple[str, float, float]:
-    if card is not None and card not in timing.CARDS:
-        raise ConfigError(f"--card={card} is not known. {presets.nearest(card, list(timing.CARDS))}")
+    _check_card(card)
     if not cuda:
         import psutil
 
@@ -129,10 +128,14 @@ def _card(
     return card or timing.card_for(gib), gib, OTHERS_GIB if others is None else others
 
 
-def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[float, str]:
-    """Bytes of a card that can be planned for, and the card's name. Raises: ConfigError for an unknown card."""
+def _check_card(card: str | None) -> None:
     if card is not None and card not in timing.CARDS:
         raise ConfigError(f"--card={card} is not known. {presets.nearest(card, list(timing.CARDS))}")
+
+
+def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[float, str]:
+    """Bytes of a card that can be planned for, and the card's name. Raises: ConfigError for an unknown card."""
+    _check_card(card)
     others = OTHERS_GIB if others_gib is None else others_gib
     return (gib - others) * GIB * choice.PLANNED_SHARE, card or timing.card_for(gib)
 
