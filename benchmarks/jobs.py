@@ -62,7 +62,7 @@ class Start:
         }  # fmt: skip
         return {
             "folder": str(self.base), "adapter": str(self.work / "adapter"), "rounds": rounds,
-            "pairs": [pair.texts for pair in pairs], "response_head": False, "arguments": {**common, **arguments},
+            "pairs": [pair.texts.three for pair in pairs], "response_head": False, "arguments": {**common, **arguments},
             **model,
         }  # fmt: skip
 

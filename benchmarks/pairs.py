@@ -8,9 +8,10 @@ from typing import Any
 
 from qdpo import presets
 from qdpo.data.pair import Rejection, detect_layout, to_pair
-from qdpo.data.render import Texts, render
+from qdpo.data.render import Rendered, Renderer
 from qdpo.data.source import open_source
 from qdpo.data.tokens import TokenPair
+from qdpo.report.terminal import Terminal
 from qdpo.train import prepare
 
 
@@ -19,7 +20,7 @@ class Candidate:
     """A usable pair: its row as it stands in the source, its texts, and qdpo's ids."""
 
     row: dict[str, Any]
-    texts: Texts
+    texts: Rendered
     ids: TokenPair
 
 
@@ -27,15 +28,15 @@ def read_candidates(path: str, tokenizer: Any, *, max_tokens: int) -> list[Candi
     """All pairs of `path` that qdpo would use. TRL gets them as plain text, so that both see the same template."""
     settings = [f"data.path={path}", "model.path=given", f"data.max_tokens={max_tokens}"]
     config = presets.resolve(settings).config.data
-    _name, pairs = prepare.read_pairs(config, tokenizer, say=print)
+    _name, pairs = prepare.read_pairs(config, tokenizer, Terminal())
     source = open_source(path, shipped=presets.shipped_folder())
-    layout = detect_layout(source.rows, {}, source.name)
-    candidates = []
+    layout = detect_layout(source.rows.look_over(), {}, source.name)
+    rows, renderer, candidates = list(source.rows), Renderer(tokenizer), []
     for pair in pairs:
-        row = source.rows[pair.row - 1]
+        row = rows[pair.row - 1]
         parsed = to_pair(row, pair.row, layout)
         assert not isinstance(parsed, Rejection)
-        texts = render(parsed, tokenizer)
+        texts = renderer.render(parsed)
         assert not isinstance(texts, Rejection)
         candidates.append(Candidate(row, texts, pair))
     return candidates

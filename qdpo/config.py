@@ -25,6 +25,7 @@ NOT_TRAJECTORY = {
 # Where activations and the embedding table lie changes no number; a run may be continued with less memory.
 NEUTRAL = {"memory.kept_layers", "memory.offload", "memory.embeddings"}
 NOT_TRAJECTORY |= {"memory.limit_gib", *NEUTRAL}
+NOT_TRAJECTORY |= {"data.max_drop_fraction"}  # whether to go on at all
 NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
 
 
@@ -77,11 +78,19 @@ class ColumnsConfig(Section):
     """Name of the column that holds the worse answer."""
     system: str | None = None
     """Name of the column that holds the system message."""
+    winner: str | None = None
+    """Name of the column that says which of two answers (chosen and rejected) is the better one."""
+    tools: str | None = None
+    """Name of the column that holds the functions a model may call."""
 
 
 class DataConfig(Section):
     path: str | None = None
-    """Preference pairs: hub id, .json, .jsonl, .jsonl.gz, .parquet, .csv, a folder of these, or bundled:NAME."""
+    """Preference pairs: hub id, json, jsonl, csv, tsv (.gz), parquet, arrow, a folder, bundled:NAME; several: A+B."""
+    weights: list[Annotated[float, Field(ge=0)]] | None = None
+    """How often the training pairs of each of several sources are used: 2 is twice, 0.5 a half. Default: once each."""
+    format: Literal["auto", "pairs", "winner", "ranked"] = "auto"
+    """pairs: a better and a worse column; winner: two answers and which won; ranked: a list. auto: from the columns."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; the commit found at the first start is pinned in the run."""
     split: str | None = None
@@ -98,12 +107,28 @@ class DataConfig(Section):
     """Longest prompt + longer answer, in tokens. Longer answers are cut at their end and reported, prompts never."""
     max_prompt_tokens: Count | None = None
     """Longest prompt, in tokens; pairs with a longer one are dropped and reported. Default: max_tokens."""
+    long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
+    """A prompt that is too long: drop the pair, or its oldest exchanges (the system message and last question stay)."""
     limit: Count | None = None
-    """Use at most this many usable pairs, drawn from the front of the source."""
-    template: Literal["auto", "plain"] = "auto"
-    """auto: the tokenizer's chat template; plain: no roles, for base models."""
+    """Use at most this many usable pairs of each source, drawn from its front."""
+    max_drop_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Stop where a larger share of the pairs cannot be used. Ties do not count: they were never preferences."""
+    drop_overlap: bool = False
+    """Leave out held-out pairs whose prompt is trained on, where the two come from different sources."""
+    skip_bad_lines: bool = False
+    """Leave out lines that cannot be read, and report them, instead of stopping at the first."""
+    keep_empty_rejected: bool = False
+    """Keep pairs whose rejected answer is empty: saying nothing was the worse answer."""
+    last_answer_only: bool = False
+    """Where the sides part before their last answers: keep the shared turns and the last answer of each."""
+    merge_same_role: bool = False
+    """Join turns of the same role that follow each other, for templates that demand alternation."""
+    template: str = "auto"
+    """auto: the tokenizer's chat template; plain: no roles; chatml, llama3, or a Jinja file: for base models."""
     system: str | None = None
     """System message for conversations that have none. Default: what the chat template does."""
+    refused_system: Literal["fold", "drop", "error"] = "fold"
+    """A system message that the chat template does not take: put it before the first question, drop it, or stop."""
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 
@@ -263,4 +288,10 @@ def problems_across(config: RunConfig, given: set[str]) -> list[str]:
         found.append(f"data.max_prompt_tokens={prompt} leaves no room for an answer in data.max_tokens={whole}.")
     if config.data.eval_fraction == 0 and not (config.data.eval_path or config.data.eval_split):
         found.append("data.eval_fraction=0 without data.eval_path or data.eval_split: nothing would be held out.")
+    sources = str(config.data.path).count("+") + 1
+    if config.data.weights is not None and len(config.data.weights) != sources:
+        found.append(
+            f"data.weights has {len(config.data.weights)} numbers, but data.path={config.data.path} names {sources} "
+            "sources. Give one for each, as in data.path=a.jsonl+b.jsonl data.weights=1+0.5."
+        )
     return found

@@ -21,7 +21,16 @@ from qdpo.loss_rules import RENAMED
 # Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
 # long.
 BELONG_TO = {
-    "data.path": ("data.revision", "data.split", "data.limit", "data.eval_path", "data.eval_split", "data.columns."),
+    "data.path": (
+        "data.revision",
+        "data.split",
+        "data.limit",
+        "data.eval_path",
+        "data.eval_split",
+        "data.columns.",
+        "data.weights",
+        "data.format",
+    ),  # fmt: skip
     "model.path": ("model.revision",),
     "loss.name": ("loss.",),
     "train.steps": ("train.hours",),

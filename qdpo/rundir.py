@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -87,13 +87,18 @@ def cache_folder(given: str | Path | None) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes the whole file or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
+    """Writes the whole file or nothing. Raises: DiskError."""
+    write_file(path, lambda file: file.write(content))
+
+
+def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Writes what `fill` writes, or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+                fill(file)
                 file.flush()
                 os.fsync(file.fileno())
             share(Path(name))

@@ -1,36 +1,106 @@
-"""Rows of local files: JSON, JSON lines, CSV, TSV and Parquet, gzipped or not.
+"""The files that a local `data.path` stands for, and their rows as one sequence that is never held in memory."""
 
-JSON and CSV are read as they stand, without a table in between: rows whose cells differ in type stay as they were
-written, "NA" stays a word, and row n of a JSONL file is its line n (blank lines are not counted).
-"""
-
-import csv
 import difflib
-import gzip
 import hashlib
-import io
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
-from qdpo.errors import DataError
+from qdpo.data.readers import READERS, TABLES, BadLine, Gauge, Reading, Row
+from qdpo.errors import ConfigError, DataError
 
-Row = dict[str, Any]
-
-GZIP_MAGIC = b"\x1f\x8b"
 LFS_POINTER = b"version https://git-lfs"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+SAVED_BY_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}
+SAMPLED_ROWS = 200
+Advance = Callable[[int], None]
 
 
-def data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files of a folder in order of their names. Raises DataError on a mixed folder."""
+class Place(NamedTuple):
+    """Where a row stands: the file, and the line (item of an array, row of a table) in it, counted from 1."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one look over all rows has found: how many, their columns, and about 200 of them evenly spread."""
+
+    count: int
+    columns: list[str]
+    rows: Mapping[int, Row]
+    """By number, counted from 1."""
+
+
+class FileRows:
+    """The rows of several files in turn, read anew each time they are asked for; the first `limit` of them."""
+
+    def __init__(self, files: list[Path], limit: int | None = None, *, skip_bad: bool = False):
+        self._files, self._limit, self._skip_bad = files, limit, skip_bad
+
+    def __iter__(self) -> Iterator[Row]:
+        return (row for _place, row in self.located() if not isinstance(row, BadLine))
+
+    def located(self, advance: Advance | None = None) -> Iterator[tuple[Place, Row | BadLine]]:
+        """Every row with its place; `advance` is told the bytes read, every thousand rows."""
+        return islice(self._all(advance or (lambda done: None)), self._limit)
+
+    def _all(self, advance: Advance) -> Iterator[tuple[Place, Row | BadLine]]:
+        for path in self._files:
+            gauge, told, size = Gauge(), 0, path.stat().st_size
+            _refuse_empty(path)
+            number = 0
+            reading = Reading(path, gauge, skip_bad=self._skip_bad)
+            for number, (line, row) in enumerate(READERS[kind_of_file(path)](reading), 1):
+                yield Place(str(path), line), row
+                if number % 1000 == 0:
+                    advance(gauge.bytes_read(size) - told)
+                    told = gauge.bytes_read(size)
+            if not number:
+                raise DataError(f"{path} holds no rows. Was it written to the end?")
+            advance(size - told)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for path in self._files)
+
+    def look_over(self, advance: Advance | None = None) -> Sample:
+        """Reads every row once. What is damaged far down is found before a token is computed."""
+        columns: dict[str, None] = {}
+        kept: dict[int, Row] = {}
+        stride, count = 1, 0
+        for _place, row in self.located(advance):
+            count += 1
+            if isinstance(row, BadLine):
+                continue
+            columns |= dict.fromkeys(row)
+            if (count - 1) % stride == 0:
+                kept[count] = row
+                if len(kept) > 2 * SAMPLED_ROWS:
+                    stride *= 2
+                    kept = {number: row for number, row in kept.items() if (number - 1) % stride == 0}
+        return Sample(count, list(columns), kept)
+
+
+def data_files(path: Path, split: str | None = None) -> list[Path]:
+    """The file itself, or the data files of a folder in order of their names.
+
+    A folder written by datasets' `save_to_disk` may have one folder inside for each `split`.
+    Raises: DataError on a mixed folder; ConfigError for a split that is not there.
+    """
     if path.is_file():
         kind_of_file(path)
         return [path]
-    found = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) is not None)
+    if (path / "dataset_dict.json").is_file():
+        path = _split_folder(path, split)
+    found = sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file() and _kind(file) is not None and file.name not in SAVED_BY_DATASETS
+    )
     if not found:
         raise DataError(f"The folder {path} holds no data files. qdpo reads {_readable()}.")
     kinds = {_kind(file): file for file in found}
@@ -43,17 +113,12 @@ def data_files(path: Path) -> list[Path]:
     return found
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """The first `limit` rows of a file, or all. Raises DataError that names the line where the file is damaged."""
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes). Was it written to the end?")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its folder.")
-    rows = list(islice(READERS[kind_of_file(path)](path), limit))
-    if not rows:
-        raise DataError(f"{path} holds no rows. Was it written to the end?")
-    return rows
+def _split_folder(path: Path, split: str | None) -> Path:
+    found = sorted(entry.name for entry in path.iterdir() if (entry / "dataset_info.json").is_file())
+    wanted = split or ("train" if "train" in found else found[0] if len(found) == 1 else None)
+    if wanted not in found:
+        raise ConfigError(f"{path} holds the splits {', '.join(found)}. Choose one with data.split=….")
+    return path / str(wanted)
 
 
 def sha256_of(path: Path) -> str:
@@ -82,135 +147,19 @@ def missing_file(path: Path, origin: str) -> DataError:
     return DataError(f"There is no file {path} (from {origin}). {hint}")
 
 
+def _refuse_empty(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes). Was it written to the end?")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its folder.")
+
+
 def _kind(path: Path) -> str | None:
     name = path.name.lower().removesuffix(".gz")
     kind = Path(name).suffix
-    return kind if kind in READERS and not (kind == ".parquet" and path.name.lower().endswith(".gz")) else None
+    return kind if kind in READERS and not (kind in TABLES and path.name.lower().endswith(".gz")) else None
 
 
 def _readable() -> str:
-    return ", ".join(READERS) + " (all but Parquet also as .gz)"
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Opened for reading, unpacked where the first bytes are gzip's, whatever the name says."""
-    with path.open("rb") as file:
-        packed = file.read(2) == GZIP_MAGIC
-    return io.BufferedReader(gzip.GzipFile(path)) if packed else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines as text. Only a line feed ends one: JSON may hold U+2028, at which `splitlines` would cut."""
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1 and line.startswith(UTF16_MARKS):
-                    raise DataError(f"{path} is UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: byte {error.start + 1} of the line is not UTF-8 "
-            f"({error.object[error.start]:#04x}). Save the file as UTF-8."
-        ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise DataError(f"{path} is damaged gzip ({error}). Download or pack it again.") from None
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """An array of objects, or one object a line; the content says which, not the name."""
-    lines = _lines(path)
-    is_first = True
-    for number, line in lines:
-        if not line.strip():
-            continue
-        if is_first and line.lstrip().startswith("["):
-            before = "\n" * (number - 1)  # so that the parser's line numbers are the file's
-            yield from _read_array(path, before + line + "".join(rest for _, rest in lines))
-            return
-        is_first = False
-        yield _read_object(path, number, line)
-
-
-def _read_array(path: Path, text: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise _bad_json(path, error.lineno, text.split("\n")[error.lineno - 1], error.msg) from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}: item {number} of the array is {type(row).__name__}, not an object {{…}} with columns."
-            )
-        yield row
-
-
-def _read_object(path: Path, number: int, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _bad_json(path, number, line, error.msg) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: {type(row).__name__} where an object {{…}} with columns should be.")
-    return row
-
-
-def _bad_json(path: Path, number: int, line: str, problem: str) -> DataError:
-    line = line.strip()
-    shown = line if len(line) <= 80 else f"{line[:50]} … {line[-25:]}"
-    return DataError(
-        f"{path}, line {number} is not JSON ({problem}): {shown!r}. Mend or remove the line; the file must be one "
-        "object a line, or one array of objects."
-    )
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses a cell above 128 kB
-    number = 0
-
-    def texts() -> Iterator[str]:
-        nonlocal number  # csv's own count stops before the line that it cannot read
-        for line_number, line in _lines(path):
-            number = line_number
-            yield line
-
-    reader = csv.DictReader(texts(), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                expected = len(reader.fieldnames or [])
-                raise DataError(
-                    f"{path}, line {number}: the row has another number of cells than the header "
-                    f"({expected}). Texts with commas, tabs or line breaks must stand in double quotes."
-                )
-            yield row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {number} is not CSV ({error}). Check its quotes.") from None
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a whole Parquet file ({error}). Download or write it again.") from None
-
-
-def _read_tsv(path: Path) -> Iterator[Row]:
-    return _read_csv(path, "\t")
-
-
-def _read_comma(path: Path) -> Iterator[Row]:
-    return _read_csv(path, ",")
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_json,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_comma,
-    ".tsv": _read_tsv,
-}
+    return ", ".join(READERS) + " (the text ones also as .gz)"

@@ -1,36 +1,25 @@
-"""Which columns of a data set hold what, found from the content of many rows and said aloud."""
+"""What the columns of a data set hold, found from the content of many rows and said aloud."""
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qdpo.data.columns import Form, Found, Sign, find_columns, winner_sign
+from qdpo.data.files import SAMPLED_ROWS, Sample
+from qdpo.data.readers import Row as Row
 from qdpo.data.turns import Kind, excerpt, kind_of
-from qdpo.errors import ConfigError, DataError
+from qdpo.errors import DataError
 
-Row = Mapping[str, Any]
-
-SAMPLED_ROWS = 200
-ALIASES = {  # in order of preference; from data sets in wide use
-    "prompt": ("prompt", "question", "instruction", "conversations", "query"),
-    "chosen": ("chosen", "chosen_response", "response_chosen", "response_j", "chatgpt"),
-    "rejected": ("rejected", "rejected_response", "response_rejected", "response_k", "llama2-13b-chat"),
-    "system": ("system", "system_prompt"),
-}
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("rating_chosen", "rating_rejected"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-)
-PICTURES = {"image", "images", "audio", "video", "videos"}
-SFT_COLUMNS = {"messages", "text", "completion", "response", "output", "answer", "conversations", "conversation"}
+TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion")
+SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to turn a row of one data set into a pair; column names, and what the cells hold."""
+    """How to turn a row of one data set into pairs; column names, and what the cells hold.
+
+    In a contest `chosen` and `rejected` are the two answers whichever won; in a ranking both name the list.
+    """
 
     name: str
     why: str
@@ -40,12 +29,20 @@ class Layout:
     rejected: str
     prompt_kind: Kind = "null"
     answer_kind: Kind = "text"
+    form: Form = "pairs"
     repeats_prompt: bool = False
     """Plain-text answers begin with the text of the prompt column."""
     system: str | None = None
     context: str | None = None
     """Alpaca's `input`: text that belongs below the instruction."""
+    tools: str | None = None
+    winner: str | None = None
+    sign: Sign | None = None
     scores: tuple[str, str] | None = None
+    list_scores: str | None = None
+    many_rejected: bool = False
+    """The rejected column holds a list of answers: a pair is made with each."""
+    last_answer_only: bool = False
 
     @property
     def is_chat(self) -> bool:
@@ -53,199 +50,195 @@ class Layout:
         return self.system is not None or self.answer_kind != "text" or self.prompt_kind in ("turns", "dialogue")
 
 
-@dataclass(frozen=True)
-class _Sample:
-    rows: dict[int, Row]
-    found: list[str]
-    origin: str
-
-
-def detect_layout(rows: Sequence[Row], columns: Mapping[str, str], origin: str) -> Layout:
-    """The layout of a data set, from up to 200 rows spread over it.
-
-    `columns` is the user's `data.columns.*`; `origin` names the data in messages.
-    Raises: DataError if no layout fits or rows disagree; ConfigError for an unknown key in `columns`.
-    """
-    if not len(rows):
-        raise DataError(f"{origin} holds no rows. Check data.path, data.split and data.limit.")
-    sample = _take_sample(rows, origin)
-    named = _name_columns(sample, columns)
-    prompt, chosen, rejected = named.get("prompt"), named["chosen"], named["rejected"]
-    prompt_kind = _column_kind(sample, prompt) if prompt else "null"
-    answer_kind = _answer_kind(sample, prompt, chosen, rejected)
-    found: dict[str, Any] = {
-        "prompt": prompt,
-        "chosen": chosen,
-        "rejected": rejected,
-        "prompt_kind": prompt_kind,
-        "answer_kind": answer_kind,
-        "repeats_prompt": answer_kind == prompt_kind == "text" and _answers_repeat_prompt(sample, named),
-        "system": named.get("system"),
-        "context": "input" if prompt == "instruction" and "input" in sample.found else None,
-        "scores": next((pair for pair in SCORES if set(pair) <= set(sample.found)), None),
-    }
-    name, meaning = _name(found, sample)
-    counted = f"{len(sample.rows)} of {len(rows)} rows looked at"
-    used = ", ".join(f"{role}={column}" for role, column in named.items())
-    return Layout(name=name, why=f"{meaning} ({used}; {counted})", **found)
-
-
-def _take_sample(rows: Sequence[Row], origin: str) -> _Sample:
+def sample_of(rows: Sequence[Row]) -> Sample:
+    """The sample of rows that are at hand: up to 200, evenly spread."""
     last, count = len(rows) - 1, min(len(rows), SAMPLED_ROWS)
     indices = sorted({round(step * last / max(count - 1, 1)) for step in range(count)})
     picked = {index + 1: rows[index] for index in indices}
-    found = list(dict.fromkeys(column for row in picked.values() for column in row))
-    return _Sample(picked, found, origin)
+    return Sample(len(rows), list(dict.fromkeys(column for row in picked.values() for column in row)), picked)
 
 
-def _name_columns(sample: _Sample, columns: Mapping[str, str]) -> dict[str, str]:
-    """Column of each role: the user's word first, then a known name. `chosen` and `rejected` are always there."""
-    unknown = sorted(set(columns) - set(ALIASES))
-    if unknown:
-        raise ConfigError(f"Unknown setting data.columns.{unknown[0]}. It can be one of: {', '.join(ALIASES)}.")
-    for role, column in columns.items():
-        if column not in sample.found:
-            raise DataError(
-                f"data.columns.{role}={column} names a column that {sample.origin} does not "
-                f"have.{_near(column, sample)} It has: {_listed(sample.found)}."
+def detect_layout(
+    rows: Sample | Sequence[Row],
+    columns: Mapping[str, str],
+    origin: str,
+    *,
+    form: str = "auto",
+    last_answer_only: bool = False,
+) -> Layout:
+    """The layout of a data set, from rows spread over it.
+
+    `columns` is the user's `data.columns.*`, `form` his `data.format`; `origin` names the data in messages.
+    Raises: DataError if no layout fits, several do, or rows disagree; ConfigError for an unknown key in `columns`.
+    """
+    sample = rows if isinstance(rows, Sample) else sample_of(rows)
+    if not sample.rows:
+        raise DataError(f"{origin} holds no rows. Check data.path, data.split and data.limit.")
+    found = find_columns(sample, columns, form, origin)
+    look = _Look(sample, found, origin)
+    details = look.details()
+    name, meaning = look.name(details)
+    used = ", ".join(f"{role}={column}" for role, column in found.named.items())
+    why = f"{meaning} ({used}; {len(sample.rows)} of {sample.count} rows looked at)"
+    return Layout(name=name, why=why, last_answer_only=last_answer_only, **details)
+
+
+@dataclass(frozen=True)
+class _Look:
+    sample: Sample
+    found: Found
+    origin: str
+
+    def details(self) -> dict[str, Any]:
+        named, form = self.found.named, self.found.form
+        prompt, chosen, rejected = named.get("prompt"), named["chosen"], named["rejected"]
+        prompt_kind = self._column_kind(prompt) if prompt else "null"
+        many = form == "pairs" and self._is_list(rejected)
+        answer_kind: Kind = "text" if form == "ranked" else self._answer_kind(chosen, chosen if many else rejected)
+        return {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "prompt_kind": prompt_kind,
+            "answer_kind": answer_kind,
+            "form": form,
+            "repeats_prompt": form == "pairs"
+            and answer_kind == prompt_kind == "text"
+            and self._answers_repeat_prompt(),
+            "system": named.get("system"),
+            "context": "input" if prompt == "instruction" and "input" in self.sample.columns else None,
+            "tools": named.get("tools"),
+            "winner": named.get("winner"),
+            "sign": winner_sign(self.sample, self.found, self.origin) if "winner" in named else None,
+            "scores": self.found.scores,
+            "list_scores": self.found.list_scores,
+            "many_rejected": many,
+        }
+
+    def name(self, details: Mapping[str, Any]) -> tuple[str, str]:
+        """The layout's name and what it means, for the screen."""
+        if details["form"] == "ranked":
+            by = details["list_scores"]
+            order = f"the best is the one with the highest of {by}" if by else "the first is the best"
+            return "ranked", f"a list of answers a row: {order}, and a pair is made with each worse one"
+        if details["form"] == "winner":
+            if details["winner"] is None:
+                return "winner", f"two answers a row; the higher of {' and '.join(details['scores'])} is chosen"
+            return "winner", f"two answers a row, and {details['winner']} says which is better ({details['sign']})"
+        name, meaning = self._pairs_name(details)
+        if details["many_rejected"]:
+            meaning += "; several rejected answers a row: a pair is made with each"
+        return name, meaning
+
+    def _pairs_name(self, details: Mapping[str, Any]) -> tuple[str, str]:
+        prompt_kind, answer_kind = details["prompt_kind"], details["answer_kind"]
+        if answer_kind == "dialogue":
+            return (
+                "hh",
+                "chosen and rejected are whole Human/Assistant texts: what follows the last Assistant: is the answer",
             )
-    pictures = sorted(PICTURES & set(sample.found))
-    if pictures:
-        raise DataError(
-            f"{sample.origin} has the column {pictures[0]!r}: pairs with pictures or sound. qdpo trains on text only; "
-            "use a text data set, or remove that column if the text makes sense without it."
-        )
-    named = {}
-    for role, aliases in ALIASES.items():
-        known = [columns[role]] if role in columns else [alias for alias in aliases if alias in sample.found]
-        if known:
-            named[role] = known[0]
-    missing = [role for role in ("chosen", "rejected") if role not in named]
-    if missing:
-        raise _no_pairs(sample, missing)
-    return named
+        if answer_kind == "text":
+            if details["repeats_prompt"]:
+                return "text_with_prompt", "every answer begins with its prompt, which is taken off"
+            if prompt_kind == "dialogue":
+                return "hh_prompt", "the prompt is a Human/Assistant text, the answers are text"
+            if prompt_kind == "turns":
+                return "messages", "the prompt is a list of messages, the answers are text"
+            if details["system"]:
+                return "orca", "system, question and both answers are text; they become a conversation"
+            if details["context"]:
+                return "alpaca", "instruction, its input and both answers are text"
+            return "text", "prompt, chosen and rejected are plain text"
+        if prompt_kind == "null":
+            return (
+                "implicit_messages",
+                "chosen and rejected are message lists: the prompt is the messages that they share",
+            )
+        chosen = [row.get(details["chosen"]) for row in self.sample.rows.values()]
+        if any(isinstance(cell, Mapping) and "from" in cell for cell in chosen):
+            return "sharegpt", "conversations with from/value, and one message an answer"
+        if prompt_kind == "turns":
+            return "messages", "prompt, chosen and rejected are lists of messages"
+        if any(isinstance(cell, list) and len(cell) > 1 for cell in chosen):
+            return (
+                "ultrafeedback",
+                "the answers repeat the prompt as messages: it is checked against the prompt column",
+            )
+        return "messages", "the prompt is text, the answers are messages"
 
+    def _is_list(self, column: str) -> bool:
+        """Whether most cells are lists of answers, and not of the messages of one."""
+        cells = [row.get(column) for row in self.sample.rows.values()]
+        lists = [cell for cell in cells if isinstance(cell, list) and cell and kind_of(cell) != "turns"]
+        return 2 * len(lists) > len(cells)
 
-def _no_pairs(sample: _Sample, missing: list[str]) -> DataError:
-    found = set(sample.found)
-    if "label" in found and len(missing) == 2:
-        return DataError(
-            f"{sample.origin} has single answers with a label (columns {_listed(sample.found)}), not pairs. DPO needs "
-            "two answers to one prompt; KTO trains on labels (TRL's KTOTrainer). Or join a good and a bad answer."
-        )
-    if len(missing) == 2 and found & SFT_COLUMNS:
-        return DataError(
-            f"{sample.origin} has one answer a row (columns {_listed(sample.found)}): data for supervised fine-tuning "
-            "(TRL's SFTTrainer). DPO needs `chosen` and `rejected`; if two other columns hold them, say which with "
-            "data.columns.chosen=NAME data.columns.rejected=NAME."
-        )
-    return DataError(
-        f"{sample.origin} has no column {' and no column '.join(map(repr, missing))}; it has: {_listed(sample.found)}."
-        f"{_near(missing[0], sample)} Map the columns yourself: data.columns.{missing[0]}=NAME."
-    )
+    def _answer_kind(self, chosen: str, rejected: str) -> Kind:
+        kinds = {column: self._column_kind(column) for column in (chosen, rejected)}
+        if len(set(kinds.values())) > 1 and "turns" in kinds.values():
+            raise DataError(
+                f"{self.origin}: {chosen} holds {_words(kinds[chosen])}, but {rejected} holds "
+                f"{_words(kinds[rejected])}. Both answers must have the same form; rewrite one of the columns."
+            )
+        if kinds[chosen] == kinds[rejected]:
+            kind = kinds[chosen]
+        else:
+            kind = "text"
+        if kind == "text" and "prompt" not in self.found.named:
+            return self._dialogue_or_error(chosen, rejected)
+        return kind
 
-
-def _answer_kind(sample: _Sample, prompt: str | None, chosen: str, rejected: str) -> Kind:
-    kinds = {column: _column_kind(sample, column) for column in (chosen, rejected)}
-    if len(set(kinds.values())) > 1 and "turns" in kinds.values():
-        raise DataError(
-            f"{sample.origin}: {chosen} holds {_words(kinds[chosen])}, but {rejected} holds {_words(kinds[rejected])}. "
-            "Both answers must have the same form; rewrite one of the columns."
-        )
-    if kinds[chosen] == kinds[rejected]:
-        kind = kinds[chosen]
-    else:
-        kind = "text"
-    if kind == "text" and prompt is None:
-        dialogues = sum(kind_of(row.get(chosen)) == "dialogue" for row in sample.rows.values())
-        if 2 * dialogues >= len(sample.rows):
+    def _dialogue_or_error(self, chosen: str, rejected: str) -> Kind:
+        rows = self.sample.rows
+        if 2 * sum(kind_of(row.get(chosen)) == "dialogue" for row in rows.values()) >= len(rows):
             return "dialogue"
-        number, row = next(iter(sample.rows.items()))
+        number, row = next(iter(rows.items()))
         raise DataError(
-            f"{sample.origin} has {chosen} and {rejected} as plain text, but no prompt column and no "
+            f"{self.origin} has {chosen} and {rejected} as plain text, but no prompt column and no "
             rf"'\n\nHuman:' … '\n\nAssistant:' markers (row {number}: {excerpt(row.get(chosen))!r}). Cutting both "
             "texts where their letters begin to differ would cut into the answers. Name the prompt with "
-            f"data.columns.prompt=NAME (columns: {_listed(sample.found)})."
+            f"data.columns.prompt=NAME (columns: {', '.join(self.sample.columns)})."
         )
-    return kind
 
+    def _column_kind(self, column: str) -> Kind:
+        """The one kind of a column. Nulls and numbers are left to be dropped row by row; text among messages is not."""
+        rows_of: dict[Kind, list[int]] = {}
+        for number, row in self.sample.rows.items():
+            rows_of.setdefault(kind_of(row.get(column)), []).append(number)
+        kinds: list[Kind] = [kind for kind in rows_of if kind not in ("null", "other")]
+        if not kinds:
+            number, row = next(iter(self.sample.rows.items()))
+            raise DataError(
+                f"{self.origin}: column {column!r} holds neither text nor messages in any of {len(self.sample.rows)} "
+                f"rows looked at (row {number}: {excerpt(row.get(column))!r}). Name another column with "
+                f"data.columns.*; columns: {', '.join(self.sample.columns)}."
+            )
+        if len(kinds) == 1:
+            return "turns" if kinds[0] == "encoded" else kinds[0]
+        for kind in ("encoded", "dialogue"):  # a few cells that are torn, or without markers, are dropped row by row
+            if kind in kinds and 2 * len(rows_of[kind]) > len(self.sample.rows) and "turns" not in kinds:
+                return "turns" if kind == "encoded" else "dialogue"
+        if "turns" in kinds:
+            other = next(kind for kind in kinds if kind != "turns")
+            raise DataError(
+                f"{self.origin}: the rows differ in format. Column {column!r} holds messages in row "
+                f"{rows_of['turns'][0]} and text in row {rows_of[other][0]}. Bring all rows into one format, or keep "
+                "the two kinds in two files."
+            )
+        return "text"
 
-def _column_kind(sample: _Sample, column: str) -> Kind:
-    """The one kind of a column. Nulls and numbers are left to be rejected row by row; text among messages is not."""
-    rows_of: dict[Kind, list[int]] = {}
-    for number, row in sample.rows.items():
-        rows_of.setdefault(kind_of(row.get(column)), []).append(number)
-    kinds: list[Kind] = [kind for kind in rows_of if kind not in ("null", "other")]
-    if not kinds:
-        value = next(iter(sample.rows.values())).get(column)
-        raise DataError(
-            f"{sample.origin}: column {column!r} holds neither text nor messages in any of {len(sample.rows)} rows "
-            f"looked at (row 1: {excerpt(value)!r}). Name another column with data.columns.*; columns: "
-            f"{_listed(sample.found)}."
-        )
-    if len(kinds) == 1:
-        return "turns" if kinds[0] == "encoded" else kinds[0]
-    if "turns" in kinds:
-        other = next(kind for kind in kinds if kind != "turns")
-        raise DataError(
-            f"{sample.origin}: the rows differ in format. Column {column!r} holds messages in row "
-            f"{rows_of['turns'][0]} and text in row {rows_of[other][0]}. Bring all rows into one format, or keep the "
-            "two kinds in two files."
-        )
-    return "text"
+    def _answers_repeat_prompt(self) -> bool:
+        """True if every answer looked at begins with its prompt: to leave it there would train on the prompt twice."""
+        named = self.found.named
 
+        def repeats(row: Row) -> bool:
+            texts = [row.get(named[role]) for role in ("prompt", "chosen", "rejected")]
+            prompt, *answers = [text.strip() for text in texts if isinstance(text, str)] or [""]
+            if len(answers) < 2:
+                return True  # a null: no evidence either way
+            return bool(prompt) and all(answer.startswith(prompt) for answer in answers)
 
-def _answers_repeat_prompt(sample: _Sample, named: Mapping[str, str]) -> bool:
-    """True if every answer looked at begins with its prompt: to leave it there would train on the prompt twice."""
-
-    def repeats(row: Row) -> bool:
-        texts = [row.get(named[role]) for role in ("prompt", "chosen", "rejected")]
-        prompt, *answers = [text.strip() for text in texts if isinstance(text, str)] or [""]
-        if len(answers) < 2:
-            return True  # a null: no evidence either way
-        return bool(prompt) and all(answer.startswith(prompt) for answer in answers)
-
-    return all(repeats(row) for row in sample.rows.values())
-
-
-def _name(found: Mapping[str, Any], sample: _Sample) -> tuple[str, str]:
-    """The layout's name and what it means, for the screen."""
-    prompt_kind, answer_kind = found["prompt_kind"], found["answer_kind"]
-    if answer_kind == "dialogue":
-        return (
-            "hh",
-            "chosen and rejected are whole Human/Assistant texts: what follows the last Assistant: is the answer",
-        )
-    if answer_kind == "text":
-        if found["repeats_prompt"]:
-            return "text_with_prompt", "every answer begins with its prompt, which is taken off"
-        if prompt_kind == "dialogue":
-            return "hh_prompt", "the prompt is a Human/Assistant text, the answers are text"
-        if prompt_kind == "turns":
-            return "messages", "the prompt is a list of messages, the answers are text"
-        if found["system"]:
-            return "orca", "system, question and both answers are text; they become a conversation"
-        return "text", "prompt, chosen and rejected are plain text"
-    if prompt_kind == "null":
-        return "implicit_messages", "chosen and rejected are message lists: the prompt is the messages that they share"
-    chosen = [row.get(found["chosen"]) for row in sample.rows.values()]
-    if any(isinstance(cell, Mapping) and "from" in cell for cell in chosen):
-        return "sharegpt", "conversations with from/value, and one message an answer"
-    if prompt_kind == "turns":
-        return "messages", "prompt, chosen and rejected are lists of messages"
-    if any(isinstance(cell, list) and len(cell) > 1 for cell in chosen):
-        return "ultrafeedback", "the answers repeat the prompt as messages: it is checked against the prompt column"
-    return "messages", "the prompt is text, the answers are messages"
+        return all(repeats(row) for row in self.sample.rows.values())
 
 
 def _words(kind: Kind) -> str:
     return "messages" if kind == "turns" else "text"
-
-
-def _listed(columns: Iterable[str]) -> str:
-    return ", ".join(columns)
-
-
-def _near(name: str, sample: _Sample) -> str:
-    near = difflib.get_close_matches(name, sample.found, n=3)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

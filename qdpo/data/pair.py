@@ -1,17 +1,22 @@
-"""One row to one preference pair, or to a named reason why it cannot be used.
+"""One row to its preference pairs, or to a named reason why it cannot be used.
 
 A pair is one decision: one prompt, and two different final answers of the assistant.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qdpo.data.columns import first_wins
+from qdpo.data.files import Sample
+from qdpo.data.layout import SCORE_KEYS, TEXT_KEYS, Row
 from qdpo.data.layout import Layout as Layout
-from qdpo.data.layout import Row
 from qdpo.data.layout import detect_layout as detect_layout
 from qdpo.data.turns import Message as Message
 from qdpo.data.turns import RowProblem, excerpt, read_dialogue, read_text, read_turns, same_turn
+from qdpo.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,18 @@ class Pair:
     row: int
     is_chat: bool
     """False where the row was plain text without roles."""
+    turns: tuple[Message, Message] | None = None
+    """Both answers as messages, where they hold more than text: tool calls."""
+    tools: list[Any] | None = None
+    """The functions that the model may call, as chat templates take them."""
+    mended: tuple[tuple[str, str], ...] = ()
+    """What was put right on the way: short name and sentence."""
+
+    def answers(self) -> tuple[Message, Message]:
+        """Both answers as the last turns of a conversation."""
+        if self.turns is not None:
+            return self.turns
+        return {"role": "assistant", "content": self.chosen}, {"role": "assistant", "content": self.rejected}
 
 
 @dataclass(frozen=True)
@@ -36,30 +53,148 @@ class Rejection:
     detail: str
 
 
-def to_pair(row: Row, index: int, layout: Layout) -> Pair | Rejection:
-    """The pair of row number `index` (counted from 1, so that it is the line of a JSONL file), or why there is none."""
+# What a whole data set may be made of by mistake, and what to do then; single rows are dropped for it.
+WAYS_OUT = {
+    "unknown_role": "Rename the roles.",
+    "no_final_assistant": "Chosen and rejected must end with the assistant's answer.",
+    "several_response_turns": "data.last_answer_only=true keeps the shared turns and the last answer of each side.",
+    "null_field": "Look at how the file was written, or name other columns with data.columns.*.",
+    "not_text": "Look at how the file was written, or name other columns with data.columns.*.",
+}
+
+
+def check_sample(sample: Sample, layout: Layout, origin: str) -> None:
+    """Raises: DataError where most rows of the sample have one fault that makes the whole data set unusable."""
+    faults = [
+        found
+        for number, row in sample.rows.items()
+        for found in to_pairs(row, number, layout)
+        if isinstance(found, Rejection) and found.reason in WAYS_OUT
+    ]
+    for reason, count in Counter(fault.reason for fault in faults).items():
+        if 2 * count > len(sample.rows):
+            first = next(fault for fault in faults if fault.reason == reason)
+            raise DataError(
+                f"{origin}: {count} of {len(sample.rows)} rows looked at cannot be used ({reason}). Row {first.row}: "
+                f"{first.detail}. {WAYS_OUT[reason]}"
+            )
+
+
+def to_pairs(row: Row, index: int, layout: Layout, *, keep_empty_rejected: bool = False) -> list[Pair | Rejection]:
+    """The pairs of row number `index` (counted from 1), or why there is none.
+
+    One pair, but for rows with several worse answers: then one with each.
+    """
     try:
         _refuse_tie(row, layout)
-        prompt, chosen, rejected = _split(row, layout)
+        rows = list(_two_answers(row, layout))
+    except RowProblem as problem:
+        return [Rejection(index, problem.reason, problem.detail)]
+    return [_to_pair(two, index, layout, keep_empty_rejected) for two in rows]
+
+
+def to_pair(row: Row, index: int, layout: Layout) -> Pair | Rejection:
+    """The first pair of a row, or why there is none."""
+    return to_pairs(row, index, layout)[0]
+
+
+def _to_pair(row: Row, index: int, layout: Layout, keep_empty_rejected: bool) -> Pair | Rejection:
+    try:
+        prompt, chosen, rejected, mended = _split(row, layout)
         prompt = _with_system(prompt, row, layout)
-        _check(prompt, chosen, rejected)
+        _check(prompt, chosen, rejected, keep_empty_rejected)
+        tools = _tools(row, layout)
     except RowProblem as problem:
         return Rejection(index, problem.reason, problem.detail)
-    return Pair(prompt, chosen, rejected, index, layout.is_chat)
+    plain = all(set(turn) == {"role", "content"} for turn in (chosen, rejected))
+    turns = None if plain else (chosen, rejected)
+    return Pair(prompt, chosen["content"], rejected["content"], index, layout.is_chat, turns, tools, tuple(mended))
 
 
 def scores_disagree(row: Row, layout: Layout) -> bool:
     """True where the score columns rate the rejected answer above the chosen one."""
-    scores = _scores(row, layout)
+    scores = _scores(row, layout) if layout.form == "pairs" else None
     return scores is not None and scores[0] < scores[1]
 
 
-def _split(row: Row, layout: Layout) -> tuple[list[Message], str, str]:
+def _two_answers(row: Row, layout: Layout) -> Iterator[Row]:
+    """The row with one answer in each of the two columns; several rows where one answer beats several others."""
+    if layout.form == "ranked":
+        best, worse = _ranked(row, layout)
+        yield from ({**row, layout.chosen: best, _REJECTED: text} for text in worse)
+    elif layout.form == "winner":
+        one, other = row.get(layout.chosen), row.get(layout.rejected)
+        chosen, rejected = (one, other) if _first_wins(row, layout) else (other, one)
+        yield {**row, layout.chosen: chosen, layout.rejected: rejected}
+    elif layout.many_rejected:
+        cell = row.get(layout.rejected)
+        if not cell:
+            raise RowProblem("null_field", f"{layout.rejected} is empty")
+        yield from ({**row, layout.rejected: text} for text in (cell if isinstance(cell, list) else [cell]))
+    else:
+        yield row
+
+
+_REJECTED = "\0rejected"  # the second column of a ranking, whose answers share one
+
+
+def _first_wins(row: Row, layout: Layout) -> bool:
+    if layout.winner is None:
+        scores = _scores(row, layout)
+        if scores is None:
+            raise RowProblem("null_field", f"{' or '.join(layout.scores or ())} is not a number")
+        return scores[0] > scores[1]
+    assert layout.sign is not None
+    first = first_wins(row.get(layout.winner), layout.sign, layout.chosen, layout.rejected)
+    if first is None:
+        raise RowProblem("tie", f"{layout.winner} is {row.get(layout.winner)!r}: neither answer won")
+    return first
+
+
+def _ranked(row: Row, layout: Layout) -> tuple[str, list[str]]:
+    cells = row.get(layout.chosen)
+    if not isinstance(cells, list):
+        read_text(cells, layout.chosen)  # null, or a number
+    if not isinstance(cells, list) or len(cells) < 2:
+        raise RowProblem("one_answer", f"{layout.chosen} holds no two answers: {excerpt(cells)}")
+    texts = [_text_of(cell, layout.chosen) for cell in cells]
+    scores: Any = row.get(layout.list_scores) if layout.list_scores else [_score_of(cell) for cell in cells]
+    if not isinstance(scores, list) or len(scores) != len(texts) or any(score is None for score in scores):
+        if layout.list_scores:
+            raise RowProblem("null_field", f"{layout.list_scores} has no score for each of {len(texts)} answers")
+        return texts[0], texts[1:]
+    best = max(range(len(texts)), key=lambda place: (float(scores[place]), -place))
+    worse = [text for text, score in zip(texts, scores, strict=True) if float(score) < float(scores[best])]
+    if not worse:
+        raise RowProblem("tie", f"all {len(texts)} answers have the score {float(scores[best]):g}")
+    return texts[best], worse
+
+
+def _text_of(cell: Any, column: str) -> str:
+    if isinstance(cell, Mapping):
+        cell = next((cell[key] for key in TEXT_KEYS if cell.get(key) is not None), None)
+    return read_text(cell, column)
+
+
+def _score_of(cell: Any) -> float | None:
+    if not isinstance(cell, Mapping):
+        return None
+    if isinstance(cell.get("rank"), int | float):
+        return -float(cell["rank"])
+    score = next((cell[key] for key in SCORE_KEYS if cell.get(key) is not None), None)
+    try:
+        return None if score is None else float(score)
+    except (TypeError, ValueError):
+        return None
+
+
+def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, list[tuple[str, str]]]:
     """Prompt turns and the two answers: the longest common run of whole turns is the prompt, never of letters."""
     given = _given_prompt(row, layout)
+    rejected_column = _REJECTED if layout.form == "ranked" else layout.rejected
     chosen, rejected = (
         _whole_conversation(given, _answer_turns(row, column, given, layout), column, layout)
-        for column in (layout.chosen, layout.rejected)
+        for column in (layout.chosen, rejected_column)
     )
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and same_turn(chosen[shared], rejected[shared]):
@@ -67,9 +202,15 @@ def _split(row: Row, layout: Layout) -> tuple[list[Message], str, str]:
     for column, turns in ((layout.chosen, chosen), (layout.rejected, rejected)):
         if turns[-1]["role"] != "assistant":
             raise RowProblem("no_final_assistant", f"{column} ends with a {turns[-1]['role']} turn")
+    mended = []
+    if chosen[:shared] != rejected[:shared]:
+        mended.append(("prompt_whitespace", "the prompts of both sides differed in white space: chosen's was taken"))
     if max(len(chosen), len(rejected)) - shared > 1:
-        raise _not_one_decision(chosen[shared], rejected[shared], shared, layout)
-    return chosen[:shared], chosen[-1]["content"], rejected[-1]["content"]
+        if not layout.last_answer_only or chosen[shared]["role"] != "assistant":
+            raise _not_one_decision(chosen[shared], rejected[shared], shared, layout)
+        left_out = max(len(chosen), len(rejected)) - shared - 1
+        mended.append(("last_answer_only", f"{left_out} turns before the last answer were left out"))
+    return chosen[:shared], chosen[-1], rejected[-1], mended
 
 
 def _not_one_decision(chosen: Message, rejected: Message, turn: int, layout: Layout) -> RowProblem:
@@ -103,7 +244,7 @@ def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -
         return read_turns(value, column)
     if layout.answer_kind == "dialogue":
         return read_dialogue(value, column)
-    text = read_text(value, column)
+    text = read_text(value, layout.rejected if column == _REJECTED else column)
     if layout.repeats_prompt:
         prompt = given[0]["content"]
         if not text.lstrip().startswith(prompt.strip()):
@@ -126,6 +267,8 @@ def _whole_conversation(given: list[Message], turns: list[Message], column: str,
             return [*given[: len(given) - len(prefix)], *turns]
     if turns[0]["role"] == "assistant":
         return [*given, *turns]
+    if turns[-1]["role"] != "assistant":
+        raise RowProblem("no_final_assistant", f"{column} ends with a {turns[-1]['role']} turn")
     raise RowProblem(
         "prompt_column_differs",
         f"{layout.prompt} is {excerpt(given[-1]['content'])!r}, "
@@ -141,19 +284,40 @@ def _with_system(prompt: list[Message], row: Row, layout: Layout) -> list[Messag
     return [{"role": "system", "content": text}, *prompt] if text.strip() else prompt
 
 
-def _check(prompt: list[Message], chosen: str, rejected: str) -> None:
+def _tools(row: Row, layout: Layout) -> list[Any] | None:
+    value = row.get(layout.tools) if layout.tools else None
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise RowProblem("bad_tools", f"{layout.tools} is not JSON: {excerpt(value)}") from None
+    if value is not None and not isinstance(value, list):
+        raise RowProblem("bad_tools", f"{layout.tools} holds {type(value).__name__}, not a list of functions")
+    return value or None
+
+
+def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty_rejected: bool) -> None:
     if not any(turn["role"] == "user" for turn in prompt) or not prompt[-1]["content"].strip():
         raise RowProblem("empty_prompt", "there is no question before the answers")
-    for side, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
-            raise RowProblem("empty_response", f"{side} is empty")
-    if chosen.strip() == rejected.strip():
-        how = "are the same text" if chosen == rejected else "differ only in white space at the ends"
-        raise RowProblem("identical_responses", f"chosen and rejected {how}: {excerpt(chosen)!r}")
+    if prompt[-1]["role"] == "assistant":
+        raise RowProblem("prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would go on")
+    for side, turn in (("chosen", chosen), ("rejected", rejected)):
+        if not turn["content"].strip() and "tool_calls" not in turn:
+            if side == "chosen" or not keep_empty_rejected:
+                raise RowProblem("empty_response", f"{side} is empty")
+    if same_turn(chosen, rejected):
+        if chosen["content"] == rejected["content"]:
+            raise RowProblem(
+                "identical_responses", f"chosen and rejected are the same text: {excerpt(chosen['content'])!r}"
+            )
+        raise RowProblem(
+            "identical_after_trim",
+            f"chosen and rejected differ only in white space at the ends: {excerpt(chosen['content'])!r}",
+        )
 
 
 def _refuse_tie(row: Row, layout: Layout) -> None:
-    scores = _scores(row, layout)
+    scores = _scores(row, layout) if layout.winner is None else None
     if scores is not None and layout.scores is not None and scores[0] == scores[1]:
         raise RowProblem("tie", f"{layout.scores[0]} and {layout.scores[1]} are both {scores[0]:g}")
     if row.get("status") == "tie":
@@ -169,3 +333,11 @@ def _scores(row: Mapping[str, Any], layout: Layout) -> tuple[float, float] | Non
     except (TypeError, ValueError):  # fewer than two numbers: this row was not scored
         return None
     return chosen, rejected
+
+
+def without_oldest_turns(pair: Pair) -> Pair | None:
+    """The pair without its oldest exchange, system message and last question kept; None if there is no older one."""
+    start = 1 if pair.prompt[0]["role"] == "system" else 0
+    users = [place for place, turn in enumerate(pair.prompt) if turn["role"] == "user" and place >= start]
+    later = [place for place in users if place > start]
+    return replace(pair, prompt=[*pair.prompt[:start], *pair.prompt[later[0] :]]) if later else None

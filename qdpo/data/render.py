@@ -1,122 +1,287 @@
 """A pair as three texts: the prompt exactly as at inference, and what the model should have said after it."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from qdpo.data.pair import Message, Pair, Rejection
+from qdpo.data.templates import end_token, uses_chat_template
 from qdpo.data.turns import RowProblem, excerpt
-from qdpo.errors import ConfigError, DataError
+from qdpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Texts = tuple[str, str, str]
-"""Prompt, chosen response, rejected response."""
+THOUGHT = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
+PLACE = "\uf8ff"  # stands for an answer: a character of the private use area, which no template looks at
+HIDDEN_FROM = 0xE000
 
 
-def uses_chat_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
-    """True where `data.template` and the tokenizer lead to the tokenizer's own chat template."""
-    if template not in ("auto", "plain"):
-        raise ConfigError(f"data.template={template} is unknown. It can be: auto, plain.")
-    return template == "auto" and bool(tokenizer.chat_template)
+@dataclass(frozen=True)
+class Rendered:
+    """Prompt and both responses; prompt + response is the whole training text, which ends with the end of turn."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    """Characters that stand for the text of a special token in a message, and that text."""
+    mended: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def three(self) -> tuple[str, str, str]:
+        """Prompt, chosen and rejected response."""
+        return self.prompt, self.chosen, self.rejected
 
 
-def render(
-    pair: Pair, tokenizer: "PreTrainedTokenizerBase", *, template: str = "auto", system: str | None = None
-) -> Texts | Rejection:
-    """Prompt, chosen response and rejected response as texts; prompt + response is the whole training text.
+@dataclass
+class Fact:
+    """Something that a template did to rows: how often, and one example."""
 
-    `system` is put before conversations that have no system message. Each response ends with its end-of-turn token.
-    Raises: DataError if a conversation meets a tokenizer without chat template, or one without an end token.
+    count: int
+    example: str
+
+
+@dataclass
+class Renderer:
+    """Renders pairs with one tokenizer and one set of settings, and counts what the template did to them.
+
+    `system` is put before conversations that have no system message; `refused_system` (fold, drop, error) says what
+    becomes of one that the template does not take.
     """
-    turns = pair.prompt
-    if system and turns[0]["role"] != "system":
-        turns = [{"role": "system", "content": system}, *turns]
-    try:
-        if uses_chat_template(tokenizer, template):
-            return _render_chat(turns, pair, tokenizer)
-    except RowProblem as problem:
-        return Rejection(pair.row, problem.reason, problem.detail)
-    if pair.is_chat and template == "auto":
-        raise DataError(
-            f"The data are conversations, but the tokenizer {tokenizer.name_or_path!r} has no chat template: it "
-            "belongs to a base model. Use the instruct version (model.path=…-Instruct), or data.template=plain to "
-            "train on 'Human: … Assistant: …' text."
+
+    tokenizer: "PreTrainedTokenizerBase"
+    template: str = "auto"
+    system: str | None = None
+    refused_system: str = "fold"
+    merge_same_role: bool = False
+    facts: dict[str, Fact] = field(default_factory=dict)
+    _takes_system: bool = True
+    _after_answers: set[str] = field(default_factory=set)
+    """What the template was seen to write behind an answer."""
+
+    def render(self, pair: Pair) -> Rendered | Rejection:
+        """The three texts, or why there are none.
+
+        Raises: DataError if a conversation meets a tokenizer without chat template, or one without an end token.
+        """
+        turns, mended = pair.prompt, list(pair.mended)
+        if self.system and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": self.system}, *turns]
+        if self.merge_same_role and len(merged := _merged(turns)) < len(turns):
+            joined = len(turns) - len(merged)
+            mended.append(("turns_merged", f"{joined} turns joined to the one of the same role before"))
+            turns = merged
+        try:
+            if uses_chat_template(self.tokenizer, self.template):
+                return self._chat(turns, pair, mended)
+            return self._plain(turns, pair, mended)
+        except RowProblem as problem:
+            return Rejection(pair.row, problem.reason, problem.detail)
+
+    def _plain(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
+        if pair.is_chat and self.template != "plain":
+            raise DataError(
+                f"The data are conversations, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template: "
+                "it belongs to a base model. Use the instruct version (model.path=…-Instruct), or choose how turns are "
+                "written: data.template=chatml (any tokenizer), llama3 (Llama 3 bases), plain ('Human: … Assistant: "
+                "…') or a template file. The choice is saved with the adapter."
+            )
+        if pair.tools or pair.turns:
+            raise RowProblem("tools_without_template", "tool calls need a chat template that can write them")
+        eos, bos = end_token(self.tokenizer), self.tokenizer.bos_token or ""
+        opened = ""  # text that begins with BOS already keeps it
+        while bos and not pair.is_chat and turns[0]["content"].startswith(bos):
+            opened, turns = bos, [{**turns[0], "content": turns[0]["content"].removeprefix(bos)}, *turns[1:]]
+        answers = [{**answer, "content": answer["content"].removesuffix(eos)} for answer in pair.answers()]
+        hidden, (turns, answers) = self._hide(turns, answers, mended=mended)
+        chosen, rejected = (f" {a['content'].strip()}" if pair.is_chat else a["content"] for a in answers)
+        prompt = opened + _plain_prompt(turns, pair.is_chat)
+        return Rendered(prompt, chosen + eos, rejected + eos, hidden, tuple(mended))
+
+    def _chat(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
+        hidden, (turns, answers) = self._hide(turns, list(pair.answers()), mended=mended)
+        turns, prompt = self._prompt(turns, pair.tools)
+        self._note_thoughts(turns, prompt)
+        (before, chosen), (other, rejected) = (self._response(prompt, turns, answer, pair.tools) for answer in answers)
+        if before == other:
+            prompt += before
+        else:  # one answer thinks and the other does not: the prompt stays open for both
+            chosen, rejected = before + chosen, other + rejected
+        return Rendered(prompt, chosen, rejected, hidden, tuple(mended))
+
+    def _hide(
+        self, *groups: list[Message], mended: list[tuple[str, str]]
+    ) -> tuple[dict[str, str], tuple[list[Message], ...]]:
+        """Puts a character in the place of each special token's text: the template's own tokens stay tellable."""
+        pattern = special_tokens(self.tokenizer)
+        texts = {match[0] for turns in groups for turn in turns for match in pattern.finditer(turn["content"])}
+        if not texts:
+            return {}, groups
+        shown = ", ".join(map(repr, sorted(texts)))
+        mended.append(("special_token_text", f"{shown} stands in a message: tokenised as ordinary text"))
+        used = {letter for turns in groups for turn in turns for letter in turn["content"]}
+        free = (chr(code) for code in range(HIDDEN_FROM, ord(PLACE)) if chr(code) not in used)
+        letter_of = dict(zip(sorted(texts), free, strict=False))
+
+        def hide(turn: Message) -> Message:
+            return {**turn, "content": pattern.sub(lambda match: letter_of[match[0]], turn["content"])}
+
+        return {letter: text for text, letter in letter_of.items()}, tuple([hide(t) for t in turns] for turns in groups)
+
+    def _prompt(self, turns: list[Message], tools: list[Any] | None) -> tuple[list[Message], str]:
+        """The turns as the template takes them, and the prompt; a refused system message goes to the first question."""
+        if turns[0]["role"] != "system" or not turns[0]["content"].strip():
+            return turns, self._apply(turns, tools, add_generation_prompt=True)
+        if self._takes_system:
+            try:
+                prompt = self._apply(turns, tools, add_generation_prompt=True)
+                if turns[0]["content"].strip() in prompt:
+                    return turns, prompt
+                refusal = "the template leaves it out"
+            except RowProblem as problem:
+                refusal = problem.detail
+        else:
+            refusal = self.facts["system_refused"].example
+        others = self._without_system(turns)
+        prompt = self._apply(others, tools, add_generation_prompt=True)  # another refusal is about something else
+        if self.refused_system == "error":
+            raise DataError(
+                f"The chat template does not take a system message ({refusal}), and data.refused_system=error. Use "
+                "data.refused_system=fold to put it before the first question, or drop."
+            )
+        self._takes_system = False
+        self._note("system_refused", refusal)
+        return others, prompt
+
+    def _without_system(self, turns: list[Message]) -> list[Message]:
+        system, first, *rest = turns
+        if self.refused_system == "drop" or first["role"] != "user":
+            return [first, *rest]
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def _response(self, prompt: str, turns: list[Message], answer: Message, tools: list[Any] | None) -> tuple[str, str]:
+        """What belongs to the prompt after all, and the response up to the token at which generation stops."""
+        full, content = self._apply([*turns, answer], tools), answer["content"].strip()
+        if full.startswith(prompt):
+            rest = full[len(prompt) :]
+            if "tool_calls" in answer:
+                return "", self._to_end(rest, 0)
+            end = len(rest) - len(rest.lstrip()) + len(content)
+            if rest[:end].endswith(content) and rest[end:].strip() in self._after_answers:
+                return "", self._to_end(rest, end)
+        elif "tool_calls" in answer:
+            raise self._rerendered(prompt, full)
+        return self._place_answer(prompt, full, turns, answer, tools)
+
+    def _place_answer(
+        self, prompt: str, full: str, turns: list[Message], answer: Message, tools: list[Any] | None
+    ) -> tuple[str, str]:
+        """The same where the template writes something before the answer, or earlier turns or the answer otherwise."""
+        frame = self._apply([*turns, {"role": "assistant", "content": PLACE}], tools)
+        before, found, after = frame.partition(PLACE)
+        if not found:
+            raise self._rerendered(prompt, full)
+        content, written = answer["content"], full[len(before) : len(full) - len(after)]
+        if full.startswith(before) and full.endswith(after) and written.strip() == content.strip():
+            pass  # as it is, but for white space at its ends
+        elif "</think>" in content:
+            self._note("thinking_kept", excerpt(content))
+            written = content
+        else:
+            raise RowProblem(
+                "template_changes_answer", f"the template does not write the answer as it is: {_parting(content, full)}"
+            )
+        self._after_answers.add(after.strip())
+        response = self._to_end(written + after, len(written))
+        if before.startswith(prompt):
+            return self._inserted(before[len(prompt) :], written, response, prompt, turns, tools)
+        question = prompt.rfind(turns[-1]["content"].strip())
+        _earlier, same_end, space = before.rpartition(prompt[max(question, 0) :])
+        if question < 0 or not same_end or space.strip():
+            raise self._rerendered(prompt, full)
+        self._note("prompt_kept", _parting(prompt, before))
+        return "", space + response
+
+    def _inserted(
+        self, text: str, written: str, response: str, prompt: str, turns: list[Message], tools: list[Any] | None
+    ) -> tuple[str, str]:
+        """What the template puts before an answer: an empty thought belongs to the prompt, all else to the response."""
+        if not text.strip():
+            return "", text + response
+        if self._apply(turns, tools, add_generation_prompt=True, enable_thinking=False) == prompt + text:
+            if "</think>" in written:
+                return "", response
+            self._note("empty_thought", text)
+            return text, response
+        self._note("text_before_answer", text)
+        return "", text + response
+
+    def _to_end(self, text: str, after: int) -> str:
+        """`text` up to the end of the first special tokens from place `after`; EOS is added where there are none."""
+        pattern = special_tokens(self.tokenizer)
+        match = pattern.search(text, after)
+        if match is None:
+            return text.rstrip() + end_token(self.tokenizer)
+        end = match.end()
+        while following := pattern.match(text, end):
+            end = following.end()
+        # What comes then is never generated: a line break, or the header of a turn that some templates always open.
+        return text[: end if not pattern.sub("", text[end:]).strip() else match.end()]
+
+    def _apply(self, turns: list[Message], tools: list[Any] | None, **options: bool) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
+        except (TemplateError, TypeError, ValueError) as error:  # a template meets fields it did not expect
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise RowProblem("template_refuses", f"{error} (turns: {roles})") from None
+
+    def _rerendered(self, prompt: str, full: str) -> RowProblem:
+        return RowProblem(
+            "template_rerenders_prompt", f"with the answer the template writes another prompt: {_parting(prompt, full)}"
         )
-    eos = _eos(tokenizer)
-    prompt = _plain_prompt(turns, pair.is_chat)
-    chosen, rejected = (_plain_response(answer, pair.is_chat, eos) for answer in (pair.chosen, pair.rejected))
-    return prompt, chosen, rejected
+
+    def _note_thoughts(self, turns: list[Message], prompt: str) -> None:
+        for turn in turns:
+            thought = THOUGHT.search(turn["content"]) if turn["role"] == "assistant" else None
+            if thought and thought[0].strip() not in prompt:
+                self._note("thinking_stripped", excerpt(thought[0]))
+
+    def _note(self, name: str, example: str) -> None:
+        fact = self.facts.setdefault(name, Fact(0, example))
+        fact.count += 1
 
 
 def _plain_prompt(turns: list[Message], is_chat: bool) -> str:
     if not is_chat:
         return "\n\n".join(turn["content"] for turn in turns)
-    names = {"system": "", "user": "Human: ", "assistant": "Assistant: "}
+    names = {"system": "", "user": "Human: ", "assistant": "Assistant: ", "tool": "Tool: "}
     return "\n\n".join([*(names[turn["role"]] + turn["content"] for turn in turns), "Assistant:"])
 
 
-def _plain_response(answer: str, is_chat: bool, eos: str) -> str:
-    text = f" {answer.strip()}" if is_chat else answer
-    return text if text.endswith(eos) else text + eos
+def _merged(turns: list[Message]) -> list[Message]:
+    merged: list[Message] = []
+    for turn in turns:
+        if merged and merged[-1]["role"] == turn["role"] and turn["role"] != "tool":
+            merged[-1] = {**merged[-1], "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
+        else:
+            merged.append(turn)
+    return merged
 
 
-def _render_chat(turns: list[Message], pair: Pair, tokenizer: "PreTrainedTokenizerBase") -> Texts:
-    for turn in [*turns, *({"role": "assistant", "content": answer} for answer in (pair.chosen, pair.rejected))]:
-        inside = _special_tokens(tokenizer).search(turn["content"])
-        if inside:
-            # As text it would become the token itself: an answer with "</s>" in it would train the model to stop there.
-            raise RowProblem("special_token_in_text", f"the {turn['role']} turn contains the text {inside[0]!r}")
-    prompt = _apply_template(tokenizer, turns, add_generation_prompt=True)
-    chosen, rejected = (_response(prompt, turns, answer, tokenizer) for answer in (pair.chosen, pair.rejected))
-    return prompt, chosen, rejected
-
-
-def _response(prompt: str, turns: list[Message], answer: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What the template writes after the prompt, up to the token at which generation stops."""
-    full = _apply_template(tokenizer, [*turns, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-    if not full.startswith(prompt):
-        raise RowProblem(
-            "template_rerenders_prompt",
-            f"with the answer the template writes another prompt, which ends {full[: len(prompt)][-40:]!r} instead of "
-            f"{prompt[-40:]!r}",
-        )
-    response = full[len(prompt) :]
-    place = response.rfind(answer.strip())
-    if place < 0:
-        raise RowProblem(
-            "template_changes_answer", f"the template does not write the answer as it is: {excerpt(answer)!r}"
-        )
-    after = place + len(answer.strip())
-    ends = [match.end() for match in _special_tokens(tokenizer).finditer(response, after)]
-    if ends and not response[ends[-1] :].strip():
-        return response[: ends[-1]]  # the line break that many templates put after the end token is never generated
-    return response.rstrip() + _eos(tokenizer)
-
-
-def _apply_template(tokenizer: "PreTrainedTokenizerBase", turns: list[Message], *, add_generation_prompt: bool) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise RowProblem("template_refuses", f"{error} (turns: {roles})") from None
-
-
-def _eos(tokenizer: "PreTrainedTokenizerBase") -> str:
-    eos = tokenizer.eos_token
-    if not eos:
-        raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so answers could not be taught to "
-            "end. Set eos_token in its tokenizer_config.json."
-        )
-    return str(eos)
+def _parting(one: str, other: str) -> str:
+    """Where two texts part, for a message."""
+    place = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, place - 20)
+    return f"{one[start : place + 40]!r} became {other[start : place + 40]!r}"
 
 
 @lru_cache(maxsize=4)
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     """Finds the text of any special token of the tokenizer."""
     added = tokenizer.added_tokens_decoder.values()
     texts = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)

@@ -1,58 +1,59 @@
-"""Pairs as token ids: tokenised once, held to one length rule, freed of duplicates, and split by prompt.
+"""Rows to token pairs: tokenised once, held to one length rule, and freed of duplicates and contradictions.
 
 Ids are int32 arrays. `tokens` counts prompt + chosen + rejected, as a shared-prompt row holds them.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from hashlib import sha256
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from qdpo import rundir
-from qdpo.data.encode import IdLists, encode
+from qdpo.data.encode import Encoder, IdLists
+from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
-from qdpo.data.pair import Rejection, scores_disagree, to_pair
-from qdpo.data.render import Texts, render
+from qdpo.data.pair import Pair, Rejection, scores_disagree, to_pairs, without_oldest_turns
+from qdpo.data.readers import BadLine
+from qdpo.data.render import Fact, Rendered, Renderer
+from qdpo.data.store import Ids as Ids
+from qdpo.data.store import PairStore, Spool, digest_of
+from qdpo.data.store import TokenPair as TokenPair
+from qdpo.data.store import load_pairs as load_pairs
+from qdpo.data.store import save_pairs as save_pairs
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Ids = npt.NDArray[np.int32]
 
 BATCH_ROWS = 1000
 MIN_KEPT_SHARE = 0.5
 MIN_KEPT_TOKENS = 32
 """A cut answer must keep at least this much: less is another answer, and its preference another preference."""
 
+Located = tuple[Place, Row | BadLine]
+Outcome = Literal["whole", "cut", "prompt_too_long", "response_cut_too_much"]
 
-@dataclass(frozen=True, eq=False)
-class TokenPair:
-    """One prompt and two responses as ids; prompt + response is what the model reads."""
 
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    row: int
-    """Row of the data set, counted from 1."""
+@dataclass(frozen=True)
+class Limits:
+    """The length rule. `max_tokens` bounds prompt + longer response, `max_prompt_tokens` the prompt."""
 
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+    max_tokens: int
+    max_prompt_tokens: int
+    long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over lengths and ids: the same for the same pair wherever it stands."""
-        return _digest(self.prompt, self.chosen, self.rejected)
+    def outcome(self, prompt: int, chosen: int, rejected: int) -> Outcome:
+        """What becomes of a pair of these lengths."""
+        if prompt > self.max_prompt_tokens or prompt >= self.max_tokens:
+            return "prompt_too_long"
+        room, longer = self.max_tokens - prompt, max(chosen, rejected)
+        if longer <= room:
+            return "whole"
+        return "cut" if room >= max(MIN_KEPT_SHARE * longer, MIN_KEPT_TOKENS) else "response_cut_too_much"
 
 
 @dataclass(frozen=True)
@@ -60,227 +61,277 @@ class RowNote:
     """What was done to a row, for the data report."""
 
     row: int
-    action: Literal["dropped", "cut"]
+    action: Literal["dropped", "cut", "mended"]
     reason: str
     detail: str
+    source: str = ""
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The usable pairs of a data set in its order, and a note on each row that was dropped or cut."""
+    """The usable pairs of one or several sources in their order, and a note on each row that was not taken as it is."""
 
-    pairs: list[TokenPair]
+    pairs: PairStore
     notes: list[RowNote]
     seen: int
-    """Rows looked at; fewer than there are where `limit` was reached."""
-    scores_disagree: int = 0
+    """Rows looked at; fewer than there are where a limit was reached."""
+    outcomes: int
+    """Pairs that these rows would have made; more than `seen` where rows hold several."""
+    scores_disagree: int
     """Usable pairs whose score columns rate the rejected answer higher."""
+    source_of: np.ndarray
+    """Number of the source of each usable pair, from 0."""
+    full_lengths: np.ndarray
+    """Tokens of prompt, chosen and rejected before any cut, of every pair that was tokenised."""
+    facts: dict[str, Fact]
+    merged: int
+    """Responses whose first letters would have shared a token with the prompt."""
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Pairs that are not used, by reason."""
+        return Counter(note.reason for note in self.notes if note.action == "dropped")
 
 
 @dataclass
 class _Sieve:
-    """Keeps each pair once, and neither of two that contradict each other."""
+    """Keeps each pair once, and neither of two that contradict each other. Pairs are known by their index."""
 
-    kept: dict[str, TokenPair] = field(default_factory=dict)
-    contradicted: dict[str, int] = field(default_factory=dict)
-    """Digest of a pair, either way round, to the row that first held it."""
+    kept: dict[bytes, int] = field(default_factory=dict)
+    contradicted: dict[bytes, int] = field(default_factory=dict)
+    """Digest of a pair, either way round, to the pair that first held it."""
 
-    def add(self, pair: TokenPair) -> list[RowNote]:
-        """Notes on the rows that fall out by adding this one."""
-        swapped = _digest(pair.prompt, pair.rejected, pair.chosen)
-        for digest in (pair.digest, swapped):
+    def meet(self, pair: TokenPair) -> tuple[Literal["new", "duplicate", "contradiction"], int]:
+        """What this pair is, and the index of the one that it repeats or contradicts."""
+        same = digest_of(pair.prompt, pair.chosen, pair.rejected)
+        swapped = digest_of(pair.prompt, pair.rejected, pair.chosen)
+        for digest in (same, swapped):
             if digest in self.contradicted:
-                return [_contradiction(pair.row, self.contradicted[digest])]
-        if pair.digest in self.kept:
-            return [RowNote(pair.row, "dropped", "duplicate", f"the same pair as row {self.kept[pair.digest].row}")]
+                return "contradiction", self.contradicted[digest]
+        if same in self.kept:
+            return "duplicate", self.kept[same]
         if swapped in self.kept:
-            first = self.kept.pop(swapped)
-            self.contradicted[swapped] = first.row
-            return [_contradiction(first.row, pair.row), _contradiction(pair.row, first.row)]
-        self.kept[pair.digest] = pair
-        return []
+            self.contradicted[swapped] = self.kept.pop(swapped)
+            return "contradiction", self.contradicted[swapped]
+        return "new", -1
 
 
-def prepare(
-    source_rows: Iterable[Row],
-    layout: Layout,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_tokens: int,
-    max_prompt_tokens: int,
-    template: str,
-    system: str | None,
-    limit: int | None,
-    progress: Callable[[int], None] | None = None,
-) -> Prepared:
-    """Turns rows into token pairs, until `limit` usable ones are found.
+class Preparation:
+    """Takes rows of one source after the other, and gives all usable pairs at the end."""
 
-    `max_tokens` bounds prompt + longer response, `max_prompt_tokens` the prompt. `progress` is told the rows seen.
-    Raises: DataError if no row is usable.
-    """
-    sieve, notes, seen, against_scores = _Sieve(), list[RowNote](), 0, set[int]()
-    batch_rows = BATCH_ROWS if limit is None else min(BATCH_ROWS, limit + 50)  # some rows will not be usable
-    for batch in _batches(source_rows, batch_rows):
-        for row, result in zip(batch, _encode_rows(batch, seen + 1, layout, tokenizer, template, system), strict=True):
-            seen += 1
-            if isinstance(result, Rejection):
-                notes.append(_dropped(result.row, result.reason, result.detail))
-                continue
-            pair, found = _fit(seen, result, max_tokens, max_prompt_tokens)
-            notes += found if pair is None else [*found, *sieve.add(pair)]
-            if scores_disagree(row, layout):
-                against_scores.add(seen)
-            if len(sieve.kept) == limit:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        limits: Limits,
+        renderer: Renderer,
+        *,
+        keep_empty_rejected: bool = False,
+        scratch: Path | None = None,
+    ):
+        self._limits, self._renderer, self._keep_empty = limits, renderer, keep_empty_rejected
+        self._encoder = Encoder(tokenizer, renderer.template)
+        self._spool, self._sieve = Spool(scratch), _Sieve()
+        self._notes: list[RowNote] = []
+        self._places: list[tuple[str, Place | None]] = []
+        self._source_of, self._against, self._full = array("H"), array("b"), array("i")
+        self._dead = set[int]()
+        self._sources, self._seen, self._outcomes = 0, 0, 0
+
+    def add(
+        self,
+        rows: Iterable[Located],
+        layout: Layout,
+        *,
+        source: str = "",
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Reads rows until `limit` usable pairs are found. `progress` is told the rows seen of this source."""
+        self._sources += 1
+        seen, first = 0, len(self._spool)
+
+        def full() -> bool:
+            return limit is not None and len(self._spool) - first - sum(n >= first for n in self._dead) >= limit
+
+        batch_rows = BATCH_ROWS if limit is None else min(BATCH_ROWS, limit + 50)  # some rows will not be usable
+        for batch in _batches(rows, batch_rows):
+            for number, place, row, result in self._encode(batch, seen + 1, layout):
+                if number > seen:
+                    if full():
+                        break
+                    seen = number
+                self._take(result, row, _Where(number, source, place), layout)
+            if progress:
+                progress(seen)
+            if full():
                 break
-        if progress:
-            progress(seen)
-        if len(sieve.kept) == limit:
-            break
-    if not sieve.kept:
-        raise _nothing_usable(notes, seen)
-    pairs = list(sieve.kept.values())
-    return Prepared(pairs, _settled(notes), seen, sum(pair.row in against_scores for pair in pairs))
+        self._seen += seen
+
+    def finish(self) -> Prepared:
+        """All that was found. The pairs may be none."""
+        alive = [n for n in range(len(self._spool)) if n not in self._dead]
+        return Prepared(
+            self._spool.store(alive), _settled(self._notes), self._seen, self._outcomes,
+            sum(self._against[n] for n in alive), np.array(self._source_of, np.int32)[alive],
+            np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
+        )  # fmt: skip
+
+    def _encode(
+        self, batch: list[Located], first: int, layout: Layout
+    ) -> Iterator[tuple[int, Place, Row, "Rejection | _Encoded"]]:
+        """Every pair of every row, or why there is none, in order; the whole batch is tokenised in one go."""
+        found: list[tuple[int, Place, Row, Pair | None, Rejection | Rendered]] = []
+        for number, (place, row) in enumerate(batch, first):
+            if isinstance(row, BadLine):
+                found.append((number, place, {}, None, Rejection(number, "unreadable_line", row.detail)))
+                continue
+            for made in to_pairs(row, number, layout, keep_empty_rejected=self._keep_empty):
+                if isinstance(made, Rejection):
+                    found.append((number, place, row, None, made))
+                else:
+                    found.append((number, place, row, made, self._renderer.render(made)))
+        encoded = self._encoder.encode([text for *_, text in found if isinstance(text, Rendered)])
+        for number, place, row, pair, text in found:
+            if isinstance(text, Rejection):
+                yield number, place, row, text
+                continue
+            ids = next(encoded)
+            assert pair is not None
+            if ids is None:
+                spelt = ", ".join(map(repr, text.hidden.values()))
+                detail = f"{spelt} stands in a message, and this tokenizer cannot read it as ordinary text"
+                yield number, place, row, Rejection(number, "special_token_in_text", detail)
+            else:
+                yield number, place, row, _Encoded(pair, text, ids)
+
+    def _take(self, result: "Rejection | _Encoded", row: Row, where: "_Where", layout: Layout) -> None:
+        self._outcomes += 1
+        if isinstance(result, Rejection):
+            self._notes.append(where.note("dropped", result.reason, result.detail))
+            return
+        if self._limits.long_prompt == "drop_oldest_turns":
+            result = self._shortened(result)
+        self._notes += [where.note("mended", reason, detail) for reason, detail in result.text.mended]
+        self._full.extend(map(len, result.ids))
+        pair, notes = _fit(where, result.ids, self._limits)
+        self._notes += notes
+        if pair is None:
+            return
+        what, other = self._sieve.meet(pair)
+        if what == "duplicate":
+            detail = f"the same pair as {self._name(other, where)}"
+            self._notes.append(where.note("dropped", "duplicate", detail))
+        elif what == "contradiction":
+            self._contradict(other, where)
+        else:
+            index = self._spool.add(pair)
+            self._sieve.kept[digest_of(pair.prompt, pair.chosen, pair.rejected)] = index
+            self._places.append((where.source, where.place))
+            self._source_of.append(self._sources - 1)
+            self._against.append(scores_disagree(row, layout))
+
+    def _contradict(self, other: int, where: "_Where") -> None:
+        said = "{} holds the same two answers with the labels swapped"
+        if other not in self._dead:
+            self._dead.add(other)
+            source, place = self._places[other]
+            then = _Where(self._spool.rows[other], source, place)
+            this = f"row {where.row}" if source == where.source else f"row {where.row} of {where.source}"
+            self._notes.append(then.note("dropped", "contradiction", said.format(this)))
+        self._notes.append(where.note("dropped", "contradiction", said.format(self._name(other, where))))
+
+    def _name(self, index: int, where: "_Where") -> str:
+        source = self._places[index][0]
+        return f"row {self._spool.rows[index]}" + ("" if source == where.source else f" of {source}")
+
+    def _shortened(self, found: "_Encoded") -> "_Encoded":
+        """Without as many of its oldest exchanges as the prompt is too long for."""
+        allowed = min(self._limits.max_prompt_tokens, self._limits.max_tokens - 1)
+        pair, text, ids, dropped = found.pair, found.text, found.ids, 0
+        while len(ids[0]) > allowed:
+            shorter = without_oldest_turns(pair)
+            again = self._renderer.render(shorter) if shorter is not None else None
+            encoded = next(self._encoder.encode([again])) if isinstance(again, Rendered) else None
+            if shorter is None or encoded is None or not isinstance(again, Rendered):
+                return found  # its prompt stays too long, and is reported as that
+            dropped += len(pair.prompt) - len(shorter.prompt)
+            pair, ids, text = shorter, encoded, again
+        if not dropped:
+            return found
+        detail = f"the {dropped} oldest turns were left out of a prompt of {len(found.ids[0])} tokens"
+        note = ("oldest_turns_dropped", detail)
+        return _Encoded(pair, replace(text, mended=(*text.mended, note)), ids)
 
 
-def split_held_out(
-    pairs: Sequence[TokenPair], fraction: float, limit: int | None, seed: int
-) -> tuple[list[TokenPair], list[TokenPair]]:
-    """Train and held-out pairs, both in the given order; no prompt is on both sides.
-
-    Prompts are ranked by a hash of seed and ids, and the first of them are held out: up to `fraction` of the pairs and
-    up to `limit`. The order of the pairs does not matter, and a data set that grows keeps most of its split.
-    Raises: DataError where one side would be empty.
-    """
-    sizes = Counter(map(_prompt_key, pairs))
-    ranked = sorted(sizes, key=lambda prompt: sha256(b"%d:" % seed + prompt).digest())
-    most = len(pairs) - 1 if limit is None else min(limit, len(pairs) - 1)
-    target = min(max(1, round(fraction * len(pairs))), most)
-    held_out, held_pairs = set[bytes](), 0
-    for prompt in ranked:
-        if held_pairs + sizes[prompt] <= target:
-            held_out.add(prompt)
-            held_pairs += sizes[prompt]
-    if not held_out:  # every prompt has more pairs than the share: the one with the fewest
-        held_out = {prompt for prompt in sorted(ranked, key=sizes.__getitem__)[:1] if sizes[prompt] <= most}
-    if not held_out:
-        bound = "" if limit is None else f", at most {limit} of them held out"
-        raise DataError(
-            f"{len(pairs)} pairs with {len(sizes)} different prompts cannot be split into training and held-out pairs "
-            f"(data.eval_fraction={fraction}{bound}): a prompt may stand on one side only. Give more prompts, or a "
-            "separate data.eval_path."
-        )
-    train = [pair for pair in pairs if _prompt_key(pair) not in held_out]
-    return train, [pair for pair in pairs if _prompt_key(pair) in held_out]
+@dataclass(frozen=True)
+class _Encoded:
+    pair: Pair
+    text: Rendered
+    ids: IdLists
 
 
-def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
-    """Writes the pairs into one safetensors file, whole or not at all. Raises DiskError."""
-    arrays = [ids for pair in pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
-    data = save(
-        {
-            "ids": np.concatenate([np.zeros(0, np.int32), *arrays]),
-            "lengths": np.array([len(ids) for ids in arrays], np.int32).reshape(len(pairs), 3),
-            "rows": np.array([pair.row for pair in pairs], np.int64),
-        }
-    )
-    rundir.write_bytes(path, data)
+@dataclass(frozen=True)
+class _Where:
+    row: int
+    source: str
+    place: Place | None
+
+    def note(self, action: Literal["dropped", "cut", "mended"], reason: str, detail: str) -> RowNote:
+        return RowNote(self.row, action, reason, detail, self.source, self.place)
 
 
-def load_pairs(path: Path) -> list[TokenPair]:
-    """The pairs of `save_pairs`, byte for byte. Raises DataError if the file is missing, damaged or another one."""
-    try:
-        tensors = load_file(path)
-        ids, lengths, rows = tensors["ids"], tensors["lengths"], tensors["rows"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(
-            f"{path} does not hold prepared pairs ({error}). Remove it to prepare the data again."
-        ) from error
-    ends = lengths.astype(np.int64).cumsum()
-    parts = np.split(ids, ends[:-1]) if len(ends) else []
-    columns = zip(parts[::3], parts[1::3], parts[2::3], rows, strict=True)
-    return [TokenPair(prompt, chosen, rejected, int(row)) for prompt, chosen, rejected, row in columns]
-
-
-def _batches(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
-def _encode_rows(
-    batch: list[Row],
-    first: int,
-    layout: Layout,
-    tokenizer: "PreTrainedTokenizerBase",
-    template: str,
-    system: str | None,
-) -> Iterator[Rejection | IdLists]:
-    """Each row's ids or why it has none, in order; the whole batch is tokenised in one go."""
-    texts: list[Rejection | Texts] = []
-    for number, row in enumerate(batch, first):
-        pair = to_pair(row, number, layout)
-        texts.append(pair if isinstance(pair, Rejection) else render(pair, tokenizer, template=template, system=system))
-    encoded = encode([text for text in texts if not isinstance(text, Rejection)], tokenizer, template)
-    for text in texts:
-        yield text if isinstance(text, Rejection) else next(encoded)
-
-
-def _fit(row: int, ids: IdLists, max_tokens: int, max_prompt_tokens: int) -> tuple[TokenPair | None, list[RowNote]]:
+def _fit(where: _Where, ids: IdLists, limits: Limits) -> tuple[TokenPair | None, list[RowNote]]:
     """The one length rule: a pair stays whole if it fits, a prompt is never cut, a response loses only its end.
 
     A cut response has no end token: the model must not learn to stop there.
     """
     prompt, *responses = ids
-    if len(prompt) > max_prompt_tokens or len(prompt) >= max_tokens:
-        allowed = min(max_prompt_tokens, max_tokens - 1)
-        return None, [_dropped(row, "prompt_too_long", f"the prompt has {len(prompt)} tokens, {allowed} are allowed")]
-    room = max_tokens - len(prompt)
-    cuts = []
-    for side, response in zip(("chosen", "rejected"), responses, strict=True):
-        if len(response) > room:
-            cuts.append(f"{side} from {len(response)} to {room} tokens")
-            if room < max(MIN_KEPT_SHARE * len(response), MIN_KEPT_TOKENS):
-                return None, [_dropped(row, "response_cut_too_much", f"would cut {cuts[-1]}")]
+    outcome = limits.outcome(*map(len, ids))
+    if outcome == "prompt_too_long":
+        allowed = min(limits.max_prompt_tokens, limits.max_tokens - 1)
+        detail = f"the prompt has {len(prompt)} tokens, {allowed} are allowed"
+        return None, [where.note("dropped", outcome, detail)]
+    room = limits.max_tokens - len(prompt)
+    cuts = [
+        f"{side} from {len(response)} to {room} tokens"
+        for side, response in zip(("chosen", "rejected"), responses, strict=True)
+        if len(response) > room
+    ]
+    if outcome == "response_cut_too_much":
+        return None, [where.note("dropped", outcome, f"would cut {'; '.join(cuts)}")]
     chosen, rejected = (response[:room] for response in responses)
     if chosen == rejected:
         reason = "identical_after_cut" if cuts else "identical_tokens"
-        return None, [_dropped(row, reason, f"chosen and rejected are the same {len(chosen)} tokens")]
+        return None, [where.note("dropped", reason, f"chosen and rejected are the same {len(chosen)} tokens")]
     if not (prompt and chosen and rejected):
         reason = "empty_response" if prompt else "empty_prompt"
-        return None, [_dropped(row, reason, "the tokenizer makes no token of it")]
-    pair = TokenPair(np.array(prompt, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32), row)
-    return pair, [RowNote(row, "cut", "response_cut", "; ".join(cuts))] if cuts else []
+        return None, [where.note("dropped", reason, "the tokenizer makes no token of it")]
+    arrays = [np.array(part, np.int32) for part in (prompt, chosen, rejected)]
+    pair = TokenPair(arrays[0], arrays[1], arrays[2], where.row)
+    return pair, [where.note("cut", "response_cut", "; ".join(cuts))] if cuts else []
 
 
 def _settled(notes: list[RowNote]) -> list[RowNote]:
-    """By row, and without the cuts of rows that were dropped afterwards."""
-    dropped = {note.row for note in notes if note.action == "dropped"}
-    standing = (note for note in notes if note.action == "dropped" or note.row not in dropped)
-    return sorted(standing, key=lambda note: note.row)
+    """By source and row, and without what was done to rows that were dropped afterwards."""
+    order = {source: n for n, source in enumerate(dict.fromkeys(note.source for note in notes))}
+    dropped = {(note.source, note.row) for note in notes if note.action == "dropped"}
+    standing = (note for note in notes if note.action == "dropped" or (note.source, note.row) not in dropped)
+    return sorted(standing, key=lambda note: (order[note.source], note.row))
 
 
-def _dropped(row: int, reason: str, detail: str) -> RowNote:
-    return RowNote(row, "dropped", reason, detail)
-
-
-def _contradiction(row: int, other: int) -> RowNote:
-    return _dropped(row, "contradiction", f"row {other} holds the same two answers with the labels swapped")
-
-
-def _nothing_usable(notes: list[RowNote], seen: int) -> DataError:
-    reasons = Counter(note.reason for note in notes)
-    counted = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+def nothing_usable(prepared: Prepared) -> DataError:
+    """The error for a data set of which no row is left."""
+    counted = ", ".join(f"{reason} {count}" for reason, count in prepared.dropped.most_common())
+    notes = [note for note in prepared.notes if note.action == "dropped"]
     first = f" Row {notes[0].row}: {notes[0].detail}." if notes else ""
     return DataError(
-        f"None of the {seen} rows can be used ({counted or 'there are none'}).{first} Check data.path and "
+        f"None of the {prepared.seen} rows can be used ({counted or 'there are none'}).{first} Check data.path and "
         "data.columns, and for length reasons data.max_tokens and data.max_prompt_tokens."
     )
-
-
-def _prompt_key(pair: TokenPair) -> bytes:
-    return pair.prompt.astype("<i4").tobytes()
-
-
-def _digest(*arrays: Ids) -> str:
-    lengths = np.array([len(ids) for ids in arrays], np.int32)
-    return sha256(b"".join(ids.astype("<i4").tobytes() for ids in (lengths, *arrays))).hexdigest()

@@ -3,11 +3,12 @@
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Message = dict[str, str]
-"""One turn: `role` is system, user or assistant; `content` is its text."""
+Message = dict[str, Any]
+"""One turn: `role` is system, user, assistant or tool; `content` its text; tool calls as chat templates take them."""
 
 Kind = Literal["null", "text", "dialogue", "encoded", "turns", "other"]
 
@@ -15,10 +16,15 @@ ROLES = {
     "system": "system",
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
     "human": "user",  # ShareGPT
     "gpt": "assistant",  # ShareGPT
     "model": "assistant",  # Gemma's own name
+    "prompter": "user",  # OpenAssistant
+    "developer": "system",  # OpenAI's newer name
+    "observation": "tool",  # ShareGPT
 }
+BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -35,10 +41,13 @@ def kind_of(value: Any) -> Kind:
     if _is_null(value):
         return "null"
     if isinstance(value, str):
+        if not value.strip():
+            return "null"  # an empty cell of a CSV file
         if is_dialogue(value):
             return "dialogue"
         return "text" if decode_turns(value) is None else "encoded"
-    if value == []:
+    value = _unwrapped(value)
+    if isinstance(value, list) and not value:
         return "null"
     return "turns" if _looks_like_turns(value) else "other"
 
@@ -56,9 +65,12 @@ def decode_turns(text: str) -> Any | None:
         return None
     try:
         value = json.loads(text)
+    except RecursionError:
+        return None
     except ValueError:
         try:
-            value = ast.literal_eval(text)
+            with warnings.catch_warnings(action="ignore"):  # about escapes in what may well be ordinary text
+                value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
     return value if _looks_like_turns(value) else None
@@ -79,7 +91,8 @@ def read_text(value: Any, column: str) -> str:
 
 def read_turns(value: Any, column: str) -> list[Message]:
     """The turns of a cell. Raises RowProblem `null_field`, `not_text` or `unknown_role`."""
-    if _is_null(value) or value == []:
+    value = _unwrapped(value)
+    if _is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowProblem("null_field", f"{column} is empty")
     if isinstance(value, str):
         value = decode_turns(value)
@@ -103,7 +116,9 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
 
 def same_turn(one: Message, other: Message) -> bool:
     """Equal but for white space at the ends, which datasets add and lose without meaning."""
-    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+    if one["role"] != other["role"] or one["content"].strip() != other["content"].strip():
+        return False
+    return one.get("tool_calls") == other.get("tool_calls")
 
 
 def excerpt(value: Any, length: int = 60) -> str:
@@ -114,21 +129,30 @@ def excerpt(value: Any, length: int = 60) -> str:
 
 def _read_turn(turn: Any, where: str) -> Message:
     role = turn.get("role", turn.get("from"))
-    if role not in ROLES:
-        known = "system, user, assistant, human, gpt, model"
-        raise RowProblem("unknown_role", f"{where} has the role {role!r}; known roles are {known}")
-    if turn.get("tool_calls"):
-        raise RowProblem("not_text", f"{where} calls a tool; qdpo trains on text only")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RowProblem("unknown_role", f"{where} has the role {role!r}; known roles are {', '.join(ROLES)}")
+    # A table gives every turn every key, and null where it had none.
+    beside = {key: turn[key] for key in BESIDE_CONTENT if turn.get(key)}
     content = turn.get("content", turn.get("value"))
+    if content is None and "tool_calls" in beside:
+        content = ""
     if isinstance(content, list):  # the newer form: [{"type": "text", "text": …}]
         content = "".join(read_text(_text_part(part, where), where) for part in content)
-    return {"role": ROLES[role], "content": read_text(content, where)}
+    return {"role": ROLES[role], "content": read_text(content, where), **beside}
 
 
 def _text_part(part: Any, where: str) -> Any:
     if not (isinstance(part, Mapping) and part.get("type") == "text"):
-        raise RowProblem("not_text", f"{where} holds something that is not text: {excerpt(part)}")
+        raise RowProblem(
+            "not_text",
+            f"{where} holds something that is not text: {excerpt(part)} (text only today; image pairs are planned)",
+        )
     return part.get("text")
+
+
+def _unwrapped(value: Any) -> Any:
+    """OpenAI's preference files wrap the prompt: {"messages": [...], "tools": [...]}."""
+    return value["messages"] if isinstance(value, Mapping) and isinstance(value.get("messages"), list) else value
 
 
 def _looks_like_turns(value: Any) -> bool:

@@ -41,7 +41,7 @@ def prepared(run: RunDir, config: RunConfig) -> Known | None:
     if not run.train_pairs.is_file():
         return None
     train, held_out = tokens.load_pairs(run.train_pairs), tokens.load_pairs(run.held_out_pairs)
-    sizes = [(len(p.prompt), p.tokens) for p in train + held_out]
+    sizes = [(len(p.prompt), p.tokens) for p in [*train, *held_out]]
     return Known(_lengths(sizes, config), len(train), f"exact: the pairs that {run.path} has prepared")
 
 
@@ -61,15 +61,23 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
 
     Raises: DataError if the data has no usable pair.
     """
-    opened = source.open_source(
-        str(config.data.path), split=config.data.split, revision=config.data.revision, shipped=shipped_folder()
-    )
-    columns = {name: value for name, value in config.data.columns.model_dump().items() if value is not None}
-    layout = pair.detect_layout(opened.rows, columns, opened.name)
-    found = [pair.to_pair(row, number, layout) for number, row in enumerate(opened.rows, 1)]
-    usable = [p for p in found if isinstance(p, Pair)]
+    usable: list[Pair] = []
+    seen, name = 0, str(config.data.path)
+    for path in source.split_paths(name):
+        opened = source.open_source(
+            path, split=config.data.split, revision=config.data.revision, shipped=shipped_folder(),
+            skip_bad=config.data.skip_bad_lines,
+        )  # fmt: skip
+        columns = {role: value for role, value in config.data.columns.model_dump().items() if value is not None}
+        layout = pair.detect_layout(
+            opened.rows.look_over(), columns, opened.name, form=config.data.format,
+            last_answer_only=config.data.last_answer_only,
+        )  # fmt: skip
+        for row in opened.rows:
+            seen += 1
+            usable += [found for found in pair.to_pairs(row, seen, layout) if isinstance(found, Pair)]
     if not usable:
-        raise DataError(f"No usable pair in {opened.name}: all {len(found)} rows would be dropped.")
+        raise DataError(f"No usable pair in {name}: all {seen} rows would be dropped.")
     front = usable[: config.data.limit]
     sample, count = random.Random(0).sample(front, min(SAMPLE, len(front))), _counter(tokenizer_file)
     counted = _counted(sample, count, config)
@@ -87,7 +95,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
     )
     template = f", {TURN_TOKENS} tokens a turn added for the chat template" if config.data.template == "auto" else ""
     how = (
-        f"sampled: {len(sample)} of {len(front)} usable pairs of {opened.name} and the longest ones, counted "
+        f"sampled: {len(sample)} of {len(front)} usable pairs of {name} and the longest ones, counted "
         f"{with_what}{template}"
     )
     return Known(lengths, pairs, how)
@@ -126,11 +134,10 @@ def _counted(pairs: Sequence[Pair], count: Count, config: RunConfig) -> list[tup
 def _size(counted: tuple[int, int, int], config: RunConfig) -> tuple[int, int] | None:
     """Tokens of the prompt and of the pair after the length rule of `data.tokens`; None if it drops the pair."""
     prompt, *answers = counted
+    limits = tokens.Limits(config.data.max_tokens, config.data.max_prompt_tokens or config.data.max_tokens)
+    if limits.outcome(*counted) not in ("whole", "cut"):
+        return None
     room = config.data.max_tokens - prompt
-    if room < 1 or prompt > (config.data.max_prompt_tokens or prompt):
-        return None
-    if any(room < answer and room < max(tokens.MIN_KEPT_SHARE * answer, tokens.MIN_KEPT_TOKENS) for answer in answers):
-        return None
     return prompt, prompt + sum(min(answer, room) for answer in answers)
 
 

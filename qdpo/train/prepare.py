@@ -1,96 +1,221 @@
 """From settings to prepared pairs in the run folder: read, recognise, render, tokenise once, split, report."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qdpo import rundir
 from qdpo.config import DataConfig
-from qdpo.data import check, pair, source, tokens
-from qdpo.data.tokens import TokenPair
+from qdpo.data import check, pair, source, split, templates, tokens
+from qdpo.data.layout import Layout
+from qdpo.data.render import Renderer
+from qdpo.data.source import Source
+from qdpo.data.store import PairStore
+from qdpo.data.tokens import Limits, Prepared, RowNote
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
 from qdpo.rundir import RunDir
+from qdpo.train.meters import Watcher
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """Token ids of all pairs, and what must be recorded about where they came from."""
 
-    train: list[TokenPair]
-    held_out: list[TokenPair]
+    train: PairStore
+    held_out: PairStore
     about: dict[str, Any]
     files: list[Path]
-    notes: list[tuple[str, list[tokens.RowNote]]]
+    notes: list[RowNote]
 
 
-def prepare_data(config: DataConfig, tokenizer: Any, *, seed: int, say: Callable[[str], None]) -> PreparedData:
-    """Reads and tokenises the training and held-out pairs. Raises: DataError; writes nothing."""
-    main, prepared = _read(config, str(config.path), config.split, config.limit, tokenizer, say)
-    files, notes = [main], [(main.name, prepared.notes)]
-    about: dict[str, Any] = {"source": main.name, "revision": main.revision, "license": main.license}
+@dataclass(frozen=True)
+class ReadData:
+    """The pairs of one or several sources, and how they were understood."""
+
+    sources: list[Source]
+    layouts: list[Layout]
+    prepared: Prepared
+    template_notes: list[str]
+
+    @property
+    def name(self) -> str:
+        """The sources in the order of data.path."""
+        return " + ".join(source.name for source in self.sources)
+
+
+def prepare_data(
+    config: DataConfig, tokenizer: Any, *, seed: int, watcher: Watcher, scratch: Path | None = None
+) -> PreparedData:
+    """Reads and tokenises the training and held-out pairs; ids wait in a temporary file in `scratch`.
+
+    Raises: DataError, also where more than data.max_drop_fraction of the pairs cannot be used.
+    """
+    say = watcher.say
+    main = read_data(config, tokenizer, watcher, scratch=scratch)
+    _tell(main, say, "")
+    _refuse(config, main)
+    first = main.sources[0]
+    about: dict[str, Any] = {"source": main.name, "revision": first.revision, "license": first.license}
+    sources, notes = list(main.sources), list(main.prepared.notes)
+    pairs, source_of = main.prepared.pairs, main.prepared.source_of
     if config.eval_path or config.eval_split:
-        other, held = _read(
-            config,
-            config.eval_path or str(config.path),
-            config.eval_split,
-            config.eval_limit,
-            tokenizer,
-            say,
-            held_out=True,
-        )
-        train, held_out = prepared.pairs, held.pairs[: config.eval_limit]
-        files.append(other)
-        notes.append((other.name, held.notes))
-        about |= {"held_out_source": other.name, "held_out_revision": other.revision}
-        if shared := check.overlap(train, held_out):
-            say(f"warning: {shared} held-out prompts are also among the training prompts, so held-out figures flatter")
+        other = read_held_out(config, tokenizer, watcher, scratch=scratch)
+        _tell(other, say, "held out: ")
+        _refuse(config, other)
+        held_out = other.prepared.pairs[: config.eval_limit]
+        sources += other.sources
+        notes += other.prepared.notes
+        about |= {"held_out_source": other.name, "held_out_revision": other.sources[0].revision}
+        held_out = _without_overlap(config, pairs, held_out, say)
+        places: Sequence[int] = range(len(pairs))
     else:
-        train, held_out = tokens.split_held_out(prepared.pairs, config.eval_fraction, config.eval_limit, seed)
-    dropped = sum(note.action == "dropped" for _name, rows in notes for note in rows)
+        held = split.held_out_places(pairs, config.eval_fraction, config.eval_limit, seed)
+        held_out, others = pairs.select(held), set(held)
+        places = [place for place in range(len(pairs)) if place not in others]
+    train = pairs.select(places)
+    if config.weights is not None:
+        train = train.select(split.weighted_places(train, source_of[list(places)], config.weights, seed))
+        if not len(train):
+            raise DataError(f"data.weights={'+'.join(map(str, config.weights))} leaves no training pair. Raise them.")
+    dropped = sum(note.action == "dropped" for note in notes)
     about |= {"train_pairs": len(train), "held_out_pairs": len(held_out), "dropped": dropped}
     say(f"pairs: {len(train)} to train, {len(held_out)} held out")
-    return PreparedData(train, held_out, about, [Path(name) for entry in files for name in entry.files], notes)
+    return PreparedData(train, held_out, about, [Path(name) for entry in sources for name in entry.files], notes)
 
 
-def read_pairs(config: DataConfig, tokenizer: Any, *, say: Callable[[str], None]) -> tuple[str, list[TokenPair]]:
-    """Name and all usable pairs of data.path, nothing held out."""
-    opened, prepared = _read(config, str(config.path), config.split, config.limit, tokenizer, say)
-    return opened.name, prepared.pairs
+def read_data(config: DataConfig, tokenizer: Any, watcher: Watcher, *, scratch: Path | None = None) -> ReadData:
+    """All usable pairs of data.path, nothing held out. They may be none; see the notes."""
+    return _read(config, str(config.path), config.split, config.limit, tokenizer, watcher, scratch)
+
+
+def read_held_out(config: DataConfig, tokenizer: Any, watcher: Watcher, *, scratch: Path | None = None) -> ReadData:
+    """The pairs of data.eval_path or data.eval_split."""
+    path = config.eval_path or str(config.path)
+    return _read(config, path, config.eval_split, config.eval_limit, tokenizer, watcher, scratch)
+
+
+def read_pairs(config: DataConfig, tokenizer: Any, watcher: Watcher) -> tuple[str, PairStore]:
+    """Name and all usable pairs of data.path. Raises: DataError if there are none."""
+    found = read_data(config, tokenizer, watcher)
+    _tell(found, watcher.say, "")
+    if not len(found.prepared.pairs):
+        raise tokens.nothing_usable(found.prepared)
+    return found.name, found.prepared.pairs
+
+
+def limits_of(config: DataConfig) -> Limits:
+    """The length rule that the settings ask for."""
+    return Limits(config.max_tokens, config.max_prompt_tokens or config.max_tokens, config.long_prompt)
+
+
+def open_sources(
+    config: DataConfig, path: str, chosen_split: str | None, watcher: Watcher
+) -> list[tuple[Source, Layout, int]]:
+    """Each source that `path` names with its layout and number of rows; every row of a file is read once."""
+    columns = {name: value for name, value in config.columns.model_dump().items() if value is not None}
+    found = []
+    for one in source.split_paths(path):
+        opened = source.open_source(
+            one, split=chosen_split, revision=config.revision, shipped=shipped_folder(), skip_bad=config.skip_bad_lines
+        )
+        bar = _Bytes(watcher, opened.rows.bytes, f"reading {one}")
+        sample = opened.rows.look_over(bar.advance)
+        bar.finish()
+        layout = pair.detect_layout(
+            sample, columns, opened.name, form=config.format, last_answer_only=config.last_answer_only
+        )
+        pair.check_sample(sample, layout, opened.name)
+        found.append((opened, layout, sample.count))
+    return found
 
 
 def _read(
     config: DataConfig,
     path: str,
-    split: str | None,
+    chosen_split: str | None,
     limit: int | None,
     tokenizer: Any,
-    say: Callable[[str], None],
-    *,
-    held_out: bool = False,
-) -> tuple[source.Source, tokens.Prepared]:
-    opened = source.open_source(path, split=split, revision=config.revision, shipped=shipped_folder())
-    columns = {name: value for name, value in config.columns.model_dump().items() if value is not None}
-    layout = pair.detect_layout(opened.rows, columns, opened.name)
-    prepared = tokens.prepare(
-        opened.rows,
-        layout,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens or config.max_tokens,
-        template=config.template,
-        system=config.system,
-        limit=limit,
+    watcher: Watcher,
+    scratch: Path | None,
+) -> ReadData:
+    if note := templates.settle_template(tokenizer, config.template):
+        watcher.say(note)
+    renderer = Renderer(tokenizer, config.template, config.system, config.refused_system, config.merge_same_role)
+    work = tokens.Preparation(
+        tokenizer, limits_of(config), renderer, keep_empty_rejected=config.keep_empty_rejected, scratch=scratch
     )
-    for line in check.summary_lines(prepared, layout, opened):
-        say(f"held out: {line}" if held_out else line)
-    if not prepared.pairs:
-        reasons = sorted({note.reason for note in prepared.notes})
+    opened = open_sources(config, path, chosen_split, watcher)
+    for one, layout, count in opened:
+        watcher.begin(f"tokenising {one.name}", count, "row")
+        done = 0
+
+        def advance(seen: int) -> None:
+            nonlocal done
+            watcher.advance(seen - done)
+            done = seen
+
+        work.add(one.rows.located(), layout, source=one.name, limit=limit, progress=advance)
+        watcher.finish()
+    sources, layouts = [one for one, _, _ in opened], [layout for _, layout, _ in opened]
+    return ReadData(sources, layouts, work.finish(), templates.template_warnings(tokenizer, config.template))
+
+
+class _Bytes:
+    """A progress bar in MiB, for files that take a while to read."""
+
+    def __init__(self, watcher: Watcher, size: int, what: str):
+        self._watcher, self._done, self._told, self._shown = watcher, 0, 0, size > 64 * MIB
+        if self._shown:
+            watcher.begin(what, size // MIB, "MiB")
+
+    def advance(self, read: int) -> None:
+        self._done += read
+        if self._shown and (whole := self._done // MIB) > self._told:
+            self._watcher.advance(whole - self._told)
+            self._told = whole
+
+    def finish(self) -> None:
+        if self._shown:
+            self._watcher.finish()
+
+
+def _tell(found: ReadData, say: Any, before: str) -> None:
+    lines = check.summary_lines(found.prepared, found.layouts, found.sources)
+    lines += [f"warning: {note}" for note in found.template_notes]
+    for line in lines:
+        say(before + line)
+
+
+def _refuse(config: DataConfig, found: ReadData) -> None:
+    if not len(found.prepared.pairs):
+        raise tokens.nothing_usable(found.prepared)
+    if check.drop_fraction(found.prepared) > config.max_drop_fraction:
         raise DataError(
-            f"No usable pair in {opened.name}: all {prepared.seen} rows were dropped ({', '.join(reasons)})."
+            f"{found.name}: {check.too_many_dropped(found.prepared, config.max_drop_fraction)}. `qdpo data check` "
+            "lists every one; if they may go, set data.max_drop_fraction higher."
         )
-    return opened, prepared
+
+
+def _without_overlap(config: DataConfig, train: PairStore, held_out: PairStore, say: Any) -> PairStore:
+    shared = check.overlap_places(train, held_out)
+    if not shared:
+        return held_out
+    if not config.drop_overlap:
+        say(
+            f"warning: {len(shared)} held-out prompts are also among the training prompts, so held-out figures "
+            "flatter; data.drop_overlap=true leaves them out"
+        )
+        return held_out
+    gone = set(shared)
+    left = held_out.select([place for place in range(len(held_out)) if place not in gone])
+    say(f"{len(shared)} held-out pairs left out: their prompts are trained on")
+    if not len(left):
+        raise DataError("Every held-out prompt is trained on too, and data.drop_overlap=true leaves none. Give others.")
+    return left
 
 
 def store(run: RunDir, prepared: PreparedData) -> None:
@@ -101,11 +226,10 @@ def store(run: RunDir, prepared: PreparedData) -> None:
         tokens.save_pairs(folder / run.held_out_pairs.name, prepared.held_out)
 
     run.data_report.write_text("", encoding="utf-8")
-    for name, rows in prepared.notes:
-        check.write_report(run.data_report, rows, name)
+    check.write_report(run.data_report, prepared.notes)
     rundir.write_folder(run.prepared, fill)
 
 
-def load(run: RunDir) -> tuple[list[TokenPair], list[TokenPair]]:
+def load(run: RunDir) -> tuple[PairStore, PairStore]:
     """The stored training and held-out pairs."""
     return tokens.load_pairs(run.train_pairs), tokens.load_pairs(run.held_out_pairs)

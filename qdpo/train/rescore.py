@@ -55,7 +55,7 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     place = fetch.locate_base(str(config.model.path), revision=revision, cache_dir=cache_dir, announce=watcher.say)
     if given:
         tokenizer = base.load_tokenizer(place.folder)
-        source, pairs = prepare.read_pairs(config.data, tokenizer, say=watcher.say)
+        source, pairs = prepare.read_pairs(config.data, tokenizer, watcher)
     else:
         source, pairs = "the run's held-out pairs", prepare.load(run)[1]
     watcher.begin("loading the model", 1, "model")

@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 
 from qdpo import presets, rundir
 from qdpo.config import RunConfig
-from qdpo.data.tokens import TokenPair
+from qdpo.data.store import PairStore, TokenPair
+from qdpo.data.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.loss_rules import couples_pairs, needs_reference
 from qdpo.model import adapter, base, fetch
@@ -42,8 +43,8 @@ class Job:
     watcher: Watcher
     stop: StopRequest
     started: float
-    train: list[TokenPair]
-    held_out: list[TokenPair]
+    train: PairStore
+    held_out: PairStore
     tokenizer: Any
     base: BaseFolder
     loaded: Loaded
@@ -75,7 +76,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )  # fmt: skip
     tokenizer = base.load_tokenizer(folder.folder)
     if not run.record.exists():
-        _first_start(resolved, run, folder, device, tokenizer, say)
+        _first_start(resolved, run, folder, device, tokenizer, watcher)
+    settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
     record.take_neutral(run, presets.flat(config))
     train, held_out = prepare.load(run)
     config = fit.settled(config, rundir.read_json(run.record)["found"])
@@ -104,7 +106,7 @@ def try_worst_row(job: Job) -> None:
     assert kept != "auto"
     fits = fit.try_worst_row(
         job.loaded,
-        job.train + job.held_out,
+        [*job.train, *job.held_out],
         tokens_per_row=job.scorer.tokens_per_row,
         kept_layers=kept,
         may_lower=device.type == "cuda" and presets.flat(job.given)["memory.kept_layers"] == "auto",
@@ -158,7 +160,7 @@ def _first_start(
     folder: BaseFolder,
     device: torch.device,
     tokenizer: Any,
-    say: Callable[[str], None],
+    watcher: Watcher,
 ) -> None:
     """Prepares the data, then writes the run folder with all that was found, whole or not at all."""
     config = resolved.config
@@ -166,9 +168,12 @@ def _first_start(
         raise ConfigError(
             f"{run.path} exists and is no run that can be continued. Choose another output.name or remove it."
         )
+    say = watcher.say
     dtype = base.choose_dtype(config.model.dtype, device, say)
-    data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, say=say)
-    _check_space(run, cache_folder(config), data.train + data.held_out)
+    cache = cache_folder(config)
+    data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
+    _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
         files.append(Path(config.adapter.start) / adapter.WEIGHTS)
@@ -179,7 +184,7 @@ def _first_start(
     found |= fit.choose_memory(
         config,
         base.model_config(folder.folder),
-        data.train + data.held_out,
+        pairs,
         device=device,
         dtype=dtype,
         optimizer=found["train.optimizer"],

@@ -2,22 +2,27 @@
 
 from collections.abc import Sequence
 
-from qdpo.data.encode import IdLists, encode
+from qdpo.data.encode import Encoder, IdLists
+from qdpo.data.files import Place
 from qdpo.data.pair import Message, Pair, Rejection, detect_layout
-from qdpo.data.render import render
-from qdpo.data.tokens import Prepared, prepare
+from qdpo.data.render import Renderer
+from qdpo.data.tokens import Limits, Preparation, Prepared
 
 
 def ids_of(prompt: list[Message], chosen: str, rejected: str, tokenizer) -> IdLists | Rejection:
     """Ids of a conversation's prompt and of the answers behind it, as they will be trained, or why there are none."""
-    rendered = render(Pair(prompt, chosen, rejected, 1, is_chat=True), tokenizer)
-    return rendered if isinstance(rendered, Rejection) else next(encode([rendered], tokenizer, "auto"))
+    rendered = Renderer(tokenizer).render(Pair(prompt, chosen, rejected, 1, is_chat=True))
+    if isinstance(rendered, Rejection):
+        return rendered
+    ids = next(Encoder(tokenizer, "auto").encode([rendered]))
+    return Rejection(1, "special_token_in_text", "the tokenizer cannot read it as text") if ids is None else ids
 
 
 def prepare_rows(
     rows: Sequence[dict], tokenizer, *, max_tokens: int, max_prompt_tokens: int, template: str
 ) -> Prepared:
     """A whole data set with its layout found, its rows paired, rendered, tokenised, cut and sieved."""
-    layout = detect_layout(rows, {}, "test data")
-    limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens}
-    return prepare(rows, layout, tokenizer, **limits, template=template, system=None, limit=None)
+    work = Preparation(tokenizer, Limits(max_tokens, max_prompt_tokens), Renderer(tokenizer, template))
+    located = [(Place("test data", number), row) for number, row in enumerate(rows, 1)]
+    work.add(located, detect_layout(rows, {}, "test data"))
+    return work.finish()

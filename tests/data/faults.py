@@ -132,7 +132,7 @@ EVERYWHERE = {
     "number in a cell": "not_text",
     "no text in a cell": "not_text",
     "same": "identical_responses",
-    "same but for white space": "identical_responses",
+    "same but for white space": "identical_after_trim",
     "blank prompt": "empty_prompt",
     "long prompt": "prompt_too_long",
     "cut": "response_cut",
@@ -229,7 +229,8 @@ FORMS = {
         _hh,
         EVERYWHERE
         | {"ends with user": "no_final_assistant"}
-        | {"other question": "prompts_differ", "other earlier answer": "prompts_differ"},
+        | {"other question": "prompts_differ", "other earlier answer": "prompts_differ"}
+        | {"same but for white space": "identical_responses"},  # no white space around a turn is its content
         exchanges=2,
     ),
     "ultrafeedback": Form(

@@ -12,29 +12,9 @@ from tests.data.chat import prepare_rows
 from tests.data.faults import FORMS, MAX_PROMPT_TOKENS, MAX_TOKENS, ROWS, Row, faulty_rows
 from tests.data.template_tokenizers import tokenizer_of
 
-LAYOUT = "the layout is not known"
-ONE_ODD = "one odd cell among the rows looked at decides for all of them"
-CRASH = "an exception that is no RowProblem"
-UNMET = {
-    "alpaca with a list": LAYOUT,
-    "preferred": LAYOUT,
-    "an empty cell": ONE_ODD,
-    "an empty cell on each side": ONE_ODD,
-    "a cut cell": ONE_ODD,
-    "a prompt without markers": ONE_ODD,
-    "an empty cell in a CSV row": "it is named not_text",
-    "an answer by the user": "it is named prompt_column_differs",
-    "a list as role": CRASH,
-    "many brackets": CRASH,
-    "special-token text in a plain answer": "it becomes the special token",
-    "a space at the end of a plain prompt": "the answer gains a space of its own",
-}
-"""Case → what the code does not do yet. Where the test passes all the same, remove the entry (XPASS)."""
-
 
 def case(name: str, *values: Any) -> Any:
-    marks = [pytest.mark.xfail(strict=False, reason=UNMET[name])] if name in UNMET else []
-    return pytest.param(*(values or [name]), id=name, marks=marks)
+    return pytest.param(*(values or [name]), id=name)
 
 
 def prepare_all(rows: list[Row], tokenizer: str = "chatml", template: str = "auto") -> Prepared:

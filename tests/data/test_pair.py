@@ -28,7 +28,7 @@ LAYOUTS = {  # row, name, expected prompt, is_chat; the answers are always "yes"
     "question": ({"question": "q", "response_j": "yes", "response_k": "no"}, "text", [user("q")], False),
     "alpaca": (
         {"instruction": "Sum up.", "input": "A text.", "chosen": "yes", "rejected": "no"},
-        "text",
+        "alpaca",
         [user("Sum up.\n\nA text.")],
         False,
     ),
@@ -185,7 +185,7 @@ def test_renamed_columns_are_found_through_the_mapping(case):
         ("text", {"prompt": "q", "chosen": "yes", "rejected": "\t "}, "empty_response"),
         ("hh", {"chosen": hh("q", ""), "rejected": hh("q", "no")}, "empty_response"),
         ("text", {"prompt": "q", "chosen": "yes", "rejected": "yes"}, "identical_responses"),
-        ("text", {"prompt": "q", "chosen": "yes", "rejected": " yes\n"}, "identical_responses"),
+        ("text", {"prompt": "q", "chosen": "yes", "rejected": " yes\n"}, "identical_after_trim"),
         (
             "implicit",
             {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("a")]},
@@ -205,18 +205,17 @@ def test_renamed_columns_are_found_through_the_mapping(case):
             {"chosen": [*TALK, assistant("x")], "rejected": [user("q"), assistant("b"), user("q2"), assistant("x")]},
             "several_response_turns",
         ),
-        ("messages", {"prompt": [{"role": "tool", "content": "1"}], "chosen": "a", "rejected": "b"}, "unknown_role"),
+        (
+            "messages",
+            {"prompt": [{"role": "narrator", "content": "1"}], "chosen": "a", "rejected": "b"},
+            "unknown_role",
+        ),
         ("text", {"prompt": "q", "chosen": 17, "rejected": "no"}, "not_text"),
         ("text", {"prompt": "q", "chosen": "half \ud83d", "rejected": "no"}, "not_text"),
         ("messages", {"prompt": "plain", "chosen": [assistant("yes")], "rejected": [assistant("no")]}, "not_text"),
         (
             "messages",
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
-            "not_text",
-        ),
-        (
-            "implicit",
-            {"chosen": [user("q"), {**assistant(""), "tool_calls": [{"id": 1}]}], "rejected": TALK[:2]},
             "not_text",
         ),
         ("hh", {"chosen": "A letter.", "rejected": hh("q", "no")}, "not_a_dialogue"),

@@ -2,15 +2,23 @@ import copy
 
 import pytest
 
+from qdpo.data.encode import Encoder
 from qdpo.data.pair import Pair, Rejection
-from qdpo.data.render import render
+from qdpo.data.render import Renderer
+from qdpo.data.templates import settle_template, template_warnings
 from qdpo.errors import ConfigError, DataError
+from tests.data.conftest import CHATML
 
 QUESTION = [{"role": "user", "content": "q"}]
 
 
 def pair(prompt=QUESTION, chosen="yes", rejected="no", is_chat=True):
     return Pair(prompt, chosen, rejected, 3, is_chat)
+
+
+def render(pair, tokenizer, **settings):
+    found = Renderer(tokenizer, **settings).render(pair)
+    return found if isinstance(found, Rejection) else found.three
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def test_plain_text_stays_as_it_is_and_gets_an_end(base_tokenizer, chat_tokenize
 
 def test_a_conversation_without_template_is_refused_or_written_out(base_tokenizer):
     talk = [*QUESTION, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q2"}]
-    with pytest.raises(DataError, match=r"no chat template.*base model.*instruct.*data\.template=plain"):
+    with pytest.raises(DataError, match=r"no chat template.*base model.*instruct.*data\.template=chatml.*plain"):
         render(pair(talk), base_tokenizer)
     written = render(pair(talk), base_tokenizer, template="plain")
     assert written == ("Human: q\n\nAssistant: a\n\nHuman: q2\n\nAssistant:", " yes<|end|>", " no<|end|>")
@@ -88,15 +96,91 @@ def test_a_response_always_ends_with_a_token_that_stops_generation(with_template
 
 
 @pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
-def test_the_text_of_a_special_token_inside_a_turn_rejects_the_row(chat_tokenizer, where):
+def test_the_text_of_a_special_token_inside_a_turn_is_hidden_from_the_tokenizer(chat_tokenizer, where):
     text = "so <|im_end|> it ends"
     parts = {"prompt": [{"role": "user", "content": text}]} if where == "prompt" else {where: text}
-    result = render(pair(**parts), chat_tokenizer)
-    assert isinstance(result, Rejection) and result.reason == "special_token_in_text"
+    result = Renderer(chat_tokenizer).render(pair(**parts))
+    assert list(result.hidden.values()) == ["<|im_end|>"]
+    (letter,) = result.hidden
+    assert f"so {letter} it ends<|im_end|>" in getattr(result, where)
+    assert result.mended[0][0] == "special_token_text"
+    encoder = Encoder(chat_tokenizer, "auto")
+    (ids,) = encoder.encode([result])
+    end = chat_tokenizer.eos_token_id
+    assert [part.count(end) for part in ids] == [1, 1, 1]
+    assert text in chat_tokenizer.decode(ids[["prompt", "chosen", "rejected"].index(where)])
 
 
-def test_bad_settings_and_tokenizers_are_refused(base_tokenizer, with_template):
-    with pytest.raises(ConfigError, match="data.template=chatml"):
-        render(pair(), base_tokenizer, template="chatml")
+def test_a_tokenizer_without_template_takes_one_of_ours_or_of_a_file(base_tokenizer, tmp_path):
+    talk = pair([{"role": "system", "content": "s"}, *QUESTION])
+    tokenizer = copy.deepcopy(base_tokenizer)  # it has the tokens of ChatML
+    assert "which had none" in settle_template(tokenizer, "chatml")
+    assert render(talk, tokenizer, template="chatml") == (
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        "yes<|im_end|>",
+        "no<|im_end|>",
+    )
+    assert settle_template(tokenizer, "chatml") is None
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+                    "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    assert "in the place of its own" in settle_template(tokenizer, str(file))
+    assert render(pair(), tokenizer, template=str(file)) == ("user: q<|end|>assistant: ", "yes<|end|>", "no<|end|>")
+    with pytest.raises(ConfigError, match=r"needs the tokens .*does not have <\|start_header_id\|>"):
+        settle_template(tokenizer, "llama3")
+    with pytest.raises(ConfigError, match="neither auto, plain, chatml, llama3 nor a file"):
+        settle_template(tokenizer, "alpaca")
+
+
+def test_chatml_on_a_tokenizer_without_its_tokens_ends_turns_with_eos(spaced_tokenizer):
+    tokenizer = copy.deepcopy(spaced_tokenizer)
+    settle_template(tokenizer, "chatml")
+    prompt, chosen, _ = render(pair(), tokenizer, template="chatml")
+    assert prompt.endswith("q</s>\n<|im_start|>assistant\n") and chosen == "yes</s>"
+
+
+def test_what_a_template_adds_by_itself_is_said(with_template):
+    own = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a very helpful friend. "
+        "Today is {{ strftime_now('%d') }}.<|im_end|>{% endif %}" + CHATML
+    )
+    system, date = template_warnings(with_template(own), "auto")
+    assert "You are a very helpful friend" in system and "a date" in date
+    assert template_warnings(with_template(CHATML), "auto") == []
+    assert template_warnings(with_template("{{ raise_exception('no') }}"), "auto") == []
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+SKIPS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [REFUSES, SKIPS])
+def test_a_refused_system_message_is_folded_dropped_or_an_error(with_template, template):
+    tokenizer = with_template(template)
+    talk = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    renderer = Renderer(tokenizer)
+    for _ in range(2):
+        prompt = renderer.render(pair(talk)).prompt
+        assert prompt == "<|im_start|>user\nBe kind.\n\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert renderer.facts["system_refused"].count == 2
+    assert "Be kind" not in render(pair(talk), tokenizer, refused_system="drop")[0]
+    with pytest.raises(DataError, match="does not take a system message .*data.refused_system=fold"):
+        render(pair(talk), tokenizer, refused_system="error")
+
+
+def test_turns_of_one_role_are_joined_on_demand(with_template):
+    alternate = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+    )
+    twice = pair([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    tokenizer = with_template(alternate)
+    refused = render(twice, tokenizer)
+    assert refused.reason == "template_refuses" and "roles must alternate" in refused.detail
+    merged = Renderer(tokenizer, merge_same_role=True).render(twice)
+    assert "a\n\nb<|im_end|>" in merged.prompt and merged.mended[0][0] == "turns_merged"
+
+
+def test_a_tokenizer_without_end_token_is_refused(with_template):
     with pytest.raises(DataError, match="no end-of-text token"):
         render(pair(is_chat=False), with_template(None, eos=None))

@@ -17,37 +17,6 @@ from qdpo.data.pair import Message, Rejection
 from tests.data.chat import ids_of
 from tests.data.template_tokenizers import FAMILIES, Family, tokenizer_of
 
-PLAIN = "special-token text in a turn leads to special_token_in_text"
-FIND = "the answer is looked up in what the template wrote: the answer '<' is found in '<|eot_id|>'"
-HEADER = "a header that the template always writes is trained behind the answer"
-MOVED = "the system text is gone from the prompt when the answer is there: template_rerenders_prompt"
-FOLD = "system prompts are refused, not folded into the first user turn"
-EMPTY = "the empty think block is trained instead of being part of the prompt"
-THINK = "an answer with think tags leads to template_changes_answer"
-SECOND_END = "<|endoftext|>, which is never generated after <|end|>, is trained"
-UNMET = {
-    "test_the_prompt_is_what_inference_reads": {
-        "llama3": FIND,
-        "llama3_first": HEADER,
-        "mistral": MOVED,
-        "gemma": FOLD,
-        "qwen3": EMPTY,
-        "phi3": SECOND_END,
-    },
-    "test_the_trained_span_is_the_answer_and_its_end": {
-        "llama3_first": HEADER,
-        "mistral": MOVED,
-        "gemma": FOLD,
-        "qwen3": EMPTY,
-        "phi3": SECOND_END,
-    },
-    "test_there_is_one_bos_and_it_stands_in_front": {"mistral": MOVED, "gemma": FOLD},
-    "test_the_text_of_a_special_token_stays_text": dict.fromkeys(FAMILIES, PLAIN),
-    "test_thoughts_are_trained_as_they_stand_and_forgotten_later": {"qwen3": THINK},
-    "test_a_short_answer_is_not_looked_for_in_its_end_token": dict.fromkeys(FAMILIES, FIND),
-}
-"""Test → family → what the code does not do yet. Where the test passes all the same, remove the entry (XPASS)."""
-
 SPECIAL_TEXTS = sorted({text for family in FAMILIES.values() for text in (*family.special, *family.plain_added)})
 LETTERS = (
     "abcXYZ 019 \n\n\t  .,!?'\"<|>[]{}%/你好、😀é\u00df\u0130ﬁ"
@@ -74,8 +43,7 @@ PIECES = [
 ]
 STORAGE = tempfile.TemporaryDirectory(prefix="hypothesis-")  # hypothesis keeps its tables of letters on disk
 hypothesis.configuration.set_hypothesis_home_dir(STORAGE.name)
-# Finding the smallest example takes seconds for each test that is expected to fail.
-PHASES = [Phase.explicit, Phase.generate] + ([] if any(UNMET.values()) else [Phase.shrink])
+PHASES = [Phase.explicit, Phase.generate, Phase.shrink]
 examples = settings(
     max_examples=30,
     derandomize=True,
@@ -94,14 +62,8 @@ def each_family(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def for_families(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs a test for each of these families; it may fail for those that UNMET names."""
-
-    def mark(test: Callable[..., None]) -> Callable[..., None]:
-        unmet = UNMET.get(test.__name__, {})
-        marks = {name: pytest.mark.xfail(strict=False, reason=reason) for name, reason in unmet.items()}
-        return pytest.mark.parametrize("name", [pytest.param(n, marks=marks.get(n, ())) for n in names])(test)
-
-    return mark
+    """Runs a test for each of these families."""
+    return pytest.mark.parametrize("name", names)
 
 
 def message(role: str, content: str) -> Message:

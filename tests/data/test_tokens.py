@@ -1,14 +1,18 @@
 import copy
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qdpo.data.files import Place
 from qdpo.data.pair import detect_layout
+from qdpo.data.render import Renderer
 from qdpo.data.source import open_source
-from qdpo.data.tokens import TokenPair, load_pairs, prepare, save_pairs, split_held_out
+from qdpo.data.split import held_out_places
+from qdpo.data.tokens import Limits, Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
 from qdpo.errors import DataError, DiskError
 
 HH = Path("/work/shared/data/hh-harmless-1600.jsonl.gz")
@@ -18,9 +22,16 @@ def row(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def run(rows, tokenizer, **settings):
-    defaults = {"max_tokens": 1000, "max_prompt_tokens": 500, "template": "auto", "system": None, "limit": None}
-    return prepare(rows, detect_layout(rows, {}, "test data"), tokenizer, **{**defaults, **settings})
+def run(rows, tokenizer, *, max_tokens=1000, max_prompt_tokens=500, limit=None, progress=None, **rules):
+    work = Preparation(tokenizer, Limits(max_tokens, max_prompt_tokens, **rules), Renderer(tokenizer))
+    located = [(Place("test data", number), row) for number, row in enumerate(rows, 1)]
+    work.add(located, detect_layout(rows, {}, "test data"), limit=limit, progress=progress)
+    return work.finish()
+
+
+def split_held_out(pairs, fraction, limit, seed):
+    held = held_out_places(pairs, fraction, limit, seed)
+    return [pair for n, pair in enumerate(pairs) if n not in held], [pairs[n] for n in held]
 
 
 def noted(prepared):
@@ -131,10 +142,10 @@ def test_length_policy(base_tokenizer):
             for side, length in ((pair.chosen, chosen + 1), (pair.rejected, rejected + 1)):
                 assert len(side) == min(length, 100 - prompt)
                 assert (side[-1] == base_tokenizer.eos_token_id) == (length <= 100 - prompt)
-    with pytest.raises(
-        DataError, match=r"None of the 1 rows can be used \(prompt_too_long 1\).*data\.max_prompt_tokens"
-    ):
-        run([row(x(50), "a", "b")], base_tokenizer, max_tokens=50, max_prompt_tokens=60)
+    none = run([row(x(50), "a", "b")], base_tokenizer, max_tokens=50, max_prompt_tokens=60)
+    assert len(none.pairs) == 0
+    message = r"None of the 1 rows can be used \(prompt_too_long 1\).*data\.max_prompt_tokens"
+    assert re.match(message, str(nothing_usable(none)))
     few = run(
         [row("q", "a", "b"), row(x(70), x(31), "b" + x(39))], base_tokenizer, max_tokens=101, max_prompt_tokens=70
     )
@@ -249,13 +260,14 @@ def test_saved_pairs_can_be_read_by_others_and_are_never_half_written(tmp_path):
 @pytest.mark.skipif(not HH.exists(), reason="HH sample is not on this machine")
 def test_hh_rows_are_all_used_or_accounted_for(chat_tokenizer):
     source = open_source(str(HH), shipped=HH.parent)
-    prepared = run(list(source.rows), chat_tokenizer, max_tokens=2048, max_prompt_tokens=1024)
+    rows = list(source.rows)
+    prepared = run(rows, chat_tokenizer, max_tokens=2048, max_prompt_tokens=1024)
     reasons = {note.reason for note in prepared.notes}
     assert prepared.seen == 1600
     assert len(prepared.pairs) + sum(note.action == "dropped" for note in prepared.notes) == 1600
     assert {"prompts_differ", "empty_response"} <= reasons and "not_a_dialogue" not in reasons
     for pair in prepared.pairs[:200]:
-        raw = source.rows[pair.row - 1]
+        raw = rows[pair.row - 1]
         shown = chat_tokenizer.decode(
             pair.chosen[:-1] if pair.chosen[-1] == chat_tokenizer.eos_token_id else pair.chosen
         )

@@ -1,0 +1,255 @@
+"""Which columns of a data set are prompt, answers, winner, scores, system and tools: by name, or as the user says."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qdpo.data.files import Sample
+from qdpo.data.turns import excerpt
+from qdpo.errors import ConfigError, DataError
+
+Form = Literal["pairs", "winner", "ranked"]
+"""A better and a worse column; two columns and one that says which won; or a list of answers, the best first."""
+
+PROMPTS = ("prompt", "question", "instruction", "conversations", "conversation", "query", "context", "history", "input")
+PAIRS = (  # better and worse; from data sets in wide use
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response_chosen", "response_rejected"),
+    ("response_j", "response_k"),
+    ("preferred", "dispreferred"),
+    ("preferred_output", "non_preferred_output"),
+    ("preferred_response", "dispreferred_response"),
+    ("chosen_answer", "rejected_answer"),
+    ("chatgpt", "llama2-13b-chat"),
+)
+CONTESTS = (
+    ("response_a", "response_b"),
+    ("response_0", "response_1"),
+    ("response_1", "response_2"),
+    ("response1", "response2"),
+    ("answer_a", "answer_b"),
+    ("answer_0", "answer_1"),
+    ("output_a", "output_b"),
+    ("output_1", "output_2"),
+    ("completion_a", "completion_b"),
+    ("conversation_a", "conversation_b"),
+    ("human_ref_A", "human_ref_B"),
+)
+WINNERS = ("winner", "better_response_id", "preference", "overall_preference", "preferred", "choice", "label", "labels")
+LISTS = ("output", "outputs", "responses", "answers", "completions")
+LIST_SCORES = ("scores", "ratings", "rewards")
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+CONTEST_SCORES = (
+    ("score_a", "score_b"),
+    ("score_0", "score_1"),
+    ("score_1", "score_2"),
+    ("score_A", "score_B"),
+)
+ROLES = ("prompt", "chosen", "rejected", "system", "winner", "tools")
+PICTURES = {"image", "images", "audio", "audios", "video", "videos"}
+SFT_COLUMNS = {"messages", "text", "completion", "response", "output", "answer", "conversations", "conversation"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set's columns: `named` maps a role to its column; answers of a contest are called chosen and rejected."""
+
+    form: Form
+    named: dict[str, str]
+    scores: tuple[str, str] | None = None
+    list_scores: str | None = None
+    columns: Sequence[str] = field(default_factory=list)
+
+
+def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: str) -> Found:
+    """The columns of each role: the user's word first, then known names.
+
+    Raises: DataError where none or several forms fit, with what was found; ConfigError for an unknown role.
+    """
+    unknown = sorted(set(columns) - set(ROLES))
+    if unknown:
+        raise ConfigError(f"Unknown setting data.columns.{unknown[0]}. It can be one of: {', '.join(ROLES)}.")
+    for role, column in columns.items():
+        if column not in sample.columns:
+            raise DataError(
+                f"data.columns.{role}={column} names a column that {origin} does not "
+                f"have.{_near(column, sample)} It has: {_listed(sample.columns)}."
+            )
+    _refuse_pictures(sample, origin)
+    forms = _forms(sample, columns)
+    if form != "auto":
+        forms = [found for found in forms if found.form == form]
+        if not forms:
+            raise DataError(
+                f"data.format={form} was asked for, but {origin} has no such columns: {_listed(sample.columns)}. Name "
+                "them with data.columns.*, or leave data.format=auto."
+            )
+    if not forms:
+        raise _no_pairs(sample, columns, origin)
+    if len(forms) > 1:
+        raise _several(forms, origin)
+    named = dict(forms[0].named)
+    for role, names in (("prompt", PROMPTS), ("system", ("system", "system_prompt")), ("tools", ("tools",))):
+        known = [columns[role]] if role in columns else [name for name in names if name in sample.columns]
+        known = [name for name in known if name not in named.values()]
+        if known:
+            named[role] = known[0]
+    rated = CONTEST_SCORES if forms[0].form == "winner" else SCORES
+    scores = next((pair for pair in rated if set(pair) <= set(sample.columns)), None)
+    return Found(forms[0].form, named, scores, forms[0].list_scores, sample.columns)
+
+
+def _forms(sample: Sample, columns: Mapping[str, str]) -> list[Found]:
+    """Every way in which the columns can be read as preferences."""
+    here, found = set(sample.columns), list[Found]()
+    if "winner" in columns or not {"chosen", "rejected"} & set(columns):
+        winners = [columns["winner"]] if "winner" in columns else [name for name in WINNERS if name in here]
+        scored = [pair for pair in CONTEST_SCORES if set(pair) <= here]
+        given = (columns.get("chosen"), columns.get("rejected"))
+        for one, other in [given] if all(given) else [pair for pair in CONTESTS if set(pair) <= here]:
+            winner = next((name for name in winners if name not in (one, other)), None)
+            if winner is not None or scored:
+                named = {"chosen": str(one), "rejected": str(other)}
+                found.append(Found("winner", named | ({"winner": winner} if winner else {})))
+    if "winner" not in columns:
+        found += [Found("pairs", {"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)]
+    lists = [name for name in LISTS if name in here and _holds_lists(sample, name)]
+    # Beside a better and a worse answer, a list is what these were drawn from.
+    if lists and not found and not columns.keys() & {"chosen", "rejected", "winner"}:
+        scores = next((name for name in LIST_SCORES if name in here), None)
+        found.append(Found("ranked", {"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
+    return found
+
+
+def _pairs(here: set[str], columns: Mapping[str, str]) -> list[tuple[str, str]]:
+    if {"chosen", "rejected"} <= set(columns):
+        return [(columns["chosen"], columns["rejected"])]
+    if "chosen" in columns:
+        return [(columns["chosen"], other) for _one, other in PAIRS if other in here][:1]
+    if "rejected" in columns:
+        return [(one, columns["rejected"]) for one, _other in PAIRS if one in here][:1]
+    return [pair for pair in PAIRS if set(pair) <= here]
+
+
+def _holds_lists(sample: Sample, column: str) -> bool:
+    cells = [row.get(column) for row in sample.rows.values()]
+    lists = sum(isinstance(cell, list) and len(cell) > 1 and not _is_turns(cell) for cell in cells)
+    return 2 * lists > len(cells)
+
+
+def _is_turns(cell: list[Any]) -> bool:
+    return all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in cell)
+
+
+def _refuse_pictures(sample: Sample, origin: str) -> None:
+    pictures = sorted(PICTURES & set(sample.columns))
+    if pictures:
+        raise DataError(
+            f"{origin} has the column{'s' if len(pictures) > 1 else ''} {', '.join(map(repr, pictures))}: pairs with "
+            "pictures or sound. qdpo trains on text only today (image pairs are planned); use a text data set, or "
+            "remove that column if the text makes sense without it."
+        )
+
+
+def _several(forms: list[Found], origin: str) -> DataError:
+    ways = "; ".join(
+        f"{found.form} ({', '.join(f'{role}={column}' for role, column in found.named.items())})" for found in forms
+    )
+    forms_differ = len({found.form for found in forms}) == len(forms)
+    how = "data.format=…" if forms_differ else "data.columns.chosen=… and data.columns.rejected=…"
+    return DataError(f"{origin} can be read in several ways: {ways}. Say which is meant with {how}.")
+
+
+def _no_pairs(sample: Sample, columns: Mapping[str, str], origin: str) -> DataError:
+    found = set(sample.columns)
+    has = [role for number, role in enumerate(("chosen", "rejected")) if found & {pair[number] for pair in PAIRS}]
+    missing = [role for role in ("chosen", "rejected") if role not in has and role not in columns]
+    if "label" in found and len(missing) == 2:
+        return DataError(
+            f"{origin} has single answers with a label (columns {_listed(sample.columns)}), not pairs. DPO needs "
+            "two answers to one prompt; KTO trains on labels (TRL's KTOTrainer). Or join a good and a bad answer."
+        )
+    if len(missing) == 2 and found & SFT_COLUMNS:
+        return DataError(
+            f"{origin} has one answer a row (columns {_listed(sample.columns)}): data for supervised fine-tuning "
+            "(TRL's SFTTrainer). DPO needs `chosen` and `rejected`; if two other columns hold them, say which with "
+            "data.columns.chosen=NAME data.columns.rejected=NAME."
+        )
+    missing = missing or ["chosen", "rejected"]
+    return DataError(
+        f"{origin} has no column {' and no column '.join(map(repr, missing))}; it has: {_listed(sample.columns)}."
+        f"{_near(missing[0], sample)} Map the columns yourself: data.columns.{missing[0]}=NAME."
+    )
+
+
+def _near(name: str, sample: Sample) -> str:
+    near = difflib.get_close_matches(name, sample.columns, n=3)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(map(str, columns))
+
+
+Sign = Literal["zero is first", "one is first", "negative is first", "names"]
+
+
+def winner_sign(sample: Sample, found: Found, origin: str) -> Sign:
+    """How the winner column says which of two answers is better. Raises DataError where it cannot be told."""
+    column, one = found.named["winner"], found.named["chosen"]
+    cells = [row.get(column) for row in sample.rows.values()]
+    values = {cell for cell in map(_number, cells) if cell is not None}
+    if not values:
+        names = {side_named(cell, found.named["chosen"], found.named["rejected"]) for cell in cells}
+        if names & {"first", "second"}:
+            return "names"
+    elif min(values) < 0:
+        return "negative is first"  # HelpSteer3: −3 … 3, the first answer much better … much worse
+    elif one == "human_ref_A":
+        return "one is first"  # Stanford Human Preferences: 1 where A is better
+    elif values <= {0, 1}:
+        return "zero is first"
+    elif values <= {1, 2}:
+        return "one is first"
+    shown = ", ".join(sorted({excerpt(cell, 20) for cell in cells})[:5])
+    raise DataError(
+        f"{origin}: column {column!r} should say which of {one} and {found.named['rejected']} is better, but holds "
+        f"{shown}. It may hold 0/1, 1/2, a/b, the names of the two columns, or a number that is negative where the "
+        "first is better."
+    )
+
+
+def first_wins(cell: Any, sign: Sign, one: str, other: str) -> bool | None:
+    """Whether the first of two answers won; None for a tie or an empty cell."""
+    if sign == "names":
+        side = side_named(cell, one, other)
+        return None if side is None else side == "first"
+    value = _number(cell)
+    if value is None or (sign == "negative is first" and value == 0):
+        return None
+    return {"zero is first": value == 0, "one is first": value == 1, "negative is first": value < 0}[sign]
+
+
+def side_named(cell: Any, one: str, other: str) -> Literal["first", "second"] | None:
+    """Which of two columns a word such as `model_a`, `B` or `response_1` stands for."""
+    word = str(cell).strip().lower()
+    for side, column in (("first", one), ("second", other)):
+        ending = column.lower()[-1]
+        if word in (column.lower(), ending, f"model_{ending}", f"assistant_{ending}", f"answer_{ending}"):
+            return side  # type: ignore[return-value]
+    return None
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return None if cell is None or cell == "" else float(cell)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,146 @@
+"""Prepared pairs on disk: token ids one after the other in a file that is mapped into memory, never read whole."""
+
+import json
+import tempfile
+import weakref
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from qdpo import rundir
+from qdpo.errors import DataError
+
+Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPair:
+    """One prompt and two responses as ids; prompt + response is what the model reads."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+    row: int
+    """Row of the data set, counted from 1."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt + chosen + rejected, as a shared-prompt row holds them."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over lengths and ids: the same for the same pair wherever it stands."""
+        return digest_of(self.prompt, self.chosen, self.rejected).hex()
+
+
+def digest_of(*arrays: Ids) -> bytes:
+    """SHA-256 over the lengths and the ids of several arrays."""
+    lengths = np.array([len(ids) for ids in arrays], np.int32)
+    return sha256(b"".join(ids.astype("<i4").tobytes() for ids in (lengths, *arrays))).digest()
+
+
+class PairStore(Sequence[TokenPair]):
+    """Pairs whose ids lie in one array, usually mapped from a file; an index, and every pair made when asked for."""
+
+    def __init__(self, ids: Ids, starts: npt.NDArray[np.int64], lengths: Ids, rows: npt.NDArray[np.int64]):
+        self._ids, self._starts, self.lengths, self.rows = ids, starts, lengths, rows
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenPair: ...
+    @overload
+    def __getitem__(self, place: slice) -> "PairStore": ...
+    def __getitem__(self, place: int | slice) -> "TokenPair | PairStore":
+        if isinstance(place, slice):
+            return self.select(np.arange(len(self))[place])
+        start = int(self._starts[place])
+        prompt, chosen, rejected = map(int, self.lengths[place])
+        ids = self._ids[start : start + prompt + chosen + rejected]
+        return TokenPair(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], int(self.rows[place]))
+
+    def select(self, places: Sequence[int] | npt.NDArray[Any]) -> "PairStore":
+        """The pairs at these places, in this order; a place may come several times."""
+        at = np.asarray(places, np.int64)
+        return PairStore(self._ids, self._starts[at], self.lengths[at], self.rows[at])
+
+
+class Spool:
+    """Pairs as they are found, written to a temporary file in `folder`; what they were found in is kept beside."""
+
+    def __init__(self, folder: Path | None = None):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="qdpo-")
+        weakref.finalize(self, self._file.close)  # a mapping of the file outlives it
+        self._starts, self._lengths, self.rows, self._end = array("q"), array("i"), array("q"), 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, pair: TokenPair) -> int:
+        """Its index."""
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            self._file.write(ids.tobytes())
+            self._lengths.append(len(ids))
+        self._starts.append(self._end)
+        self.rows.append(pair.row)
+        self._end += pair.tokens
+        return len(self.rows) - 1
+
+    def store(self, order: Iterable[int]) -> PairStore:
+        """The pairs with these indices."""
+        self._file.flush()
+        ids = np.memmap(self._file, np.int32, "r", shape=(self._end,)) if self._end else np.zeros(0, np.int32)
+        lengths = np.array(self._lengths, np.int32).reshape(-1, 3)
+        starts, rows = np.array(self._starts, np.int64), np.array(self.rows, np.int64)
+        return PairStore(ids, starts, lengths, rows).select(list(order))
+
+
+def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
+    """Writes the pairs into one safetensors file, whole or not at all, one pair at a time. Raises DiskError."""
+    lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], "<i4").reshape(len(pairs), 3)
+    rows = np.array([pair.row for pair in pairs], "<i8")
+    header, end = {}, 0
+    parts = (("rows", "I64", rows.shape), ("lengths", "I32", lengths.shape), ("ids", "I32", (int(lengths.sum()),)))
+    for name, kind, shape in parts:
+        start, end = end, end + int(np.prod(shape)) * int(kind[1:]) // 8
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def fill(file: IO[bytes]) -> None:
+        file.write(len(text).to_bytes(8, "little") + text + rows.tobytes() + lengths.tobytes())
+        for pair in pairs:
+            for ids in (pair.prompt, pair.chosen, pair.rejected):
+                file.write(ids.astype("<i4").tobytes())
+
+    rundir.write_file(path, fill)
+
+
+def load_pairs(path: Path) -> PairStore:
+    """The pairs of `save_pairs`, byte for byte. Raises DataError if the file is missing, damaged or another one."""
+    try:
+        with safe_open(path, "numpy") as file:  # checks the header against the size of the file
+            lengths, rows = file.get_tensor("lengths"), file.get_tensor("rows")
+        with path.open("rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            place = 8 + size + json.loads(raw.read(size))["ids"]["data_offsets"][0]
+        count = int(lengths.sum())
+        ids = np.memmap(path, np.int32, "r", place, (count,)) if count else np.zeros(0, np.int32)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path} does not hold prepared pairs ({error}). Remove it to prepare the data again."
+        ) from error
+    totals = lengths.sum(1, dtype=np.int64)
+    return PairStore(ids, totals.cumsum() - totals, lengths, rows)

@@ -1,0 +1,120 @@
+"""The chat template of a run: the tokenizer's own, one of ours, or a file; and what can be told from it alone."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdpo.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{{ bos_token if bos_token and not bos_token == '<|im_start|>' else '' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "<<end>>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim }}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+OWN = ("chatml", "llama3")
+QUESTION = "Qqdpo"
+DATES = ("strftime_now", "date_string")
+
+
+def settle_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> str | None:
+    """Gives the tokenizer the template that `data.template` names; returns a sentence for the user where it changed.
+
+    Raises: ConfigError for a file that is not there, or a template whose tokens the tokenizer does not have.
+    """
+    if template in ("auto", "plain"):
+        return None
+    if template == "llama3":
+        _need_tokens(tokenizer, "llama3", ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+        source = LLAMA3
+    elif template == "chatml":
+        end = "<|im_end|>" if _is_token(tokenizer, "<|im_end|>") else end_token(tokenizer)
+        source = CHATML.replace("<<end>>", "{{ '" + end.replace("'", "\\'") + "' }}")
+    else:
+        source = _from_file(template)
+    if tokenizer.chat_template == source:
+        return None
+    had = "in the place of its own" if tokenizer.chat_template else "which had none"
+    tokenizer.chat_template = source
+    return (
+        f"data.template={template}: written to the tokenizer, {had}, and saved with the adapter. Serve the model with "
+        "this template: with another one it would see prompts that it was not trained on."
+    )
+
+
+def uses_chat_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
+    """True where rows are rendered with the tokenizer's chat template."""
+    return template != "plain" and bool(tokenizer.chat_template)
+
+
+def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The token that ends a text. Raises: DataError if there is none."""
+    if not tokenizer.eos_token:
+        raise DataError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so answers could not be taught to "
+            "end. Set eos_token in its tokenizer_config.json."
+        )
+    return str(tokenizer.eos_token)
+
+
+def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[str]:
+    """What the template puts into every prompt by itself: a system message of its own, or today's date."""
+    if not uses_chat_template(tokenizer, template):
+        return []
+    from jinja2 import TemplateError
+
+    warnings, source = [], tokenizer.chat_template
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError:  # such rows will be dropped one by one, with its words
+        return []
+    before = re.sub(r"<[^<>]*>(system|user|assistant|model)?|\[/?\w+\]", " ", str(text).split(QUESTION)[0])
+    own = " ".join(before.split())
+    if len(own.split()) > 3:
+        warnings.append(
+            "the chat template puts text of its own before every conversation without a system message: "
+            f"{own[:120]!r}. It is trained on as it will be served; data.system=… replaces it"
+        )
+    if any(word in str(source) for word in DATES):
+        warnings.append(
+            "the chat template writes a date into prompts. The token ids of this run are stored once, with the date of "
+            "today, and a resumed run does not change them"
+        )
+    return warnings
+
+
+def _from_file(template: str) -> str:
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"data.template={template} is neither auto, plain, {', '.join(OWN)} nor a file. Give the path of a Jinja "
+            "chat template, such as the chat_template.jinja of a model."
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.template={template} is not a text in UTF-8: {error}.") from None
+
+
+def _need_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, tokens: tuple[str, ...]) -> None:
+    missing = [token for token in tokens if not _is_token(tokenizer, token)]
+    if missing:
+        raise ConfigError(
+            f"data.template={name} needs the tokens {', '.join(tokens)}, and the tokenizer {tokenizer.name_or_path!r} "
+            f"does not have {', '.join(missing)}. Use data.template=chatml, which works with any tokenizer, or plain."
+        )
+
+
+def _is_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
+    return text in {token.content for token in tokenizer.added_tokens_decoder.values()}
