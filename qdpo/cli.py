@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, cli_cache, cli_measure, presets
+from qdpo import __version__, cli_cache, cli_data, cli_measure, presets
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="Preference-tune a 7B-13B language model on one consumer GPU: DPO with a LoRA adapter over a 4-bit base.",
 )
 app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_data.app, name="data")
 # The folder of the run that this process works on, once it is known: its debug.log takes tracebacks.
 _run_folder: list[Path] = []
 

