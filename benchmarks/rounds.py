@@ -34,11 +34,12 @@ class Side:
     """A running side, seen from the parent. Leaving the `with` block ends the process."""
 
     def __init__(
-        self, name: str, python: str, module: str, job: dict[str, Any], log: Path, threads: int | None = None
-    ) -> None:
+        self, name: str, python: str, module: str, job: dict[str, Any], log: Path, threads: int | None = None,
+        **environment: str,
+    ) -> None:  # fmt: skip
         """Starts `python -m module`; with `threads` torch uses that many."""
         self.name, self._log = name, log
-        limited = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        limited = environment if threads is None else {"OMP_NUM_THREADS": str(threads), **environment}
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
                 [python, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,

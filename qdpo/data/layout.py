@@ -103,6 +103,7 @@ class _Look:
             "answer_kind": answer_kind,
             "form": form,
             "repeats_prompt": form == "pairs"
+            and not many
             and answer_kind == prompt_kind == "text"
             and self._answers_repeat_prompt(),
             "system": named.get("system"),

@@ -83,6 +83,10 @@ class Renderer:
         except RowProblem as problem:
             return Rejection(pair.row, problem.reason, problem.detail)
 
+    @property
+    def _pattern(self) -> re.Pattern[str]:
+        return special_tokens(self.tokenizer)
+
     def _plain(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
         if pair.is_chat and self.template != "plain":
             raise DataError(
@@ -118,7 +122,7 @@ class Renderer:
         self, *groups: list[Message], mended: list[tuple[str, str]]
     ) -> tuple[dict[str, str], tuple[list[Message], ...]]:
         """Puts a character in the place of each special token's text: the template's own tokens stay tellable."""
-        pattern = special_tokens(self.tokenizer)
+        pattern = self._pattern
         texts = {match[0] for turns in groups for turn in turns for match in pattern.finditer(turn["content"])}
         if not texts:
             return {}, groups
@@ -167,15 +171,16 @@ class Renderer:
     def _response(self, prompt: str, turns: list[Message], answer: Message, tools: list[Any] | None) -> tuple[str, str]:
         """What belongs to the prompt after all, and the response up to the token at which generation stops."""
         full, content = self._apply([*turns, answer], tools), answer["content"].strip()
+        is_text = set(answer) == {"role", "content"}
+        if not is_text and not full.startswith(prompt):
+            raise self._rerendered(prompt, full)
         if full.startswith(prompt):
             rest = full[len(prompt) :]
-            if "tool_calls" in answer:
-                return "", self._to_end(rest, 0)
+            if not is_text:  # tool calls may hold special tokens of their own: the last one ends the turn
+                return "", self._to_end(rest, max((m.start() for m in self._pattern.finditer(rest)), default=0))
             end = len(rest) - len(rest.lstrip()) + len(content)
             if rest[:end].endswith(content) and rest[end:].strip() in self._after_answers:
                 return "", self._to_end(rest, end)
-        elif "tool_calls" in answer:
-            raise self._rerendered(prompt, full)
         return self._place_answer(prompt, full, turns, answer, tools)
 
     def _place_answer(
@@ -223,7 +228,7 @@ class Renderer:
 
     def _to_end(self, text: str, after: int) -> str:
         """`text` up to the end of the first special tokens from place `after`; EOS is added where there are none."""
-        pattern = special_tokens(self.tokenizer)
+        pattern = self._pattern
         match = pattern.search(text, after)
         if match is None:
             return text.rstrip() + end_token(self.tokenizer)

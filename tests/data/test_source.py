@@ -4,9 +4,11 @@ import hashlib
 import json
 
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from qdpo.data import readers
 from qdpo.data.source import HUB_NAME, open_source
 from qdpo.errors import ConfigError, DataError
 
@@ -160,3 +162,50 @@ def test_hub_names_are_taken_apart(path, parts):
 def test_settings_that_contradict_the_path_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.split=test, but data\.path=acme/prefs/train names 'train'"):
         open_source("acme/prefs/train", split="test", shipped=tmp_path)
+
+
+def test_arrow_files_and_folders_saved_by_datasets_are_read(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with (
+        pyarrow.OSFile(str(tmp_path / "stream.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as out,
+    ):
+        out.write_table(table)
+    pyarrow.feather.write_feather(table, tmp_path / "f.feather")
+    for name in ("stream.arrow", "f.feather"):
+        assert list(open_source(str(tmp_path / name), shipped=tmp_path).rows) == ROWS
+    import datasets
+
+    parts = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
+    )
+    parts.save_to_disk(tmp_path / "saved")
+    assert list(open_source(str(tmp_path / "saved"), shipped=tmp_path).rows) == ROWS
+    assert list(open_source(str(tmp_path / "saved"), split="test", shipped=tmp_path).rows) == ROWS[:2]
+    with pytest.raises(ConfigError, match="holds the splits test, train"):
+        open_source(str(tmp_path / "saved"), split="dev", shipped=tmp_path)
+
+
+def test_an_array_is_read_item_by_item_over_any_border(tmp_path, monkeypatch):
+    rows = [{"prompt": "é😀" * n, "n": {"deep": [n, "] , {"]}} for n in range(50)]
+    for chunk in (1, 2, 7, 64, 10_000):
+        monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+        for number, text in enumerate((json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False))):
+            path = tmp_path / f"{chunk}-{number}.json"
+            path.write_text("\ufeff\n " + text + "\n", encoding="utf-8")
+            assert list(open_source(str(path), shipped=tmp_path).rows) == rows
+
+
+def test_each_row_has_its_line_and_the_sample_is_spread(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n" + "".join(json.dumps({"n": n}) + "\n\n" for n in range(5000)))
+    rows = open_source(str(path), shipped=tmp_path).rows
+    places = [(place.line, row["n"]) for place, row in rows.located()]
+    assert places[:3] == [(3, 0), (5, 1), (7, 2)] and len(places) == 5000
+    sample = rows.look_over()
+    assert sample.count == 5000 and 200 <= len(sample.rows) <= 400
+    numbers = list(sample.rows)
+    assert all(row["n"] == number - 1 for number, row in sample.rows.items())
+    assert max(b - a for a, b in zip(numbers, numbers[1:], strict=False)) <= 32 and numbers[-1] > 4950
+    read = []
+    assert len(list(rows.located(read.append))) == 5000 and sum(read) == path.stat().st_size
