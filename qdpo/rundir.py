@@ -63,6 +63,10 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.jsonl"
 

@@ -1,7 +1,9 @@
-"""4-bit layers: how they are asked for, kept differentiable, and fingerprinted. The room that knows bitsandbytes."""
+"""4-bit layers: asked for, kept differentiable, fingerprinted, made again. The room that knows bitsandbytes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import BitsAndBytesConfig
+
+# Weights that share a scale: what bitsandbytes, and so transformers, takes unless told otherwise.
+BLOCK = 64
+# Weights quantised at a time on the CPU: bitsandbytes makes five temporary copies, which then stay in the core's cache.
+TILE = 2**17
 
 
 def four_bit_config(quantization: str, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -82,10 +89,10 @@ def random_four_bit(
     else:
         dense = torch.randn(shape, dtype=dtype, device=device).mul_(shape[1] ** -0.5)
         packed, state = bnb.functional.quantize_4bit(
-            dense, blocksize=64, compress_statistics=double_quant, quant_type=quantization
+            dense, blocksize=BLOCK, compress_statistics=double_quant, quant_type=quantization
         )
         weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, blocksize=64, compress_statistics=double_quant,
+            packed, requires_grad=False, quant_state=state, blocksize=BLOCK, compress_statistics=double_quant,
             quant_type=quantization, bnb_quantized=True, module=four_bit,
         )  # fmt: skip
         four_bit.quant_state = state
@@ -128,6 +135,94 @@ def weights_checksum(model: nn.Module) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(_bytes(tensor))
     return total.hexdigest()
+
+
+def layer_marks(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """For every 4-bit layer what proves that its weight was made again exactly: see `mark`."""
+    return {name: mark(layer.weight.data, layer.weight.quant_state) for name, layer in four_bit_layers(model)}
+
+
+def mark(packed: Tensor, state: Any) -> dict[str, Any]:
+    """sha256 over the packed bytes and the scales, and the mean that double quantisation subtracts from the scales.
+
+    That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it: only
+    with the mean kept can another machine make the same bytes.
+    """
+    total = hashlib.sha256(_bytes(packed))
+    for scales in [state.absmax] + ([state.state2.absmax] if state.nested else []):
+        total.update(_bytes(scales))
+    return {"sha256": total.hexdigest(), "offset": state.offset.item() if state.nested else None}
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """How 4-bit weights were made: nf4 or fp4, scales quantised too or not, from weights of which type."""
+
+    kind: str
+    double_quant: bool
+    dtype: torch.dtype
+
+
+def round_trip(
+    weight_NK: Tensor, form: FourBit, device: torch.device, offset: float | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The weight as a 4-bit layer multiplies with it, and its mark; made on `device`, returned on the CPU.
+
+    `offset` is that of the mark to be met, None for a new one.
+    """
+    dense = weight_NK.to(device, form.dtype).contiguous()
+    packed, absmax = _quantised(dense, form.kind)
+    nested, mean = None, None
+    if form.double_quant:
+        mean = absmax.mean() if offset is None else absmax.new_tensor(offset)
+        absmax, nested = bnb.functional.quantize_blockwise(absmax - mean, blocksize=256)
+    state = bnb.functional.QuantState(
+        absmax=absmax, shape=dense.shape, dtype=form.dtype, blocksize=BLOCK, quant_type=form.kind, offset=mean,
+        state2=nested, code=bnb.functional.get_4bit_type(form.kind, device=device),
+    )  # fmt: skip
+    return bnb.functional.dequantize_4bit(packed, state).cpu(), mark(packed, state)
+
+
+def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Packed 4-bit values and a scale a block, as bitsandbytes makes them of the whole tensor.
+
+    Blocks do not depend on each other, so on the CPU tiles of whole blocks are spread over the cores. Splitting the
+    cores inside each operation instead costs more than it brings.
+    """
+
+    def quantise(part: Tensor) -> tuple[Tensor, Tensor]:
+        made: tuple[Tensor, Tensor] = torch.ops.bitsandbytes.quantize_4bit.default(part, BLOCK, kind, torch.uint8)
+        return made
+
+    if dense.device.type != "cpu":
+        return quantise(dense)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = list(pool.map(quantise, torch.split(dense.reshape(-1), TILE)))
+    torch.set_num_threads(threads)  # MKL has one number for all threads
+    return torch.cat([packed for packed, _ in parts]), torch.cat([absmax for _, absmax in parts])
+
+
+STATE = "quant_state.bitsandbytes__"
+
+
+def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    """The weight of a 4-bit layer from what a folder stores of it, and its mark.
+
+    `parts` are the tensors beside it by the ends of their names: absmax, quant_map, …
+    """
+    state = bnb.functional.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
+    return bnb.functional.dequantize_4bit(packed, state), mark(packed, state)
+
+
+def four_bit_names(model: nn.Module, form: FourBit) -> set[str]:
+    """Names of the layers of a model (which may lie on meta) that transformers would load in 4 bits."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    left = get_keys_to_not_convert(model)
+    model = replace_with_bnb_linear(model, left, four_bit_config(form.kind, form.double_quant, form.dtype))
+    return {name for name, _layer in four_bit_layers(model)}
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -30,6 +30,8 @@ class Loaded:
     reference_name: str
     reference_is_start: bool
     weights: str
+    marks: dict[str, dict[str, Any]]
+    """What proves of each 4-bit layer that it was made again exactly."""
 
 
 def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
@@ -50,7 +52,7 @@ def make_policy(
     config: RunConfig, model: Any, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
     """Attaches the adapter to a base, chooses the attention path by a check on two real pairs, installs fast parts."""
-    weights = quant.weights_checksum(model)
+    weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
     if config.memory.embeddings == "host":
         base.embeddings_to_host(model)
     model = _attach(config, model)
@@ -71,7 +73,7 @@ def make_policy(
         say(f"memory: the activations of {recomputed} of {len(layers)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
     name = _reference_name(config, policy, path, weights, dtype, is_start)
-    return Loaded(policy, layers, name, is_start, weights)
+    return Loaded(policy, layers, name, is_start, weights, marks)
 
 
 def kept_layers(config: RunConfig) -> int | str:

@@ -151,7 +151,7 @@ def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
             "model back, or "
             "start anew with --fresh."
         )
-    record.mark_state(run, weights=loaded.weights)
+    record.mark_state(run, weights=loaded.weights, four_bit=loaded.marks)
 
 
 def _first_start(

@@ -1,0 +1,92 @@
+"""How far a merged model is from the trained one: what is measured over the tokens of answers, tile by tile.
+
+Letters: N response tokens · R rows of one tile · V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qdpo.config import LossConfig
+from qdpo.train.loss import rewards
+from qdpo.train.pairs import sum_pairs
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model on the pairs: mean reward margin, share of pairs with a positive one, perplexity of the answers."""
+
+    margin: float
+    accuracy: float
+    perplexity_chosen: float
+    perplexity_rejected: float
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Means over response tokens. `kl`: of the merged model's distribution from the trained one's, in nats.
+
+    `share` is how much of the adapter's effect the merged model has: the regression of (merged − base) on (trained −
+    base) over the log-probs of response tokens, 1 for the trained model and 0 for the base with its adapter off;
+    `share_error` is its standard error.
+    """
+
+    kl: float
+    top1: float
+    share: float
+    share_error: float
+
+
+@dataclass
+class Tally:
+    """Sums over the tiles."""
+
+    logps: list[Tensor]
+    kl: float = 0.0
+    hits: int = 0
+
+    def add(self, trained_RV: Tensor, merged_RV: Tensor, label_R: Tensor) -> None:
+        """Takes the two models' logits of the same tokens; overwrites both."""
+        self.hits += int((trained_RV.argmax(-1) == merged_RV.argmax(-1)).sum())
+        trained_RV -= trained_RV.logsumexp(-1, keepdim=True)
+        merged_RV -= merged_RV.logsumexp(-1, keepdim=True)
+        self.logps.append(merged_RV.gather(1, label_R[:, None])[:, 0].cpu())
+        self.kl += float(torch.linalg.vecdot(trained_RV.exp(), trained_RV - merged_RV).double().sum())
+
+
+def distance(tally: Tally, base_N: Tensor, trained_N: Tensor) -> Distance:
+    """The distance of all that was tallied; `base_N` and `trained_N` are log-probs of the same tokens.
+
+    The error allows for a spread that differs from token to token (White, 1980).
+    """
+    merged_N = torch.cat(tally.logps).double()
+    effect_N, found_N = trained_N.double() - base_N.double(), merged_N - base_N.double()
+    square = float(effect_N @ effect_N)
+    if square == 0:
+        return Distance(tally.kl / len(merged_N), tally.hits / len(merged_N), math.nan, math.nan)
+    share = float(effect_N @ found_N) / square
+    error = float(((found_N - share * effect_N) * effect_N).norm()) / square
+    return Distance(tally.kl / len(merged_N), tally.hits / len(merged_N), share, error)
+
+
+def side(logp_N: Tensor, reference_N: Tensor | None, lengths: Sequence[int], loss: LossConfig) -> Side:
+    """What a model scores; `lengths` are the tokens of chosen 0, rejected 0, chosen 1, …"""
+    pairs = sum_pairs(logp_N, reference_N, lengths, loss, mean_tokens_c=sum(lengths[0::2]) / (len(lengths) // 2))
+    chosen_P, rejected_P = rewards(pairs, loss)
+    margin_P = chosen_P - rejected_P
+    sums = torch.stack([part.double().sum() for part in torch.split(logp_N, list(lengths))])
+    chosen, rejected = (math.exp(-float(sums[first::2].sum()) / sum(lengths[first::2])) for first in (0, 1))
+    accuracy = float((margin_P > 0).double().mean() + (margin_P == 0).double().mean() / 2)
+    return Side(float(margin_P.mean()), accuracy, chosen, rejected)
+
+
+def tiles(lengths: Sequence[int], rows: int) -> Iterator[slice]:
+    """Where in N each tile lies: no tile holds tokens of two answers."""
+    start = 0
+    for length in lengths:
+        for first in range(start, start + length, rows):
+            yield slice(first, min(first + rows, start + length))
+        start += length

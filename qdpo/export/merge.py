@@ -1,0 +1,222 @@
+"""Merges a run's adapter into its base, tensor by tensor: no GPU is needed, and no more memory than a few tensors take.
+
+The adapter was trained on weights that are not those on disk, but what dequantising their 4-bit form gives. Those are
+made again, proved equal by the checksums that the run recorded, and become the base of the merged model.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from qdpo import rundir
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.export import shards
+from qdpo.export.shards import Planned, Stored
+from qdpo.export.source import Source, open_source
+from qdpo.model import quant
+from qdpo.model.base import DTYPES
+from qdpo.rundir import RunDir
+from qdpo.train.meters import Watcher
+
+Base = Literal["dequantized", "original"]
+# A merged model has these of its base's files beside its weights. No adapter_*: transformers would attach it again.
+COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "tekken.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written: `adapted` weights got the adapter, `dequantized` ones were made 4-bit and back."""
+
+    folder: str
+    base: Base
+    dtype: str
+    tensors: int
+    adapted: int
+    dequantized: int
+    proved: int
+    """Dequantised weights whose 4-bit form has the run's checksum."""
+    bytes: int
+    files: list[str]
+    seconds: float
+
+
+def merge_run(
+    run: RunDir,
+    out: Path,
+    *,
+    base: Base,
+    dtype: str | None,
+    watcher: Watcher,
+    check: Callable[[Path, MergeReport], None] = lambda folder, report: None,
+) -> MergeReport:
+    """Writes the merged model into the new folder `out`, whole or not at all.
+
+    `dtype` is bf16, fp16 or fp32; None for the type of the base's files, if that has 16 bits, else of the run. `check`
+    sees the finished files before they are given their name, and may raise.
+    Raises: ConfigError for a run, base or adapter that cannot be merged; DiskError; VerificationError if a 4-bit weight
+    is not the one that the run was trained on.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already. Remove it, or name another folder: qdpo merge {run.path} FOLDER")
+    source = open_source(run, watcher.say)
+    if base == "original" and source.is_stored_four_bit:
+        raise ConfigError(
+            f"--base original: the base in {source.folder} is stored in 4 bits; its original is not there. "
+            "Use --base dequantized."
+        )
+    chosen = DTYPES[dtype] if dtype else default_dtype(source)
+    name = next(name for name, one in DTYPES.items() if one == chosen)
+    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}")
+    job = _Merge(source, base, chosen)
+    total = sum(tensor.bytes for tensor in job.planned)
+    rundir.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
+    _clear_leftovers(out)
+    report: list[MergeReport] = []
+
+    def fill(folder: Path) -> None:
+        begun = time.monotonic()
+        watcher.begin("merging", len(job.planned), "tensor")
+
+        def produce(tensor: Planned) -> Iterator[Tensor]:
+            yield from job.pieces(tensor)
+            watcher.advance(1)
+
+        files = shards.write_shards(folder, job.planned, produce)
+        _copy_beside(source, chosen, folder)
+        watcher.finish()
+        report.append(
+            MergeReport(
+                str(out), base, name, len(job.planned), len(source.deltas), job.dequantized, job.proved, total, files,
+                time.monotonic() - begun,
+            )
+        )  # fmt: skip
+        check(folder, report[0])
+
+    rundir.write_folder(out, fill)
+    return report[0]
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Removes what merges into `out` that were killed had written."""
+    for path in out.parent.glob(f".tmp-{out.name}-*"):
+        if not psutil.pid_exists(int(path.name.rpartition("-")[2])):
+            shutil.rmtree(path)
+
+
+def default_dtype(source: Source) -> torch.dtype:
+    """The type of most of the base's weights if that has 16 bits, else what the run computed in."""
+    sizes: dict[torch.dtype, int] = {}
+    for key, stored in source.tensors.items():
+        if stored.dtype.is_floating_point and key.endswith("weight"):
+            sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.bytes
+    common = max(sizes, key=lambda dtype: sizes[dtype])
+    return common if common.itemsize == 2 and not source.is_stored_four_bit else source.compute
+
+
+def _why(source: Source) -> str:
+    return ", what the run computed in" if default_dtype(source) == source.compute else ", as the base's files are"
+
+
+class _Merge:
+    """The merged tensors, one at a time."""
+
+    def __init__(self, source: Source, base: Base, dtype: torch.dtype):
+        self.source, self.base, self.dtype = source, base, dtype
+        self.dequantized = self.proved = 0
+        beside = {f"{key}.{name}" for key in source.marks for name in source.beside(key)}
+        self.planned = [
+            Planned(key, self._type(stored), source.shape(key))
+            for key, stored in source.tensors.items()
+            if key not in beside
+        ]
+
+    def _type(self, stored: Stored) -> torch.dtype:
+        is_weight = stored.dtype.is_floating_point or stored.name in self.source.marks
+        return self.dtype if is_weight else stored.dtype
+
+    def pieces(self, tensor: Planned) -> Iterator[Tensor]:
+        """The merged tensor in order, in pieces."""
+        stored = self.source.tensors[tensor.name]
+        delta = self.source.deltas.get(tensor.name)
+        if delta is None and (self.base == "original" or tensor.name not in self.source.marks):
+            for piece in stored.pieces():
+                yield self._as_loaded(piece).to(tensor.dtype)
+            return
+        weight_NK = self._weight(stored)
+        if delta is not None and self.source.transposed:
+            merged_NK = torch.cat(list(delta.added_to(weight_NK, tensor.dtype)))
+            yield merged_NK.T
+        elif delta is not None:
+            yield from delta.added_to(weight_NK, tensor.dtype)
+        else:
+            yield (weight_NK.T if self.source.transposed else weight_NK).to(tensor.dtype)
+
+    def _as_loaded(self, values: Tensor) -> Tensor:
+        """Rounded to the type that the run computed in, as its weights were; the original base is left as it is."""
+        if self.base == "original" or not values.is_floating_point():
+            return values
+        return values.to(self.source.compute)
+
+    def _weight(self, stored: Stored) -> Tensor:
+        """The weight that the adapter is added to, (N, K)."""
+        source, key = self.source, stored.name
+        whole = stored.whole()
+        if self.base == "original" or key not in source.marks:
+            return self._as_loaded(whole.T if source.transposed else whole)
+        recorded = source.marks[key]
+        if source.form is None:
+            parts = {name: one.whole() for name, one in source.beside(key).items()}
+            weight_NK, made = quant.stored_weight(whole, parts)
+        else:
+            offset = recorded["offset"] if recorded else None
+            dense = whole.T if source.transposed else whole
+            weight_NK, made = quant.round_trip(dense, source.form, source.device, offset)
+        self._prove(key, made, recorded)
+        return weight_NK
+
+    def _prove(self, key: str, made: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+        self.dequantized += 1
+        if recorded is None:
+            return
+        if made["sha256"] != recorded["sha256"]:
+            run = self.source.run
+            device = rundir.read_json(run.environment)["device"]
+            raise VerificationError(
+                f"The 4-bit form of {key} made here is not the one that {run.path} was trained on (sha256 "
+                f"{made['sha256'][:12]}…, recorded {recorded['sha256'][:12]}…). The quantisers of CPUs and CUDA "
+                f"devices may differ: merge where the run was trained ({device}). Else the base in "
+                f"{self.source.folder} has been changed: put it back."
+            )
+        self.proved += 1
+
+
+def _copy_beside(source: Source, dtype: torch.dtype, folder: Path) -> None:
+    """config.json, generation settings, tokenizer and chat template."""
+    name = str(dtype).removeprefix("torch.")
+    config = {
+        key: value
+        for key, value in source.config.items()
+        if key not in ("quantization_config", "_name_or_path", "transformers_weights")
+    }
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+    if "torch_dtype" not in config:
+        config["dtype"] = name
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for pattern in COPIED:
+        for path in source.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,110 @@
+"""Merges, compares what was written with what was trained, and only then gives the folder its name."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdpo import rundir
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.export import verify
+from qdpo.export.compare import Side
+from qdpo.export.merge import Base, MergeReport, merge_run
+from qdpo.export.verify import PAIRS, Trained, Verification
+from qdpo.model.base import DTYPES
+from qdpo.rundir import RunDir
+from qdpo.train.meters import Watcher
+
+
+@dataclass(frozen=True)
+class Options:
+    """`data`: pairs to compare on in place of the run's held-out ones; `pairs`: at most so many."""
+
+    base: Base = "dequantized"
+    dtype: str | None = None
+    prove: bool = True
+    compare: bool = False
+    data: str | None = None
+    pairs: int = PAIRS
+
+
+def merge_proved(run: RunDir, out: Path, options: Options, watcher: Watcher) -> tuple[MergeReport, list[Verification]]:
+    """The merged model in the new folder `out`, and how it compares; with `compare` the other base choice as well.
+
+    Raises: as `merge_run`; VerificationError if what was written is not what was trained; then there is no folder.
+    """
+    found: list[Verification] = []
+
+    def check(folder: Path, report: MergeReport) -> None:
+        if not options.prove:
+            return
+        trained = verify.score_trained(run, options.data, options.pairs, watcher)
+        found.append(verify.verify(trained, folder, base=report.base, dtype=report.dtype, watcher=watcher))
+        _insist(found[0], f"{out} was not written.")
+        verify.write_verification(folder, run, found[0])
+        if options.compare:
+            found.append(_other(run, folder, report, trained, watcher))
+
+    report = merge_run(run, out, base=options.base, dtype=options.dtype, watcher=watcher, check=check)
+    return report, found
+
+
+def check_again(run: RunDir, folder: Path, options: Options, watcher: Watcher) -> list[Verification]:
+    """Compares a merged folder that exists. Raises: ConfigError; VerificationError."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds no merged model: it has no config.json. Merge first, without --check.")
+    written = rundir.read_json(folder / "config.json")
+    dtype = next((name for name, one in DTYPES.items() if str(one) == f"torch.{written.get('dtype')}"), "?")
+    trained = verify.score_trained(run, options.data, options.pairs, watcher)
+    found = verify.verify(trained, folder, base=options.base, dtype=dtype, watcher=watcher)
+    _insist(found, f"Do not use {folder}.")
+    verify.write_verification(folder, run, found)
+    return [found]
+
+
+def _insist(found: Verification, then: str) -> None:
+    if found.fault is not None:
+        raise VerificationError(
+            f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} `--compare` shows both bases; "
+            "please report this with the run's environment.json."
+        )
+
+
+def _other(run: RunDir, folder: Path, report: MergeReport, trained: Trained, watcher: Watcher) -> Verification:
+    """The same comparison for the other base; that model is thrown away."""
+    other: Base = "original" if report.base == "dequantized" else "dequantized"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-compare-") as work:
+        merged = Path(work) / other
+        made = merge_run(run, merged, base=other, dtype=report.dtype, watcher=watcher)
+        found = verify.verify(trained, merged, base=made.base, dtype=made.dtype, watcher=watcher)
+        shutil.rmtree(merged)
+    return found
+
+
+def table(found: list[Verification]) -> list[str]:
+    """The trained model and each merged one beside it, and the verdicts."""
+    first = found[0]
+    names = ["trained", *(f"{one.base}, {one.dtype}" for one in found)]
+    distances = [one.distance for one in found]
+    sides = [first.trained, *(one.merged for one in found)]
+    of_sides: list[tuple[str, Callable[[Side], float]]] = [
+        ("reward margin", lambda one: one.margin),
+        ("reward accuracy", lambda one: one.accuracy),
+        ("perplexity, chosen", lambda one: one.perplexity_chosen),
+        ("perplexity, rejected", lambda one: one.perplexity_rejected),
+    ]
+    rows = [
+        ("KL from trained, nats a token", "", *(f"{one.kl:.5f}" for one in distances)),
+        ("same most likely token", "", *(f"{one.top1:.2%}" for one in distances)),
+        ("adapter's effect", "100%", *(f"{one.share:.1%} ± {one.share_error:.1%}" for one in distances)),
+        *((label, *(f"{value(one):.4f}" for one in sides)) for label, value in of_sides),
+    ]
+    title = f"{first.pairs} pairs, {first.tokens:,} answer tokens, of {first.source}"
+    head = ("", *names)
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [title]
+    for row in [head, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return [*lines, *(f"{one.base}: {one.verdict}" for one in found)]

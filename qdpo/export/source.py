@@ -1,0 +1,194 @@
+"""What a merge starts from: the run's adapter, the base it was trained on, and which tensor belongs to which module."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qdpo import presets, rundir
+from qdpo.config import RunConfig
+from qdpo.errors import ConfigError
+from qdpo.export.lora import Delta, load_deltas
+from qdpo.export.shards import Stored, stored_tensors
+from qdpo.model import base, fetch, quant
+from qdpo.model.quant import FourBit
+from qdpo.rundir import RunDir
+from qdpo.train import record
+
+MOE = re.compile(r"\.(experts|block_sparse_moe)\.")
+# Families whose linear layers are stored with inputs first.
+TRANSPOSED = ("gpt2", "openai-gpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run's adapter and base, checked."""
+
+    run: RunDir
+    folder: Path
+    config: dict[str, Any]
+    """The base's config.json."""
+    compute: torch.dtype
+    tensors: dict[str, Stored]
+    deltas: dict[str, Delta]
+    """By the name of the weight in the base's files, as are the others."""
+    marks: dict[str, dict[str, Any] | None]
+    """Every weight that was 4-bit in the run; None where the run recorded no mark."""
+    form: FourBit | None
+    """How the run quantised; None if it did not, or if the base is stored in 4 bits."""
+    device: torch.device
+    """Where the run's 4-bit weights were made, or the CPU."""
+
+    @property
+    def is_stored_four_bit(self) -> bool:
+        return "quantization_config" in self.config
+
+    @property
+    def transposed(self) -> bool:
+        return self.config.get("model_type") in TRANSPOSED
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The weight's shape, which a 4-bit tensor itself no longer has."""
+        for name, stored in self.beside(key).items():
+            if name.startswith(quant.STATE):
+                return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
+        return self.tensors[key].shape
+
+    def beside(self, key: str) -> dict[str, Stored]:
+        """What is stored beside a 4-bit weight, by the ends of the names."""
+        start = f"{key}."
+        return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
+
+
+def finished(run: RunDir) -> dict[str, Any]:
+    """The run's record. Raises: ConfigError unless `run` is a finished run with an adapter."""
+    if not run.record.is_file():
+        raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
+    if not run.result.is_file() or not run.adapter.is_dir():
+        raise ConfigError(
+            f"The run {run.path} has no adapter yet: it is not finished. `qdpo run` with its settings continues it."
+        )
+    kept: dict[str, Any] = rundir.read_json(run.record)
+    return kept
+
+
+def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
+    """Reads headers and the adapter, no weight of the base.
+
+    Raises: ConfigError if the base is not what the run was trained on, or the adapter does not fit it.
+    """
+    kept = finished(run)
+    settings = presets.resolve_over(kept["settings"], "the run", []).config
+    place = _locate(run, kept, settings, say)
+    deltas = load_deltas(run.adapter)
+    tensors = stored_tensors(place)
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    compute = base.DTYPES[kept["found"]["model.dtype"]]
+    if any(MOE.search(name) for name in tensors):
+        raise ConfigError(
+            f"The base in {place} is a mixture of experts, whose weights are stored in other shapes than they are used "
+            "in. Only dense models can be merged; serve the adapter beside the base instead."
+        )
+    form = None
+    if settings.model.quantization != "none" and "quantization_config" not in config:
+        form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
+    marks = _marks(kept, config, tensors, form, place, say)
+    keys = weight_keys({*marks, *deltas}, tensors, place)
+    by_key = {keys[name]: delta for name, delta in deltas.items()}
+    source = Source(
+        run, place, config, compute, tensors, by_key, {keys[name]: one for name, one in marks.items()}, form,
+        _device(run, say) if form else torch.device("cpu"),
+    )  # fmt: skip
+    _check_shapes(source)
+    return source
+
+
+def _locate(run: RunDir, kept: dict[str, Any], settings: RunConfig, say: Callable[[str], None]) -> Path:
+    place = fetch.locate_base(
+        str(settings.model.path),
+        revision=kept["base"]["commit"] or settings.model.revision,
+        cache_dir=rundir.cache_folder(settings.cache.dir),
+        announce=say,
+    )
+    own = {name: file for name, file in kept["files"].items() if Path(name).parent == place.folder}
+    record.check_files(own, run)
+    return place.folder
+
+
+def _marks(
+    kept: dict[str, Any],
+    config: dict[str, Any],
+    tensors: Collection[str],
+    form: FourBit | None,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any] | None]:
+    """The run's 4-bit layers by module name, each with its mark."""
+    if "four_bit" in kept:
+        return dict(kept["four_bit"])
+    if "quantization_config" in config:
+        ends = f".{quant.STATE}"
+        return {name.partition(".weight" + ends)[0]: None for name in tensors if ends in name}
+    if form is None:
+        return {}
+    say(
+        "note: this run recorded no checksums of its 4-bit weights; only the comparison can tell whether they are equal"
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.model_config(folder))
+    return dict.fromkeys(quant.four_bit_names(model, form))
+
+
+def _device(run: RunDir, say: Callable[[str], None]) -> torch.device:
+    if not str(rundir.read_json(run.environment)["device"]).startswith("cuda"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    say("note: the run was trained on a CUDA device and there is none here, so the CPU makes its 4-bit weights again")
+    return torch.device("cpu")
+
+
+def weight_keys(modules: Iterable[str], keys: Collection[str], folder: Path) -> dict[str, str]:
+    """The name in the base's files of each module's weight.
+
+    Usually that is the module's name and ".weight". Where transformers renames on loading, one beginning is exchanged
+    for another, and the same for all modules: gpt2's files lack "transformer.", others say "language_model.".
+    Raises: ConfigError if no such exchange, or more than one, leads to files' names for all.
+    """
+    found = {module: f"{module}.weight" for module in modules if f"{module}.weight" in keys}
+    left = sorted(set(modules) - set(found))
+    if not left:
+        return found
+    ways: dict[tuple[str, ...], None] = {}
+    parts = left[0].split(".")
+    for cut in range(len(parts)):
+        tail = ".".join(parts[cut:]) + ".weight"
+        old = left[0].removesuffix(tail.removesuffix(".weight"))
+        for new in (key.removesuffix(tail) for key in keys if key == tail or key.endswith("." + tail)):
+            way = tuple(new + module.removeprefix(old) + ".weight" for module in left)
+            if all(module.startswith(old) for module in left) and all(key in keys for key in way):
+                ways[way] = None
+    if len(ways) != 1:
+        problem = "are in several places" if ways else "do not hold"
+        raise ConfigError(
+            f"The files of the base in {folder} {problem} what the adapter or the run names: {left[0]}.weight"
+            + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+            + ". The adapter belongs to another base, or this architecture stores its weights in another form."
+        )
+    return found | dict(zip(left, next(iter(ways)), strict=True))
+
+
+def _check_shapes(source: Source) -> None:
+    for key, delta in source.deltas.items():
+        shape = source.shape(key)
+        expected = shape[::-1] if source.transposed else shape
+        if expected != delta.shape:
+            raise ConfigError(
+                f"The adapter in {source.run.adapter} belongs to another base: it is {delta.shape[0]}x{delta.shape[1]} "
+                f"at {key}, which is {'x'.join(map(str, shape))} in {source.folder}."
+            )

@@ -1,0 +1,289 @@
+"""Proves that merged files are the model that was trained: its adapter on the 4-bit base, against the files, reloaded.
+
+Both compute in float32, so that what is seen is the difference of their weights. The trained model is run first and
+freed; of it remain the hidden states of the answers' tokens and the head, from which any tile of logits can be had.
+
+Letters: N response tokens · D hidden width · R rows of one tile · V vocabulary.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qdpo import __version__, rundir
+from qdpo.config import LossConfig
+from qdpo.data.tokens import TokenPair
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.export import reload
+from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
+from qdpo.loss_rules import needs_reference
+from qdpo.model import adapter, quant
+from qdpo.model.base import choose_device, load_base
+from qdpo.model.logps import Head, logits, response_logps
+from qdpo.rundir import RunDir
+from qdpo.train.meters import Watcher, give_back_memory
+from qdpo.train.record import file_record
+from qdpo.train.rescore import choose
+
+FILE = "qdpo_verification.json"
+PAIRS = 32
+# Rounding of merged weights to bf16 is far below these (SmolLM2-135M), a merge into the original weights far above.
+LARGEST_KL, LEAST_TOP1 = 0.005, 0.99
+TILE_BYTES = 2**27
+START = "start"
+# Ids of a prompt and an answer, and the answer's tokens.
+Answer = tuple[list[int], int]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the trained model computes on the pairs; enough to give any tile of its logits."""
+
+    answers: list[Answer]
+    lengths: list[int]
+    """Tokens of each answer, in the order of N: chosen, rejected, chosen, …"""
+    source: str
+    hidden_ND: Tensor
+    label_N: Tensor
+    head: Head
+    logp_N: Tensor
+    base_N: Tensor
+    """Log-probs with the adapter off."""
+    reference_N: Tensor | None
+    loss: LossConfig
+    quantized: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a merged model compares with the trained one. `enforced`: a failure of the bounds is an error."""
+
+    base: str
+    dtype: str
+    source: str
+    pairs: int
+    tokens: int
+    distance: Distance
+    trained: Side
+    merged: Side
+    enforced: bool
+    fault: str | None
+    verdict: str
+
+    def to_json(self, run: RunDir) -> dict[str, Any]:
+        """For qdpo_verification.json. Names no path of this machine."""
+        return {
+            "schema": 1,
+            "qdpo": __version__,
+            "run": run.path.resolve().name,
+            "adapter_sha256": file_record(run.adapter / adapter.WEIGHTS)["sha256"],
+            "bounds": {"kl": LARGEST_KL, "top1": LEAST_TOP1} if self.enforced else None,
+            **dataclasses.asdict(self),
+        }
+
+
+def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Watcher) -> Trained:
+    """Scores the run's held-out pairs, or those in `data`, with the adapter on its 4-bit base; the model is freed."""
+    chosen = choose(run.path, [f"data.path={data}"] if data else [], watcher)
+    config, pairs_used = chosen.config, chosen.pairs[:pairs]
+    if not pairs_used:
+        raise ConfigError(f"There are no pairs to compare on (from {chosen.source}). Give some with --data PATH.")
+    device = choose_device(config.model.device, watcher.say)
+    watcher.begin("loading the trained model", 1, "model")
+    model = load_base(
+        chosen.base.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
+        dtype=chosen.kept["found"]["model.dtype"], device=device, attention_name=None, announce=watcher.say,
+    )  # fmt: skip
+    peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
+    starts = config.adapter.start is not None and config.adapter.reference != "base"
+    if starts:
+        peft.load_adapter(str(config.adapter.start), START, local_files_only=True)
+    reload.in_float32(peft, lambda layer: quant.dense_weight(layer, torch.float32))
+    head = Head.of(peft.get_base_model())
+    head = dataclasses.replace(head, weight_VD=head.weight_VD.float())
+    passes = _Passes(peft, head, answers(pairs_used), device, watcher)
+    watcher.begin("scoring the trained model", (3 if starts else 2) * len(passes.answers), "answer")
+    with torch.no_grad():
+        hidden_ND, logp_N = passes.run()
+        with peft.disable_adapter():
+            base_N = passes.run()[1]
+        reference_N = base_N
+        if starts:
+            peft.set_adapter(START)
+            reference_N = passes.run()[1]
+    watcher.finish()
+    label_N, lengths = passes.label_N, [length for _ids, length in passes.answers]
+    del peft, model, passes
+    give_back_memory(device)
+    return Trained(
+        answers(pairs_used), lengths, chosen.source, hidden_ND, label_N, head, logp_N, base_N,
+        reference_N if needs_reference(config.loss.name) else None, config.loss, config.model.quantization != "none",
+    )  # fmt: skip
+
+
+def answers(pairs: Sequence[TokenPair]) -> list[Answer]:
+    """Chosen 0, rejected 0, chosen 1, …, each after its prompt."""
+    both = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
+    return [([*map(int, prompt), *map(int, answer)], len(answer)) for prompt, answer in both]
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Every answer through the model as it is switched, one by one, by the architecture's own code."""
+
+    peft: Any
+    head: Head
+    answers: list[Answer]
+    device: torch.device
+    watcher: Watcher
+
+    @property
+    def label_N(self) -> Tensor:
+        ids = [token for tokens, length in self.answers for token in tokens[-length:]]
+        return torch.tensor(ids, device=self.device)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the answers' tokens, (N, D), and the tokens' log-probs, (N)."""
+        backbone, parts = self.peft.get_base_model().base_model, []
+        for tokens, length in self.answers:
+            output = backbone(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
+            parts.append(output.last_hidden_state[0, -length - 1 : -1])
+            self.watcher.advance(1)
+        hidden_ND = torch.cat(parts)
+        scores = response_logps(hidden_ND, self.label_N, self.head, tile_mib=TILE_BYTES // 2**20, metrics=False)
+        return hidden_ND, scores.logp.cpu()
+
+
+def verify(
+    trained: Trained, folder: Path, *, base: Literal["dequantized", "original"], dtype: str, watcher: Watcher
+) -> Verification:
+    """Compares the model in `folder`, loaded by another process, with the trained one.
+
+    Raises: VerificationError if transformers cannot load it, or it is another model in shape.
+    """
+    tally = Tally([])
+    rows = max(1, TILE_BYTES // (4 * trained.head.weight_VD.shape[0]))
+    parts = list(tiles(trained.lengths, rows))
+    watcher.begin("comparing with the merged files, reloaded", len(parts), "tile")
+    with _reloaded(folder, trained, rows) as stream:
+        for part in parts:
+            merged_RV = _next_tile(stream, part.stop - part.start, trained.head.weight_VD.shape[0])
+            with torch.no_grad():
+                trained_RV = logits(trained.hidden_ND[part], trained.head)
+            tally.add(trained_RV, merged_RV.to(trained_RV.device), trained.label_N[part])
+            watcher.advance(1)
+    watcher.finish()
+    found = distance(tally, trained.base_N, trained.logp_N)
+    enforced = base == "dequantized" or not trained.quantized
+    fault = _fault(found, enforced)
+    return Verification(
+        base, dtype, trained.source, len(trained.lengths) // 2, len(trained.label_N), found,
+        side(trained.logp_N, trained.reference_N, trained.lengths, trained.loss),
+        side(torch.cat(tally.logps), trained.reference_N, trained.lengths, trained.loss),
+        enforced, fault, fault or _verdict(found, enforced),
+    )  # fmt: skip
+
+
+def _fault(found: Distance, enforced: bool) -> str | None:
+    if not found.share == found.share:
+        return "The adapter has no effect at all on these pairs: there is nothing to merge."
+    if found.share + 3 * found.share_error < 0.5:
+        return (
+            f"The merged model has {found.share:.0%} (± {found.share_error:.0%}) of the adapter's effect: it is nearer "
+            "to the base than to the trained model."
+        )
+    if enforced and not (found.kl < LARGEST_KL and found.top1 >= LEAST_TOP1):
+        return (
+            f"The merged model is not the trained one: KL {found.kl:.4g} nats a token (bound {LARGEST_KL:g}), the same "
+            f"most likely token at {found.top1:.2%} (bound {LEAST_TOP1:.0%})."
+        )
+    return None
+
+
+def _verdict(found: Distance, enforced: bool) -> str:
+    if enforced:
+        return "This is the model that was trained, to rounding."
+    if found.kl < LARGEST_KL and found.top1 >= LEAST_TOP1:
+        return "Here the original base makes no difference: this is the model that was trained, to rounding."
+    if found.share_error > 0.25:
+        return (
+            "This is another model than the trained one. How much of the adapter's effect it has these pairs cannot "
+            "tell, so small is that beside what quantisation does; more pairs (--pairs) would."
+        )
+    return (
+        f"This is another model than the one that was trained and evaluated: at {1 - found.top1:.1%} of the answers' "
+        f"tokens another token is the most likely one. It has {found.share:.0%} of the adapter's effect. "
+        "--base dequantized gives the model that was trained."
+    )
+
+
+@contextmanager
+def _reloaded(folder: Path, trained: Trained, rows: int) -> Iterator[IO[bytes]]:
+    """Standard output of a process that has loaded the folder, its first line read and checked."""
+    with tempfile.TemporaryDirectory() as work, (Path(work) / "errors").open("w+", encoding="utf-8") as errors:
+        answers = Path(work) / "answers.json"
+        answers.write_text(json.dumps(trained.answers), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-P", reload.__file__, folder, answers, _device(folder), str(rows)],
+            stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            size = json.loads(process.stdout.readline() or b"{}").get("vocabulary")
+            if size not in (None, trained.head.weight_VD.shape[0]):
+                raise VerificationError(f"The merged model has {size} tokens, the trained one has another number.")
+            yield process.stdout
+            process.wait()
+        except _Ended as error:
+            process.wait()
+            errors.seek(0)
+            raise VerificationError(
+                f"transformers could not load and run the merged model in {folder}: "
+                f"{(errors.read().strip().splitlines() or ['it ended without a word'])[-1]}"
+            ) from error
+        finally:
+            process.stdout.close()
+            process.kill()
+            process.wait()
+
+
+class _Ended(Exception):
+    """The other process wrote less than was expected."""
+
+
+def _next_tile(stream: IO[bytes], rows: int, vocabulary: int) -> Tensor:
+    tile_RV = torch.empty(rows, vocabulary)
+    view = tile_RV.numpy().data.cast("B")
+    filled = 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            raise _Ended
+        filled += count
+    return tile_RV
+
+
+def _device(folder: Path) -> str:
+    """The card, if the merged model fits beside what is there, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free, _total = torch.cuda.mem_get_info()
+    return f"cuda:{torch.cuda.current_device()}" if free > needed * 1.1 + 2 * 2**30 else "cpu"
+
+
+def write_verification(folder: Path, run: RunDir, found: Verification) -> None:
+    """Leaves the result in the merged folder."""
+    rundir.write_json(folder / FILE, found.to_json(run))
