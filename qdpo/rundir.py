@@ -118,6 +118,26 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def write_file(path: Path, fill: Callable[[Path], None]) -> None:
+    """Creates the file `path` whole or not at all: `fill` writes a file beside it, which is then renamed over it.
+
+    For contents too large to hold in memory.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fill(temporary)
+            share(temporary)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Creates the folder `path` whole or not at all: `fill` writes into a folder beside it, which is then renamed.
 

@@ -1,0 +1,110 @@
+"""A LoRA adapter as numbers: each layer's A and B, with the scale folded into B, so that W' = W + B·A.
+
+Shapes: R rank · K inputs of the layer · N outputs.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qdpo.errors import ConfigError
+from qdpo.model.adapter import CONFIG, WEIGHTS, check_adapter_folder
+
+PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# Fields of newer PEFT that change what A and B mean; `model.adapter` refuses the others.
+CHANGE_MEANING = (
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "arrow_config",
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer, in float32; its delta is B·A."""
+
+    a_RK: Tensor
+    b_NR: Tensor
+
+    @property
+    def delta_NK(self) -> Tensor:
+        return self.b_NR @ self.a_RK
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter's layers by module name, as in the base's checkpoint, all of one rank; and its config as read."""
+
+    layers: dict[str, Layer]
+    config: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        return max(len(layer.a_RK) for layer in self.layers.values())
+
+
+def read_lora(folder: Path) -> Lora:
+    """The adapter in `folder`. Layers of a smaller rank are filled up with zeros, which add nothing.
+
+    Raises: ConfigError if it is not a plain LoRA adapter.
+    """
+    config = check_adapter_folder(folder)
+    for field in CHANGE_MEANING:
+        if config.get(field):
+            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which no export can express.")
+    tensors = load_file(folder / WEIGHTS)
+    modules = sorted({_module(name, folder) for name in tensors})
+    layers: dict[str, Layer] = {}
+    for module in modules:
+        try:
+            a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"].float() for suffix in (A_SUFFIX, B_SUFFIX))
+        except KeyError as error:
+            raise ConfigError(f"The adapter in {folder} lacks the tensor {error}. Save or copy it again.") from error
+        layers[module] = Layer(a_RK, b_NR * _scale(config, module, len(a_RK)))
+    if not layers:
+        raise ConfigError(f"The adapter in {folder} has no layers.")
+    rank = max(len(layer.a_RK) for layer in layers.values())
+    return Lora({name: _padded(layer, rank) for name, layer in layers.items()}, config)
+
+
+def _module(name: str, folder: Path) -> str:
+    for suffix in (A_SUFFIX, B_SUFFIX):
+        if name.startswith(PREFIX) and name.endswith(suffix):
+            return name.removeprefix(PREFIX).removesuffix(suffix)
+    raise ConfigError(
+        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only such can be exported."
+    )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732); a pattern's alpha counts for its layers."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _padded(layer: Layer, rank: int) -> Layer:
+    missing = rank - len(layer.a_RK)
+    if missing == 0:
+        return Layer(layer.a_RK.contiguous(), layer.b_NR.contiguous())
+    return Layer(
+        torch.nn.functional.pad(layer.a_RK, (0, 0, 0, missing)), torch.nn.functional.pad(layer.b_NR, (0, missing))
+    )
+
+
+def is_plain(config: dict[str, Any]) -> bool:
+    """Whether every loader reads this config alike: alpha over rank, the same for all layers."""
+    return not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
+
+
+__all__ = ["CONFIG", "WEIGHTS", "Layer", "Lora", "is_plain", "read_lora"]
