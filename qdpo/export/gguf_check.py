@@ -100,7 +100,8 @@ def _read_gguf(path: Path, merged: Path) -> Any:
     config = AutoConfig.from_pretrained(merged, local_files_only=True, trust_remote_code=False)
     if config.model_type == "mistral":
         fields = config.to_dict()
-        config = LlamaConfig(**{name: fields[name] for name in LlamaConfig().to_dict() if name in fields})
+        shared = LlamaConfig().to_dict().keys() & fields.keys() - {"model_type", "architectures"}
+        config = LlamaConfig(**{name: fields[name] for name in shared})
     return AutoModelForCausalLM.from_pretrained(
         path.parent,
         config=config,
