@@ -3,6 +3,7 @@
 llama.cpp scales B·A by alpha / rank, with the rank taken from the shapes; alpha is therefore written as the rank.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,21 @@ def write_gguf_adapter(adapter: Path, base: Path, out: Path, *, quant: str, name
 
 
 def _write(part: Path, lora: Lora, family: Family, config: Any, names: Names, quant: str, name: str) -> None:
-    writer = gguf.GGUFWriter(part, family.arch)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
-    writer.add_name(name)
-    for module, layer in lora.layers.items():
-        b = layer.b_NR.numpy()
-        order = row_order(family, config, module)
-        target = names.of(f"{module}.weight")
-        for suffix, matrix in ((".lora_a", layer.a_RK.numpy()), (".lora_b", b if order is None else b[order])):
-            data = gguf.quants.quantize(np.ascontiguousarray(matrix), TYPES[quant])
-            writer.add_tensor(target + suffix, data, raw_dtype=TYPES[quant])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
+        writer.add_name(name)
+        for module, layer in lora.layers.items():
+            b = layer.b_NR.numpy()
+            order = row_order(family, config, module)
+            target = names.of(f"{module}.weight")
+            for suffix, matrix in ((".lora_a", layer.a_RK.numpy()), (".lora_b", b if order is None else b[order])):
+                data = gguf.quants.quantize(np.ascontiguousarray(matrix), TYPES[quant])
+                writer.add_tensor(target + suffix, data, raw_dtype=TYPES[quant])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def read_deltas(path: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax
+from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import VerificationError
 from qdpo.export.checkpoint_names import weight_files, weights
@@ -68,6 +69,7 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
     Both are computed in float32 on the CPU: 8 bytes a weight. Raises: VerificationError if they differ by more than
     the type's rounding explains.
     """
+    disable_progress_bar()
     ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids])
     theirs, ours = _logits(_read_gguf(path, merged), ids), _logits(_read_folder(merged), ids)
     p, q = log_softmax(ours, -1), log_softmax(theirs, -1)

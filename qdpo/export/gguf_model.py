@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,27 +137,26 @@ def stored(weight: Array, source: str, family: Family, config: Any) -> Array:
 def _write(
     part: Path, merged: Path, family: Family, config: Any, plan: list[_Entry], words: Vocabulary, quant: str, name: str
 ) -> None:
-    writer = gguf.GGUFWriter(part, family.arch)
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[quant])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_shape(writer, family, config)
-    words.add_to(writer)
-    extra = rope_factors(config)
-    if extra is not None:
-        writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
-    for entry in plan:
-        writer.add_tensor_info(entry.target, entry.shape, np.dtype(np.float32), entry.n_bytes, raw_dtype=entry.kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    if extra is not None:
-        writer.write_tensor_data(extra)
-    for (source, tensor), entry in zip(weights(merged, [entry.source for entry in plan]), plan, strict=True):
-        values = stored(tensor.float().numpy(), source, family, config)
-        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), entry.kind))
-    writer.close()
+    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(FILE_TYPES[quant])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, family, config)
+        words.add_to(writer)
+        extra = rope_factors(config)
+        if extra is not None:
+            writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
+        for entry in plan:
+            writer.add_tensor_info(entry.target, entry.shape, np.dtype(np.float32), entry.n_bytes, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if extra is not None:
+            writer.write_tensor_data(extra)
+        for (source, tensor), entry in zip(weights(merged, [entry.source for entry in plan]), plan, strict=True):
+            values = stored(tensor.float().numpy(), source, family, config)
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), entry.kind))
 
 
 def _add_shape(writer: gguf.GGUFWriter, family: Family, config: Any) -> None:

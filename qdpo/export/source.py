@@ -97,10 +97,14 @@ def require_free(place: Path, force: bool) -> None:
     if place.exists() and not force:
         raise ConfigError(f"{place} exists already. Give another place, or --force to replace it.")
     if place.is_dir() and not _is_export(place):
-        raise ConfigError(f"{place} is a folder that qdpo has not written, so --force does not replace it.")
+        raise ConfigError(f"{place} holds more than an export, so --force does not replace it. Give another place.")
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether replacing the folder loses nothing but an export: it is empty, an adapter's, or a Modelfile's."""
+    """Whether replacing the folder loses nothing but an export: it is empty, an adapter's, or a Modelfile's.
+
+    The adapter that a run has trained is none.
+    """
     names = {path.name for path in folder.iterdir()}
-    return not names or "adapter_config.json" in names or "Modelfile" in names
+    belongs_to_run = RunDir(folder.resolve().parent).record.exists()
+    return not names or (not belongs_to_run and ("adapter_config.json" in names or "Modelfile" in names))
