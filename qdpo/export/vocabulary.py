@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 
 from qdpo.errors import ConfigError, VerificationError
+from qdpo.export import pieces
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -120,19 +121,24 @@ def _from_gguf(path: Path, tokenizer: Any, backend: dict[str, Any], rows: int, o
 
 
 def _built(tokenizer: Any, backend: dict[str, Any], rows: int, otherwise: str) -> Vocabulary:
-    pre = _rule(backend, otherwise)
-    _require_same_ids(backend, pre)
-    kinds = gguf.GGUFValueType
     texts, types = _tokens(tokenizer, backend, rows)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
-    found = Vocabulary(origin=f"tokenizer rule {pre}")
-    found.fields = {
-        "model": ("gpt2", kinds.STRING, None),
-        "pre": (pre, kinds.STRING, None),
-        "tokens": (texts, kinds.ARRAY, kinds.STRING),
-        "token_type": (types, kinds.ARRAY, kinds.INT32),
-        "merges": (merges, kinds.ARRAY, kinds.STRING),
-    }
+    kinds = gguf.GGUFValueType
+    fields = {"tokens": (texts, kinds.ARRAY, kinds.STRING), "token_type": (types, kinds.ARRAY, kinds.INT32)}
+    if pieces.is_pieces(backend):
+        scores = pieces.piece_scores(backend, texts, otherwise)
+        pieces.require_same_pieces(tokenizer, backend, scores, PROBES)
+        first = pieces.space_first(backend, otherwise)
+        found = Vocabulary(fields, origin="SentencePiece's tokenizer rule")
+        found.fields["model"], found.fields["pre"] = ("llama", kinds.STRING, None), ("default", kinds.STRING, None)
+        found.fields["scores"] = (scores, kinds.ARRAY, kinds.FLOAT32)
+        found.fields["add_space_prefix"] = (first, kinds.BOOL, None)
+    else:
+        pre = _rule(backend, otherwise)
+        _require_same_ids(backend, pre)
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]]
+        found = Vocabulary(fields, origin=f"tokenizer rule {pre}")
+        found.fields["model"], found.fields["pre"] = ("gpt2", kinds.STRING, None), (pre, kinds.STRING, None)
+        found.fields["merges"] = (merges, kinds.ARRAY, kinds.STRING)
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = getattr(tokenizer, f"{ours}_token_id")
         if token_id is not None:
@@ -198,14 +204,11 @@ def _tokens(tokenizer: Any, backend: dict[str, Any], rows: int) -> tuple[list[st
             "embedding, or use the tokenizer that belongs to the model."
         )
     added = {token["id"]: token for token in backend["added_tokens"]}
+    unknown = tokenizer.unk_token_id if pieces.is_pieces(backend) else None
     texts, types = [], []
     for token_id in range(rows):
         token = by_id.get(token_id)
         texts.append(f"[PAD{token_id}]" if token is None else token)
-        if token is None:
-            types.append(gguf.TokenType.UNUSED)
-        elif token_id not in added:
-            types.append(gguf.TokenType.NORMAL)
-        else:
-            types.append(gguf.TokenType.CONTROL if added[token_id]["special"] else gguf.TokenType.USER_DEFINED)
-    return texts, [int(kind) for kind in types]
+        unused = int(gguf.TokenType.UNUSED)
+        types.append(unused if token is None else pieces.piece_type(token_id, token, unknown, added))
+    return texts, types

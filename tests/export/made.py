@@ -7,9 +7,12 @@ from typing import Any
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, trainers
 
+from qdpo.export.pieces import LEGACY, SPACE
 from qdpo.export.source import TrainedRun, trained_run
-from tests.conftest import tiny_tokenizer
+from qdpo.export.vocabulary import PROBES
+from tests.conftest import CHATML, tiny_tokenizer
 from tests.model.families import SIZE, build
 
 SHAPE = {**SIZE, "vocab_size": 400, "max_position_embeddings": 512}
@@ -102,3 +105,40 @@ def make_run(folder: Path, base: Path, *, merged: bool = False, **adapter: Any) 
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "result.json").write_text(json.dumps({"before": dict.fromkeys(metrics, 0.5)}))
     return trained_run(folder)
+
+
+def pieces_tokenizer(kind: str) -> Any:
+    """A tokenizer of about 700 pieces: as Llama 2's file is (legacy), as transformers 5 makes Llama's (first), or Gemma's.
+
+    Every way to join a piece is a merge, in the order of the pieces' ranks, as converted tokenizers have them.
+    """
+    texts = [text.replace(" ", SPACE) for text in PROBES]
+    learned = Tokenizer(models.BPE())
+    alphabet = sorted({character for text in texts for character in text if ord(character) < 0x2FF} | {SPACE})
+    learned.train_from_iterator(
+        texts * 3,
+        trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, limit_alphabet=150, show_progress=False),
+    )
+    ranked = sorted(learned.get_vocab(), key=learned.get_vocab().get)  # type: ignore[arg-type]
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *ranked]
+    vocab = {word: index for index, word in enumerate(words)}
+    merges = [
+        (word[:cut], word[cut:])
+        for word in ranked
+        for cut in range(1, len(word))
+        if word[:cut] in ranked and word[cut:] in ranked
+    ]
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    extra = {"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    if kind == "gemma":
+        tokenizer = hf.GemmaTokenizer(vocab=vocab, merges=merges, **names, **extra)
+    elif kind == "first":
+        tokenizer = hf.LlamaTokenizer(vocab=vocab, merges=merges, **names, **extra)
+    else:
+        made = hf.LlamaTokenizer(vocab=vocab, merges=merges, **names, **extra)
+        content = json.loads(made.backend_tokenizer.to_str()) | {"normalizer": LEGACY, "pre_tokenizer": None}
+        backend = Tokenizer.from_str(json.dumps(content))
+        tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, **names, **extra)
+    tokenizer.chat_template = CHATML
+    return tokenizer

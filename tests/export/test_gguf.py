@@ -16,7 +16,7 @@ from qdpo.export import gguf_adapter, gguf_check, gguf_model, vocabulary
 from qdpo.export.families import FAMILIES
 from qdpo.model.base import load_tokenizer, model_config
 from tests.conftest import tiny_tokenizer
-from tests.export.made import GEMMA, SHAPE, WRITABLE, save_adapter, save_base, save_merged
+from tests.export.made import GEMMA, SHAPE, WRITABLE, pieces_tokenizer, save_adapter, save_base, save_merged
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,28 @@ def test_a_tokenizer_is_known_by_its_rule(pre: str) -> None:
     assert named(with_rule(vocabulary.SPLITS[pre], ignore_merges=whole)).fields["pre"][0] == pre
     with pytest.raises(ConfigError, match="COMMAND"):
         named(with_rule(vocabulary.SPLITS[pre], ignore_merges=not whole))
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "gemma"])
+def test_a_vocabulary_of_pieces_is_known_by_its_merges(kind: str) -> None:
+    tokenizer = pieces_tokenizer(kind)
+    fields = named(tokenizer, rows=len(tokenizer) + 2).fields
+    assert fields["model"][0] == "llama" and fields["add_space_prefix"][0] is (kind == "legacy")
+    kinds = dict(zip(fields["tokens"][0], fields["token_type"][0], strict=True))
+    assert kinds["<0x0A>"] == gguf.TokenType.BYTE and kinds["<unk>"] == gguf.TokenType.UNKNOWN
+    assert kinds["<|im_end|>"] == gguf.TokenType.CONTROL
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Without one of the merges, llama.cpp would still join.
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    fewer = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>")
+    with pytest.raises(ConfigError, match="do not join"):
+        named(fewer, rows=len(tokenizer))
+    # With another order of merges, it would join others first.
+    content["model"]["merges"] = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    content["normalizer"] = {"type": "Lowercase"}
+    other = hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), unk_token="<unk>")
+    with pytest.raises(VerificationError, match="other tokens"):
+        named(other, rows=len(tokenizer))
 
 
 def test_a_rule_that_is_almost_known_is_refused() -> None:

@@ -20,7 +20,7 @@ from qdpo.model.base import load_tokenizer
 from qdpo.presets import resolve
 from qdpo.rundir import RunDir, cache_folder
 from tests.conftest import tiny_tokenizer
-from tests.export.made import WRITABLE, load, logits, save_adapter, save_base
+from tests.export.made import WRITABLE, load, logits, pieces_tokenizer, save_adapter, save_base
 from tests.export.native import ask, installed
 
 pytestmark = pytest.mark.slow
@@ -75,6 +75,20 @@ def test_token_ids_under_every_rule(pre: str, tools: Path, tmp_path: Path) -> No
         found = ask(tools, gguf=tmp_path / "model.gguf", texts=TEXTS)["tokens"]
         for text, ours, theirs in zip(TEXTS, expected, found, strict=True):
             assert theirs == ours, f"{pre}: {text!r}"
+
+
+@pytest.mark.parametrize("kind", ["legacy", "first", "gemma"])
+def test_token_ids_of_pieces(kind: str, tools: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", WRITABLE["gemma2" if kind == "gemma" else "mistral-window"]())
+    tokenizer = pieces_tokenizer(kind)
+    resize(base, tokenizer)
+    gguf_model.write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
+    # A chat begins with a special token; where only the very first text gets a space, such texts are the same.
+    texts = [f"<|im_start|>{text}<|im_end|>\n{text}" for text in TEXTS] + ([] if kind == "first" else [*TEXTS])
+    expected = [load_tokenizer(base)(text, add_special_tokens=False).input_ids for text in texts]
+    found = ask(tools, gguf=tmp_path / "model.gguf", texts=texts)["tokens"]
+    for text, ours, theirs in zip(texts, expected, found, strict=True):
+        assert theirs == ours, f"{kind}: {text!r}"
 
 
 def trained_tokenizer(pre: str, learned: dict[str, Any]) -> Any:
