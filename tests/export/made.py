@@ -108,7 +108,7 @@ def make_run(folder: Path, base: Path, *, merged: bool = False, **adapter: Any) 
 
 
 def pieces_tokenizer(kind: str) -> Any:
-    """A tokenizer of about 700 pieces: as Llama 2's file is (legacy), as transformers 5 makes Llama's (first), or Gemma's.
+    """A tokenizer of about 700 pieces: as Llama 2's file is (legacy), as transformers makes it (first), or Gemma's.
 
     Every way to join a piece is a merge, in the order of the pieces' ranks, as converted tokenizers have them.
     """
