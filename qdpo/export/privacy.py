@@ -1,6 +1,7 @@
 """What tells of this machine, and its absence from files that leave it: paths, the home folder, access tokens."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,13 @@ class Privacy:
             raise VerificationError(f"{name} holds what looks like an access token. Nothing was uploaded.")
 
 
-def _pieces(file: Path | bytes, overlap: int) -> "list[bytes] | _Reader":
-    return [file] if isinstance(file, bytes) else _Reader(file, overlap)
-
-
-class _Reader:
-    """A file in pieces that overlap, so that a text across a border is found."""
-
-    def __init__(self, path: Path, overlap: int):
-        self._path, self._overlap = path, overlap
-
-    def __iter__(self) -> Any:
-        with self._path.open("rb") as file:
-            kept = b""
-            while piece := file.read(CHUNK):
-                yield kept + piece
-                kept = (kept + piece)[-self._overlap :]
+def _pieces(file: Path | bytes, overlap: int) -> Iterator[bytes]:
+    """A file's content in pieces that overlap, so that a text across a border is found."""
+    if isinstance(file, bytes):
+        yield file
+        return
+    with file.open("rb") as opened:
+        kept = b""
+        while piece := opened.read(CHUNK):
+            yield kept + piece
+            kept = (kept + piece)[-overlap:]

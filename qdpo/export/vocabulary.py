@@ -72,6 +72,11 @@ def vocabulary(tokenizer: Any, *, rows: int, base_gguf: Path | None, otherwise: 
     Raises: ConfigError for a tokenizer whose rule is not known, with the command that helps; VerificationError if the
     base's own fields would give other ids.
     """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            "The tokenizer of this model has no tokenizer.json, from which its rule could be told. llama.cpp's own "
+            f"converter may:\n  {otherwise}"
+        )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     found = (
         _from_gguf(base_gguf, tokenizer, backend, rows, otherwise)
