@@ -92,10 +92,10 @@ def cache_folder(given: str | Path | None) -> Path:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes the whole file or nothing. Raises: DiskError."""
-    write_file(path, lambda file: file.write(content))
+    write_stream(path, lambda file: file.write(content))
 
 
-def write_file(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Writes what `fill` writes, or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,6 +125,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_file(path: Path, fill: Callable[[Path], None]) -> None:
+    """The same for what a library writes by itself: `fill` is given the name of a file beside `path`."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fill(temporary)
+            share(temporary)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

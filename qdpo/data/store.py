@@ -125,7 +125,7 @@ def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
             for ids in (pair.prompt, pair.chosen, pair.rejected):
                 file.write(ids.astype("<i4").tobytes())
 
-    rundir.write_file(path, fill)
+    rundir.write_stream(path, fill)
 
 
 def load_pairs(path: Path) -> PairStore:

@@ -1,75 +1,124 @@
-"""What a plain PEFT LoRA adapter adds to each weight, computed from its file alone.
+"""A LoRA adapter as numbers: each layer's A and B, with the scale folded into B, so that W' = W + B·A.
 
-Letters: N outputs · K inputs of a linear layer · R rank.
+Shapes: R rank · K inputs of the layer · N outputs.
 """
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qdpo.errors import ConfigError
 from qdpo.export.rounding import rounded
-from qdpo.export.shards import Stored, stored_in
-from qdpo.model.adapter import WEIGHTS, check_adapter_folder
+from qdpo.model.adapter import CONFIG, WEIGHTS, check_adapter_folder
 
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# Fields of newer PEFT that change what A and B mean; `model.adapter` refuses the others.
+CHANGE_MEANING = (
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "arrow_config",
+)
 
 
 @dataclass(frozen=True)
-class Delta:
-    """scale · B·A, in float32."""
+class Layer:
+    """One adapted layer, in float32; its delta is B·A."""
 
     a_RK: Tensor
     b_NR: Tensor
-    scale: float
+
+    @property
+    def delta_NK(self) -> Tensor:
+        return self.b_NR @ self.a_RK
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, K)."""
         return self.b_NR.shape[0], self.a_RK.shape[1]
 
     def added_to(self, weight_NK: Tensor, dtype: torch.dtype, tile: int = 2**18) -> Iterator[Tensor]:
         """weight + delta in `dtype`, some rows at a time; the sum is in float32 and rounded once (see `rounding`)."""
         rows, first = max(1, tile // weight_NK.shape[1]), 0
         for weight, b in zip(torch.split(weight_NK, rows), torch.split(self.b_NR, rows), strict=True):
-            yield rounded(torch.addmm(weight.float(), b, self.a_RK, alpha=self.scale), dtype, first)
+            yield rounded(torch.addmm(weight.float(), b, self.a_RK), dtype, first)
             first += weight.numel()
 
 
-def load_deltas(folder: Path) -> dict[str, Delta]:
-    """The adapter's deltas by the name of the module.
+@dataclass(frozen=True)
+class Lora:
+    """An adapter's layers by module name, as in the base's checkpoint, all of one rank; and its config as read."""
 
-    Raises: ConfigError for an adapter that is more than LoRA on linear layers.
+    layers: dict[str, Layer]
+    config: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        return max(len(layer.a_RK) for layer in self.layers.values())
+
+
+def read_lora(folder: Path) -> Lora:
+    """The adapter in `folder`. Layers of a smaller rank are filled up with zeros, which add nothing.
+
+    Raises: ConfigError if it is not a plain LoRA adapter.
     """
     config = check_adapter_folder(folder)
-    sides: dict[str, dict[str, Stored]] = {}
-    for stored in stored_in(folder / WEIGHTS):
-        match = KEY.fullmatch(stored.name)
-        if match is None:
-            raise ConfigError(
-                f"The adapter in {folder} holds {stored.name!r}, which is not LoRA on a linear layer; only that can be "
-                "merged."
-            )
-        sides.setdefault(match["module"], {})[match["side"]] = stored
-    deltas = {}
-    for module, pair in sides.items():
-        if pair.keys() != {"A", "B"}:
-            raise ConfigError(f"The adapter in {folder} is incomplete: {module} has only lora_{'+'.join(pair)}.")
-        a_RK, b_NR = pair["A"].whole().float(), pair["B"].whole().float()
-        deltas[module] = Delta(a_RK, b_NR, scale(config, module, rank=a_RK.shape[0]))
-    if not deltas:
-        raise ConfigError(f"The adapter in {folder} holds no tensors. Train it first.")
-    return deltas
+    for field in CHANGE_MEANING:
+        if config.get(field):
+            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which no export can express.")
+    tensors = load_file(folder / WEIGHTS)
+    modules = sorted({_module(name, folder) for name in tensors})
+    layers: dict[str, Layer] = {}
+    for module in modules:
+        try:
+            a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"].float() for suffix in (A_SUFFIX, B_SUFFIX))
+        except KeyError as error:
+            raise ConfigError(f"The adapter in {folder} lacks the tensor {error}. Save or copy it again.") from error
+        layers[module] = Layer(a_RK, b_NR * _scale(config, module, len(a_RK)))
+    if not layers:
+        raise ConfigError(f"The adapter in {folder} has no layers.")
+    rank = max(len(layer.a_RK) for layer in layers.values())
+    return Lora({name: _padded(layer, rank) for name, layer in layers.items()}, config)
 
 
-def scale(config: dict[str, Any], module: str, *, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha_pattern goes before lora_alpha."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    fitting = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    alpha = next(fitting, config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _module(name: str, folder: Path) -> str:
+    for suffix in (A_SUFFIX, B_SUFFIX):
+        if name.startswith(PREFIX) and name.endswith(suffix):
+            return name.removeprefix(PREFIX).removesuffix(suffix)
+    raise ConfigError(
+        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only such can be exported."
+    )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732); a pattern's alpha counts for its layers."""
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _padded(layer: Layer, rank: int) -> Layer:
+    missing = rank - len(layer.a_RK)
+    if missing == 0:
+        return Layer(layer.a_RK.contiguous(), layer.b_NR.contiguous())
+    return Layer(
+        torch.nn.functional.pad(layer.a_RK, (0, 0, 0, missing)), torch.nn.functional.pad(layer.b_NR, (0, missing))
+    )
+
+
+def is_plain(config: dict[str, Any]) -> bool:
+    """Whether every loader reads this config alike: alpha over rank, the same for all layers."""
+    return not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
+
+
+__all__ = ["CONFIG", "WEIGHTS", "Layer", "Lora", "is_plain", "read_lora"]

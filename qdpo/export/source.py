@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from qdpo import presets, rundir
 from qdpo.config import RunConfig
 from qdpo.errors import ConfigError
-from qdpo.export.lora import Delta, load_deltas
+from qdpo.export.lora import Layer, read_lora
 from qdpo.export.shards import Stored, stored_tensors
 from qdpo.model import base, fetch, quant
 from qdpo.model.quant import FourBit
@@ -35,7 +35,7 @@ class Source:
     """The base's config.json."""
     compute: torch.dtype
     tensors: dict[str, Stored]
-    deltas: dict[str, Delta]
+    deltas: dict[str, Layer]
     """By the name of the weight in the base's files, as are the others."""
     marks: dict[str, dict[str, Any] | None]
     """Every weight that was 4-bit in the run; None where the run recorded no mark."""
@@ -85,7 +85,7 @@ def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
     kept = finished(run)
     settings = presets.resolve_over(kept["settings"], "the run", []).config
     place = _locate(run, kept, settings, say)
-    deltas = load_deltas(run.adapter)
+    deltas = read_lora(run.adapter).layers
     tensors = stored_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     compute = base.DTYPES[kept["found"]["model.dtype"]]

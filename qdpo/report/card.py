@@ -1,5 +1,6 @@
 """The model card beside a finished adapter: what it is, from what, how it was trained, what it scored."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,50 @@ from qdpo.loss_rules import RULES, needs_reference
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
 
+# Of the names that the hub knows, those that open models carry.
+LICENSES = {
+    "afl-3.0", "apache-2.0", "artistic-2.0", "bigscience-openrail-m", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0", "cc-by-sa-4.0", "cc0-1.0", "gemma", "gpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2",
+    "llama3.3", "llama4", "mit", "openrail", "unlicense",
+}  # fmt: skip
+
 
 def write_card(run: RunDir, resolved: Resolved) -> None:
     """Writes README.md into the run folder and its adapter folder, from run.json and result.json."""
-    text = card_text(rundir.read_json(run.record), rundir.read_json(run.result), presets.flat(resolved.config))
+    record, result, environment = (rundir.read_json(path) for path in (run.record, run.result, run.environment))
+    text = card_text(record, result, presets.flat(resolved.config), environment)
     rundir.write_text(run.card, text)
     rundir.write_text(run.adapter / "README.md", text)
 
 
-def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str, Any]) -> str:
-    """The card in the hub's format. Paths of this machine are left out."""
+def card_text(
+    record: dict[str, Any],
+    result: dict[str, Any],
+    settings: dict[str, Any],
+    environment: dict[str, Any],
+    *,
+    repo: str | None = None,
+    is_merged: bool = False,
+) -> str:
+    """The card in the hub's format. Paths of this machine are left out.
+
+    `repo` is where the card is pushed to; such a card does not even name local files. `is_merged`: it describes the
+    merged model, not the adapter.
+    """
     base, data, found = record["base"], record["data"], record["found"]
     before, after = result["before"], result["after"]
-    names = {"base": _public(base["name"], base["source"]), "data": _public(data["source"], data["source"])}
+    hide = repo is not None
+    what = "A LoRA adapter, merged into" if is_merged else "A LoRA adapter over"
+    names = {"base": public_name(base["name"], base["source"], hide=hide)}
+    names["data"] = public_name(data["source"], data["source"], hide=hide)
     commit = f" at commit {base['commit']}" if base["commit"] else ""
     start = ", or with its start adapter" if settings["adapter.start"] else ""
-    header = ["---", "library_name: peft", "pipeline_tag: text-generation", "tags: [dpo, qlora, lora, qdpo]"]
+    header = ["---", f"library_name: {'transformers' if is_merged else 'peft'}", "pipeline_tag: text-generation"]
+    header.append("tags: [dpo, qlora, lora, qdpo]")
     if base["commit"]:
-        header.append(f"base_model: {base['name']}")
+        header += [f"base_model: {base['name']}", f"base_model_relation: {'finetune' if is_merged else 'adapter'}"]
     if base.get("license"):
-        header.append(f"license: {base['license']}")
+        header += _license_lines(base["license"])
     if data["revision"]:
         header.append(f"datasets: [{data['source'].partition(':')[0].partition('@')[0]}]")
     rows = "\n".join(
@@ -58,9 +83,9 @@ def card_text(record: dict[str, Any], result: dict[str, Any], settings: dict[str
         "\n".join(header)
         + f"""
 ---
-# LoRA adapter, preference-tuned
+# {"Merged model" if is_merged else "LoRA adapter"}, preference-tuned
 
-A LoRA adapter over {names["base"]}{commit}, trained by qdpo {__version__} on {data["train_pairs"]} preference pairs
+{what} {names["base"]}{commit}, trained by qdpo {__version__} on {data["train_pairs"]} preference pairs
 of {names["data"]} ({data["dropped"]} rows could not be used). Loss: {losses}. The base was quantised during
 training: {settings["model.quantization"]}. {reference}
 
@@ -74,13 +99,12 @@ training: {settings["model.quantization"]}. {reference}
 |---|---|
 {used}
 
+## Versions
+{_versions(environment)}. The licence of the base ({base.get("license") or "not stated there"}) holds for this, too.
+
 ## Use
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({names["base"]!r})
-model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+{_usage(names["base"], repo, is_merged)}
 ```
 Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
@@ -99,8 +123,40 @@ def _loss_settings(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def _public(name: str, source: str) -> str:
-    """A name that tells nothing of this machine: hub ids and pypi: sources whole, local paths by their last part."""
+def _license_lines(name: str) -> list[str]:
+    """Front matter for a licence; the hub has a closed list of names, and takes any other only as "other"."""
+    if name in LICENSES:
+        return [f"license: {name}"]
+    return ["license: other", f"license_name: {json.dumps(name)}"]
+
+
+def _versions(environment: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(environment["packages"].items()))
+    return f"Python {environment['python']}, {packages}; trained on {environment['device']}"
+
+
+def _usage(base: str, repo: str | None, is_merged: bool) -> str:
+    """Python that loads what the card describes."""
+    if is_merged:
+        return (
+            "from transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({repo or 'path/to/this/model'!r})"
+        )
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r})"
+    )
+
+
+def public_name(name: str, source: str, *, hide: bool = False) -> str:
+    """A name that tells nothing of this machine: hub ids and pypi: sources whole, local paths by their last part.
+
+    With `hide`, local paths are not named at all.
+    """
     if source.startswith(("pypi:", "bundled:")):
         return source.partition("#")[0]
-    return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists() else name
+    local = Path(name).is_absolute() or name.startswith(("~", ".")) or Path(name).exists()
+    if not local and not Path(source).is_absolute():
+        return name
+    return "a-local-path" if hide else Path(name).name

@@ -43,7 +43,7 @@ def convert_data(config: RunConfig, out: Path, watcher: Watcher, *, force: bool)
         if not kept:
             raise DataError(f"No usable pair in {config.data.path}: {_counted(dropped)}.")
 
-    rundir.write_file(out, fill)
+    rundir.write_stream(out, fill)
     return f"{out}: {kept:,} pairs; left out: {_counted(dropped)}"
 
 
@@ -66,7 +66,7 @@ def split_data(config: RunConfig, folder: Path, watcher: Watcher, *, fraction: f
                 if (_key(found, seed) in held) == is_held:
                     file.write(_line(found))
 
-        rundir.write_file(path, fill)
+        rundir.write_stream(path, fill)
     count = sum(key in held for key in keys)
     return (
         f"{files['train']}: {len(keys) - count:,} pairs · {files['held_out']}: {count:,} pairs; left out: "

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdpo import rundir
 from qdpo.errors import ConfigError, DiskError, QdpoError, VerificationError
 from qdpo.export import shards
-from qdpo.export.lora import load_deltas
+from qdpo.export.lora import read_lora
 from qdpo.export.merge import MergeReport, merge_run
 from qdpo.export.source import weight_keys
 from qdpo.rundir import RunDir
@@ -88,7 +88,7 @@ def test_the_base_is_what_the_4_bit_layers_multiply_with(
     report = merge(run, tmp_path / "out", dtype="fp32")
     assert report.dequantized == report.proved == 14
     trained = dense_weights(four_bit(llama, kind, double_quant, dtype))
-    merged, deltas = load_file(tmp_path / "out" / "model.safetensors"), load_deltas(run.adapter)
+    merged, deltas = load_file(tmp_path / "out" / "model.safetensors"), read_lora(run.adapter).layers
     for name, weight in trained.items():
         delta = deltas[name.removesuffix(".weight")]
         expected = torch.addmm(weight, delta.b_NR, delta.a_RK, alpha=delta.scale)
@@ -136,7 +136,7 @@ def test_a_base_stored_in_4_bit_is_dequantised_from_what_it_stores(tmp_path: Pat
         merge(run, tmp_path / "out", base="original")
     report = merge(run, tmp_path / "out", dtype="fp32")
     assert report.dequantized == 14
-    merged, deltas = load_file(tmp_path / "out" / "model.safetensors"), load_deltas(run.adapter)
+    merged, deltas = load_file(tmp_path / "out" / "model.safetensors"), read_lora(run.adapter).layers
     for name, weight in dense_weights(four_bit(stored, "nf4", True, "bf16")).items():
         delta = deltas[name.removesuffix(".weight")]
         assert torch.equal(merged[name], torch.addmm(weight, delta.b_NR, delta.a_RK, alpha=delta.scale))

@@ -1,0 +1,104 @@
+"""The adapter as a GGUF file for llama.cpp's --lora: written, then read back and compared with the PEFT delta.
+
+llama.cpp scales B·A by alpha / rank, with the rank taken from the shapes; alpha is therefore written as the rank.
+"""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from qdpo import rundir
+from qdpo.errors import VerificationError
+from qdpo.export.checkpoint_names import require_layers
+from qdpo.export.families import Family, Names, family_of, row_order
+from qdpo.export.lora import Lora, read_lora
+from qdpo.export.serve import command
+from qdpo.model.base import model_config
+
+TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
+# Largest error of a delta over its largest entry that is left to rounding: float32 sums in another order; 11 bits.
+TOLERANCE = {"f32": 1e-6, "f16": 2e-3}
+
+
+def write_gguf_adapter(adapter: Path, base: Path, out: Path, *, quant: str, name: str) -> float:
+    """Writes `out`; returns the largest error of a layer's delta, relative to the delta's largest entry.
+
+    Raises: ConfigError for a family or adapter that cannot be written; VerificationError if the file differs.
+    """
+    config = model_config(base)
+    otherwise = command("python", "convert_lora_to_gguf.py", "--base", base, "--outfile", out, adapter)
+    family = family_of(config, otherwise)
+    lora = read_lora(adapter)
+    require_layers(lora.layers, base)
+    errors: list[float] = []
+
+    def fill(part: Path) -> None:
+        _write(part, lora, family, config, Names(family, config, base), quant, name)
+        errors.append(compare(part, lora, family, config, base, TOLERANCE[quant]))
+
+    rundir.write_file(out, fill)
+    return errors[0]
+
+
+def _write(part: Path, lora: Lora, family: Family, config: Any, names: Names, quant: str, name: str) -> None:
+    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
+        writer.add_name(name)
+        for module, layer in lora.layers.items():
+            b = layer.b_NR.numpy()
+            order = row_order(family, config, module)
+            target = names.of(f"{module}.weight")
+            for suffix, matrix in ((".lora_a", layer.a_RK.numpy()), (".lora_b", b if order is None else b[order])):
+                data = gguf.quants.quantize(np.ascontiguousarray(matrix), TYPES[quant])
+                writer.add_tensor(target + suffix, data, raw_dtype=TYPES[quant])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def read_deltas(path: Path) -> dict[str, torch.Tensor]:
+    """What llama.cpp adds to each weight of its own name: alpha / rank · B·A, rows in its order."""
+    reader = gguf.GGUFReader(path)
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    stored = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    deltas = {}
+    for name, b in stored.items():
+        if name.endswith(".lora_b"):
+            target = name.removesuffix(".lora_b")
+            a = stored[f"{target}.lora_a"]
+            deltas[target] = alpha / b.shape[1] * (b.float() @ a.float())
+    return deltas
+
+
+def compare(path: Path, lora: Lora, family: Family, config: Any, base: Path, tolerance: float) -> float:
+    """Largest relative error of a delta in the file.
+
+    Raises: VerificationError if one is above `tolerance`, missing, or left over.
+    """
+    deltas, names = read_deltas(path), Names(family, config, base)
+    worst = 0.0
+    for module, layer in lora.layers.items():
+        found = deltas.pop(names.of(f"{module}.weight"), None)
+        if found is None:
+            raise VerificationError(f"{path} lacks the layer {module}. Please report this.")
+        order = row_order(family, config, module)
+        expected = layer.delta_NK if order is None else layer.delta_NK[torch.from_numpy(order)]
+        error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not error <= tolerance:
+            raise VerificationError(
+                f"{module} in the GGUF adapter differs from the trained one by {error:.1e} of its largest entry "
+                f"(allowed: {tolerance:g}). Nothing was written. Use --quant f32, or report this."
+            )
+        worst = max(worst, error)
+    if deltas:
+        raise VerificationError(f"{path} holds layers that were not trained: {sorted(deltas)[:3]}. Please report this.")
+    return worst

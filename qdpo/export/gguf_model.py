@@ -1,0 +1,203 @@
+"""A merged model as one GGUF file: its header from the config and the tokenizer, its weights one at a time."""
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from qdpo import rundir
+from qdpo.errors import ConfigError
+from qdpo.export.checkpoint_names import weight_files, weights
+from qdpo.export.families import (
+    Array,
+    Family,
+    Names,
+    context_length,
+    family_of,
+    full_rope,
+    head_size,
+    require_exact,
+    row_order,
+)
+from qdpo.export.gguf_check import check_weights
+from qdpo.export.serve import command
+from qdpo.export.vocabulary import Vocabulary, vocabulary
+from qdpo.model.base import load_tokenizer, model_config
+
+Q = gguf.GGMLQuantizationType
+TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+# llama.cpp's own quantisations, which need its tool; the name that users type in lower case.
+LLAMA_CPP_TYPES = {kind.name.removeprefix("MOSTLY_").lower() for kind in gguf.LlamaFileType} - set(TYPES)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written and how it was found to compare."""
+
+    vocabulary: str
+    weights: int
+    largest_error: float
+
+
+def require_quant(quant: str, kinds: dict[str, Any], f16: Path) -> None:
+    """Raises: ConfigError for a type that is not written here; for llama.cpp's own it gives the two commands."""
+    if quant in kinds:
+        return
+    if quant in LLAMA_CPP_TYPES:
+        raise ConfigError(
+            f"--quant {quant}: only llama.cpp's own tool makes this type. Write bf16 first, then:\n"
+            f"  {command('llama-quantize', f16, f16.with_name(f'model-{quant}.gguf'), quant.upper())}"
+        )
+    raise ConfigError(f"--quant {quant} is not known. Choose one of {', '.join(kinds)}.")
+
+
+def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Path | None) -> Written:
+    """Writes the model in `merged` to `out`; every weight is read back before the file takes its name.
+
+    Raises: ConfigError for a family, config or tokenizer that cannot be written, with llama.cpp's command;
+    VerificationError if the file differs; DiskError.
+    """
+    otherwise = command(
+        "python", "convert_hf_to_gguf.py", merged, "--outfile", out, "--outtype", quant
+    )  # fmt: skip
+    config = model_config(merged)
+    family = family_of(config, otherwise)
+    require_exact(family, config, otherwise)
+    plan = [_planned(merged, *entry, quant) for entry in _entries(merged, family, config)]
+    rows = next(entry.shape[0] for entry in plan if entry.target == "token_embd.weight")
+    words = vocabulary(load_tokenizer(merged), rows=rows, base_gguf=base_gguf, otherwise=otherwise)
+    size = sum(entry.n_bytes for entry in plan)
+    rundir.need_space(out.parent, size, f"Writing {out.name}")
+    errors: list[float] = []
+
+    def fill(part: Path) -> None:
+        _write(part, merged, family, config, plan, words, quant, name)
+        errors.append(check_weights(part, merged, family, config))
+
+    rundir.write_file(out, fill)
+    return Written(words.origin, len(plan), errors[0])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One weight of the file."""
+
+    source: str
+    target: str
+    shape: tuple[int, ...]
+    kind: Any
+
+    @property
+    def n_bytes(self) -> int:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // int(block) * int(block_bytes)
+
+
+def _entries(merged: Path, family: Family, config: Any) -> Iterator[tuple[str, str]]:
+    names = Names(family, config, merged)
+    for name in sorted(weight_files(merged)):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # llama.cpp takes the embedding where there is no head
+        yield name, names.of(name)
+
+
+def _planned(merged: Path, source: str, target: str, quant: str) -> _Entry:
+    from safetensors import safe_open
+
+    with safe_open(weight_files(merged)[source], framework="pt") as file:
+        shape = tuple(file.get_slice(source).get_shape())
+    kind = TYPES[quant]
+    if len(shape) == 1:
+        kind = Q.F32  # llama.cpp adds and multiplies norms and biases in float32
+    elif shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = Q.F16  # a row is no whole number of blocks
+    return _Entry(source, target, shape, kind)
+
+
+def stored(weight: Array, source: str, family: Family, config: Any) -> Array:
+    """The numbers that GGUF has for a weight: rows in its order, norms shifted."""
+    order = row_order(family, config, source)
+    if order is not None:
+        weight = weight[order]
+    shifted: Array = weight + np.float32(family.norm_shift) if source.endswith("norm.weight") else weight
+    return shifted
+
+
+def _write(
+    part: Path, merged: Path, family: Family, config: Any, plan: list[_Entry], words: Vocabulary, quant: str, name: str
+) -> None:
+    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(name)
+        writer.add_file_type(FILE_TYPES[quant])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, family, config)
+        words.add_to(writer)
+        extra = rope_factors(config)
+        if extra is not None:
+            writer.add_tensor_info("rope_freqs.weight", extra.shape, extra.dtype, extra.nbytes)
+        for entry in plan:
+            writer.add_tensor_info(entry.target, entry.shape, np.dtype(np.float32), entry.n_bytes, raw_dtype=entry.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if extra is not None:
+            writer.write_tensor_data(extra)
+        for (source, tensor), entry in zip(weights(merged, [entry.source for entry in plan]), plan, strict=True):
+            values = stored(tensor.float().numpy(), source, family, config)
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), entry.kind))
+
+
+def _add_shape(writer: gguf.GGUFWriter, family: Family, config: Any) -> None:
+    rope = full_rope(config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(context_length(family, config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_dimension_count(head_size(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if family.window_pattern is not None:
+        writer.add_sliding_window(config.sliding_window)
+        local = config.rope_parameters.get("sliding_attention", rope)
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    elif config.model_type == "phi3":
+        writer.add_sliding_window(0)
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    if getattr(config, "attn_logit_softcapping", None):
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if getattr(config, "final_logit_softcapping", None):
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def rope_factors(config: Any) -> Array | None:
+    """By how much Llama 3's scaling slows each rotary frequency, shape (head size / 2,); None for other models."""
+    rope = full_rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    size = head_size(config)
+    plain = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].double().numpy()
+    factors: Array = (plain / scaled).astype(np.float32)
+    return factors

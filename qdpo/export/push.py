@@ -1,0 +1,145 @@
+"""Uploads an adapter or a merged model with its card to the hub, and nothing that tells of this machine."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo import __version__, rundir
+from qdpo.errors import ConfigError
+from qdpo.export.privacy import Privacy
+from qdpo.export.trained import Announce, TrainedRun
+from qdpo.model.folder import check_folder
+from qdpo.report.card import card_text, public_name
+from qdpo.rundir import RunDir
+
+# What a model's or an adapter's folder may hold for the hub; anything else stays here.
+SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Files by their name in the repository: a path, or the bytes that replace what is on disk."""
+
+    repo: str
+    public: bool
+    files: dict[str, Path | bytes]
+
+    def listing(self) -> Iterator[str]:
+        """What would be uploaded, a line a file, with sizes."""
+        sizes = {
+            name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()
+        }
+        width = max(map(len, sizes))
+        for name, size in sizes.items():
+            yield f"  {name.ljust(width)}  {size:>14,} bytes"
+        yield f"  {len(sizes)} files, {sum(sizes.values()) / 2**20:,.1f} MiB → {self.repo}"
+
+    def send(self) -> str:
+        """Creates the repository where needed and uploads everything in one commit; returns its address.
+
+        Raises: ConfigError if the hub refuses, cannot be reached, or shows the repository to all without --public.
+        """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(library_name="qdpo", library_version=__version__)
+        with hub_errors(self.repo):
+            api.create_repo(self.repo, private=not self.public, exist_ok=True)
+            if not self.public and not api.repo_info(self.repo).private:
+                raise ConfigError(
+                    f"{self.repo} exists and is public. Nothing was uploaded. Give --public, or another name."
+                )
+            operations = [CommitOperationAdd(name, file) for name, file in self.files.items()]
+            message = f"Upload with qdpo {__version__}"
+            return str(api.create_commit(self.repo, operations, commit_message=message).commit_url)
+
+
+def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Announce) -> Parcel:
+    """The files of the run's adapter, or of its merged model, cleaned and searched for local paths.
+
+    Raises: ConfigError without a token, a finished run or a merged model; VerificationError if a local path is left.
+    """
+    repo = _full_name(repo)
+    if not trained.run.result.is_file():
+        raise ConfigError(f"{trained.run.path} is not finished: its card has no result to show. Let it finish first.")
+    folder = trained.merged(None) if merged else trained.run.adapter
+    if merged:
+        check_folder(folder)
+    base = trained.record["base"]
+    privacy = Privacy.of(trained)
+    files: dict[str, Path | bytes] = {CARD: _card(trained.run, trained.record, repo, merged).encode()}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
+            files[path.name] = _cleaned(path, privacy, base)
+        elif path.name != CARD:
+            say(f"left out: {path.name}")
+    for name, file in files.items():
+        privacy.require_none(name, file)
+    return Parcel(repo, public, files)
+
+
+def _full_name(repo: str) -> str:
+    from huggingface_hub import HfApi, get_token, is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo!r} is no name of a repository: {error}") from error
+    if is_offline_mode():
+        raise ConfigError("HF_HUB_OFFLINE=1 is set, so nothing can be uploaded. Unset it for this command.")
+    if get_token() is None:
+        raise ConfigError(
+            "No token for the Hugging Face hub. Run `hf auth login` with a token that may write, or set HF_TOKEN."
+        )
+    if "/" in repo:
+        return repo
+    with hub_errors(repo):
+        return f"{HfApi().whoami()['name']}/{repo}"
+
+
+def _card(run: RunDir, record: dict[str, Any], repo: str, merged: bool) -> str:
+    environment = rundir.read_json(run.environment)
+    settings = record["settings"]
+    return card_text(record, rundir.read_json(run.result), settings, environment, repo=repo, is_merged=merged)
+
+
+def _cleaned(path: Path, privacy: Privacy, base: dict[str, Any]) -> Path | bytes:
+    """The file, or its JSON without local names. tokenizer.json is left as it is: it is large, and searched later."""
+    if path.suffix != ".json" or path.name == "tokenizer.json":
+        return path
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if path.name == "adapter_config.json":
+        content["base_model_name_or_path"] = public_name(base["name"], base["source"], hide=True)
+    cleaned = privacy.cleaned(content)
+    return path if cleaned == content and path.name != "adapter_config.json" else _json(cleaned)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Each way the hub can refuse an upload as a ConfigError of its own."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its stable name for httpx or httpx2
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = {
+            401: "The token is not valid; `hf auth login` takes a new one.",
+            403: "The token may not write there; `hf auth whoami` shows the account.",
+            404: "There is no such account or organisation, or the token may not see it.",
+        }.get(status, "Nothing may have been uploaded; try again.")
+        raise ConfigError(f"{constants.ENDPOINT} refused {repo} (error {status}): {error}. {hint}") from error
+    except (httpx.TransportError, OSError) as error:
+        raise ConfigError(
+            f"{constants.ENDPOINT} could not be reached ({type(error).__name__}: {error}). Try again with a network."
+        ) from error

@@ -1,0 +1,181 @@
+"""What `qdpo export --to` can make: each target checks, writes whole or not at all, and says what to run next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from qdpo import rundir
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.export import gguf_adapter, gguf_check, gguf_model, serve
+from qdpo.export.checkpoint_names import require_layers
+from qdpo.export.lora import is_plain, read_lora
+from qdpo.export.normal import write_normal
+from qdpo.export.trained import Announce, TrainedRun, require_free
+from qdpo.model.base import load_tokenizer, model_config
+from qdpo.model.folder import read_json
+
+# A float32 copy of the merged model and one of what was read back.
+BYTES_A_WEIGHT = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asked for."""
+
+    trained: TrainedRun
+    out: Path | None
+    quant: str | None
+    merged: Path | None
+    lora: bool
+    name: str
+    force: bool
+    say: Announce
+
+    def place(self, default: str, suffix: str = "") -> Path:
+        """Where to write: the place given, or `default` in the run's export folder; free, or to be replaced."""
+        place = self.out or self.trained.exports / default
+        if suffix and place.suffix != suffix:
+            place = place / Path(default).name
+        require_free(place, self.force)
+        return place
+
+
+def export_peft(order: Order) -> None:
+    """The normalised adapter."""
+    out = order.place("peft")
+    lora = write_normal(order.trained.run.adapter, order.trained.base(order.say), out)
+    order.say(f"wrote {out}: {len(lora.layers)} layers, rank {lora.rank}, scale inside B; read back equal")
+
+
+def export_gguf_adapter(order: Order) -> None:
+    """The adapter for llama.cpp."""
+    quant = order.quant or "f32"
+    out = order.place("adapter.gguf", ".gguf")
+    gguf_model.require_quant(quant, gguf_adapter.TYPES, out)
+    base = order.trained.base(order.say)
+    error = gguf_adapter.write_gguf_adapter(order.trained.run.adapter, base, out, quant=quant, name=order.name)
+    order.say(f"wrote {out} ({quant}); read back: largest error {error:.1e} of a layer's largest change")
+    order.say(f"next: {serve.command('llama-cli', '-m', 'BASE.gguf', '--lora', out)}")
+    order.say(
+        "BASE.gguf is the base as GGUF. The adapter was trained over this run's quantised base; over another "
+        "quantisation it acts a little differently. --to gguf ships exactly what was trained."
+    )
+
+
+def export_gguf(order: Order) -> None:
+    """The merged model for llama.cpp."""
+    quant = order.quant or "bf16"
+    gguf_model.require_quant(quant, gguf_model.TYPES, order.trained.exports / "model-bf16.gguf")
+    merged = order.trained.merged(order.merged)
+    out = order.place(f"model-{quant}.gguf", ".gguf")
+    _write_gguf(order, merged, out, quant)
+    order.say(f"next: {serve.command('llama-cli', '-m', out)}")
+    if quant != "q8_0":
+        smaller = out.with_name("model-q4_k_m.gguf")
+        order.say(f"smaller: {serve.command('llama-quantize', out, smaller, 'Q4_K_M')}")
+
+
+def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
+    base_gguf = order.trained.base_gguf(order.say)
+    found = gguf_model.write_gguf(merged, out, quant=quant, name=order.name, base_gguf=base_gguf)
+    order.say(
+        f"wrote {out.name}: {found.weights} weights as {quant}, read back within rounding (largest error "
+        f"{found.largest_error:.1e}); {found.vocabulary}, its ids checked"
+    )
+    _compare_logits(order, merged, out, quant)
+
+
+def _compare_logits(order: Order, merged: Path, out: Path, quant: str) -> None:
+    if model_config(merged).model_type == "gemma":
+        order.say("logits not compared: transformers does not read GGUF files of the first Gemma")
+        return
+    count = sum(path.stat().st_size for path in merged.glob("*.safetensors")) // 2
+    needed, free = BYTES_A_WEIGHT * count * 1.2, psutil.virtual_memory().available
+    if needed > free:
+        order.say(
+            f"logits not compared: that takes {needed / 2**30:.0f} GiB of memory, and {free / 2**30:.0f} GiB are free"
+        )
+        return
+    try:
+        largest, kl = gguf_check.check_logits(out, merged, load_tokenizer(merged), quant)
+    except VerificationError:
+        out.unlink()
+        raise
+    order.say(f"read back by transformers: largest difference of a logit {largest:.2g}, mean KL {kl:.2g} nats")
+
+
+def export_ollama(order: Order) -> None:
+    """A folder with a Modelfile and what it names."""
+    out = order.place("ollama")
+    if order.lora:
+        folder = order.trained.base(order.say)
+    else:
+        folder = order.trained.merged(order.merged)
+    tokenizer = load_tokenizer(folder)
+    serve.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # refuses before gigabytes are written
+
+    def fill(part: Path) -> None:
+        source, adapter = _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part), None)
+        text = serve.modelfile(tokenizer, folder, source=source, adapter=adapter)
+        (part / "Modelfile").write_text(text, encoding="utf-8")
+
+    rundir.write_folder(out, fill)
+    order.say(f"wrote {out}; its chat template gives the same text as the model's own on test conversations")
+    order.say(f"next: {serve.command('ollama', 'create', order.name, '-f', out / 'Modelfile')}")
+    order.say(f"      {serve.command('ollama', 'run', order.name)}")
+
+
+def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
+    """FROM and ADAPTER for the adapter over the base that it was trained on."""
+    target = part / "adapter.gguf"
+    gguf_adapter.write_gguf_adapter(order.trained.run.adapter, base, target, quant="f32", name=order.name)
+    source = order.trained.base_gguf(order.say) or base
+    return str(source.resolve()), "./adapter.gguf"
+
+
+def _over_merged(order: Order, merged: Path, part: Path) -> str:
+    """FROM for the merged model: a GGUF file beside the Modelfile, else the folder, which Ollama may convert itself."""
+    quant = order.quant or "bf16"
+    gguf_model.require_quant(quant, gguf_model.TYPES, order.trained.exports / "model-bf16.gguf")
+    try:
+        _write_gguf(order, merged, part / "model.gguf", quant)
+    except ConfigError as error:
+        order.say(f"the Modelfile names the folder {merged} and leaves the conversion to Ollama: {error}")
+        return str(merged.resolve())
+    return "./model.gguf"
+
+
+def export_vllm(order: Order) -> None:
+    """The command that serves the model; nothing is written, apart from a normalised adapter where it takes one."""
+    if order.out is not None:
+        raise ConfigError(f"--to vllm prints a command and writes no file; remove {order.out}.")
+    if not order.lora:
+        order.say(serve.vllm_merged(order.trained.merged(order.merged).resolve(), order.name))
+        return
+    base, adapter = order.trained.base(order.say), order.trained.run.adapter
+    lora = read_lora(adapter)
+    serve.lora_rank(lora.rank)
+    require_layers(lora.layers, base)
+    if not is_plain(read_json(adapter / "adapter_config.json")):
+        out = order.place("peft")
+        write_normal(adapter, base, out)
+        order.say(f"# this adapter's scale is special (rsLoRA or patterns); {out} holds it as vLLM reads it")
+        adapter = out
+    commit = order.trained.record["base"]["commit"]
+    name = [str(order.trained.record["base"]["name"]), "--revision", commit] if commit else [str(base.resolve())]
+    order.say(f"# all {len(lora.layers)} adapted layers are in the base's checkpoint under their names")
+    order.say(
+        "# vLLM serves the base as stored; the adapter was trained over it quantised, and acts a little differently"
+    )
+    order.say(serve.vllm_adapter(name, adapter.resolve(), order.name, lora.rank))
+
+
+TARGETS: dict[str, Callable[[Order], None]] = {
+    "peft": export_peft,
+    "gguf-adapter": export_gguf_adapter,
+    "gguf": export_gguf,
+    "ollama": export_ollama,
+    "vllm": export_vllm,
+}

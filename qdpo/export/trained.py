@@ -1,0 +1,110 @@
+"""What is exported: a finished run's adapter, its base, its merged folder; and whether the output's place is free."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo import rundir
+from qdpo.errors import ConfigError
+from qdpo.model import fetch
+from qdpo.model.convert import wheel_gguf
+from qdpo.model.folder import check_folder
+from qdpo.rundir import RunDir
+
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that has an adapter, and what its run.json says."""
+
+    run: RunDir
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.run.path.resolve().name
+
+    @property
+    def exports(self) -> Path:
+        """The folder that outputs go to unless a place is given."""
+        return self.run.path / "export"
+
+    @property
+    def base_source(self) -> str:
+        """What model.path said."""
+        return str(self.record["base"]["source"])
+
+    @property
+    def _cache(self) -> Path:
+        return rundir.cache_folder(self.record["settings"].get("cache.dir"))
+
+    def base(self, announce: Announce) -> Path:
+        """The base's folder on this machine. Raises: ConfigError if it is neither there nor to be had again."""
+        kept = Path(self.record["base"]["folder"])
+        if kept.is_dir():
+            return kept
+        revision = self.record["base"]["commit"] or self.record["settings"]["model.revision"]
+        return fetch.locate_base(self.base_source, revision=revision, cache_dir=self._cache, announce=announce).folder
+
+    def base_gguf(self, announce: Announce) -> Path | None:
+        """The GGUF file that the base was converted from; None if it came as safetensors, or if the file is gone."""
+        source = self.base_source
+        if source.startswith("pypi:"):
+            path = wheel_gguf(source, self._cache / "bases", announce)
+        elif source.endswith(".gguf"):
+            path = Path(source).expanduser()
+        else:
+            return None
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if Path(self.record["base"]["folder"]).name.endswith(digest[:12]):
+                return path
+        announce(f"{path} is gone or changed since the run; its tokenizer fields are not copied")
+        return None
+
+    def merged(self, given: Path | None) -> Path:
+        """The merged model's folder, checked. Raises: ConfigError that says how to make it."""
+        folder = given or self.run.path / "merged"
+        if not folder.is_dir():
+            raise ConfigError(
+                f"There is no merged model in {folder}. Run `qdpo merge {self.run.path}` first, or give the folder of "
+                "one with --merged. (ollama and vllm can also serve the adapter over the base: --lora.)"
+            )
+        check_folder(folder)
+        return folder
+
+
+def trained_run(folder: Path) -> TrainedRun:
+    """The run in `folder`. Raises: ConfigError if there is none, or if it has no adapter yet."""
+    run = RunDir(folder)
+    if not run.record.is_file():
+        raise ConfigError(f"{folder} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
+    if not (run.adapter / "adapter_config.json").is_file():
+        steps = "has checkpoints, but" if any(run.checkpoints.glob("step-*")) else "has"
+        raise ConfigError(
+            f"The run {folder} {steps} no adapter yet: it did not come to its end. The `qdpo run` command that started "
+            "it continues it; then export it."
+        )
+    return TrainedRun(run, rundir.read_json(run.record))
+
+
+def require_free(place: Path, force: bool) -> None:
+    """Raises: ConfigError if `place` exists and may not be replaced."""
+    if place.exists() and not force:
+        raise ConfigError(f"{place} exists already. Give another place, or --force to replace it.")
+    if place.is_dir() and not _is_export(place):
+        raise ConfigError(f"{place} holds more than an export, so --force does not replace it. Give another place.")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether replacing the folder loses nothing but an export: it is empty, an adapter's, or a Modelfile's.
+
+    The adapter that a run has trained is none.
+    """
+    names = {path.name for path in folder.iterdir()}
+    belongs_to_run = RunDir(folder.resolve().parent).record.exists()
+    return not names or (not belongs_to_run and ("adapter_config.json" in names or "Modelfile" in names))
