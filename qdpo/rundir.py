@@ -67,6 +67,15 @@ class RunDir:
         return self.path / "samples.jsonl"
 
     @property
+    def eval_pairs(self) -> Path:
+        """Every held-out pair's log-probs before the first step and at the newest evaluation."""
+        return self.path / "eval_pairs.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def result(self) -> Path:
         """Written last: a run that has it is finished."""
         return self.path / "result.json"
@@ -116,6 +125,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file with one JSON value a line, without a last line torn by a crash; none without the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
