@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, cli_cache, cli_measure, presets
+from qdpo import __version__, cli_cache, cli_measure, cli_report, presets
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
 
@@ -102,6 +102,7 @@ def _left_at_once() -> Iterator[None]:
 
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)
 app.command()(cli_measure.fit)
+app.command()(cli_report.report)
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.bench)
 
 
