@@ -168,7 +168,7 @@ def test_what_has_passed_is_told_apart() -> None:
     ],
 )
 def test_real_runs_of_the_demo(trace: str, steps: int, beta: float, expected: list[str]) -> None:
-    """The demo itself, and the demo at 100 times its rate, with beta 0.001, labels shuffled or swapped, 12 pairs repeated."""
+    """The demo, and the demo at 100 times its rate, with beta 0.001, labels shuffled or swapped, 12 pairs repeated."""
     records = [json.loads(line) for line in (TRACES / f"{trace}.jsonl").read_text().splitlines()]
     terms = Terms(steps=steps, pairs_per_step=4, held_out=50 if trace == "demo" else 24, beta=beta)
     assert names(records, terms) == expected
