@@ -32,9 +32,10 @@ def panels(facts: Facts) -> list[Panel]:
         Panel("Log-probs", "nats a token; curves: training, dots: held out", _sides(facts, "logps/{}_per_token"), SIDES,
               help="displacement"),
         Panel("Proxy kl", "nats a token from the reference", [_trained(facts, "kl", "train"),
-              _held(facts, "kl", "held")], BOTH, help="kl"),
+              _held(facts, "kl", "held")], BOTH, logarithmic=True, help="kl"),
         _lengths(facts),
-        Panel("Gradient norm", "before clipping", [_trained(facts, "grad_norm", "train")], help="grad_norm"),
+        Panel("Gradient norm", "before clipping", [_trained(facts, "grad_norm", "train")], logarithmic=True,
+              help="grad_norm"),
         Panel("Learning rate", "", [_raw(facts, "learning_rate")], help="learning_rate"),
         Panel("Speed", "tokens a second", [_trained(facts, "tokens_per_s", "train")], help="tokens_per_s"),
         Panel("Peak memory", "GiB so far", [_raw(facts, "peak_gib")], help="peak_gib"),
@@ -78,24 +79,25 @@ def overlays(runs: Sequence[Facts]) -> list[Panel]:
             by = facts.terms.beta if per_beta else 1.0
             known = [record for record in facts.evaluations if name in record]
             lines.append(Line([r["step"] for r in known], [r[name] / by for r in known], f"run-{place}", dots=True))
-        found.append(Panel(title, unit, lines, legend, level))
+        found.append(Panel(title, unit, lines, legend, level, logarithmic=name == "eval_kl"))
     trained = [_trained(facts, "loss", f"run-{place}") for place, facts in enumerate(runs)]
     found.append(Panel("Training loss", "mean over recent steps", trained, legend))
     grads = [_trained(facts, "grad_norm", f"run-{place}") for place, facts in enumerate(runs)]
-    found.append(Panel("Gradient norm", "before clipping", grads, legend))
+    found.append(Panel("Gradient norm", "before clipping", grads, legend, logarithmic=True))
     return _drawn(found)
 
 
 def _drawn(panels: list[Panel]) -> list[Panel]:
-    """Those with points, on a logarithmic axis where values above 0 span more than two orders of magnitude."""
+    """Those with points; an axis that may be logarithmic is where values above 0 span two orders of magnitude."""
     found = []
     for panel in panels:
         values = [y for line in panel.lines for y in line.y if y is not None and math.isfinite(y)]
         above = [value for value in values if value > 0]
-        if above and min(values) >= 0 and panel.level is None and max(above) > 100 * min(above):
+        if panel.logarithmic and above and max(above) > 100 * min(above):
             # No zeros there: those of the untouched adapter go.
-            lines = [replace(line, y=[y or None for y in line.y]) for line in panel.lines]
-            panel = replace(panel, lines=lines, logarithmic=True)
+            panel = replace(panel, lines=[replace(line, y=[y or None for y in line.y]) for line in panel.lines])
+        else:
+            panel = replace(panel, logarithmic=False)
         if values:
             found.append(panel)
     return found

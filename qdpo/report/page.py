@@ -1,6 +1,7 @@
 """report.html: one self-contained page on a run, or on several side by side."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from qdpo.train.prompts import question
 
 PAGES = Path(__file__).with_name("pages")
 MOST_RUNS = 6
-MOST_PROMPTS, MOST_TEXT, MOST_PAIRS = 25, 2000, 4
+MOST_PROMPTS, OPEN_PROMPTS, MOST_TEXT, MOST_PAIRS = 25, 6, 2000, 4
 # Result → label, format, and whether it is of the evaluations (before and after).
 FIGURES = {
     "rewards/accuracies": ("reward accuracy", "{:.3f}"),
@@ -62,6 +63,7 @@ def run_page(facts: Facts) -> str:
         distributions=[(each, Markup(plots.draw_histogram(each))) for each in curves.distributions(facts)],
         extremes=_extremes(facts),
         samples=[_sample(line) for line in facts.samples[:MOST_PROMPTS]],
+        shown_open=OPEN_PROMPTS,
         changed=[setting for setting in settings if not setting.is_default],
         defaults=[setting for setting in settings if setting.is_default],
     )
@@ -96,6 +98,7 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["setting"] = _setting
+    environment.filters["quoted"] = lambda path: shlex.quote(str(path))
     environment.filters["coded"] = _coded
     environment.filters["signed"] = lambda number, form: f"{number:{form}}".replace("-", "−")
     environment.filters["thousands"] = lambda number: f"{number:,}"

@@ -45,6 +45,7 @@ class Panel:
     band: float = 0.0
     """Half the height of a band around that line."""
     logarithmic: bool = False
+    """The axis may be, where the values ask for it."""
     help: str = ""
     """The metric that `qdpo metrics` explains."""
 

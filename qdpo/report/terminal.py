@@ -152,6 +152,7 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
         markup=False,
     )
     commands = {
+        f"qdpo report {run.path}": "a page that says whether it worked: curves, findings, answers",
         f"qdpo eval {run.path}": "score it again, also on other pairs with data.path=…",
         "qdpo runs" if run.path.parent == Path("runs") else f"qdpo runs {run.path.parent}": "list all runs",
         "qdpo run … --fresh": "the same settings from the start",

@@ -6,6 +6,7 @@ from typing import Literal
 from qdpo.diagnose import DISPLACED, DRIFTED, RULES, Course, Record, Seen
 from qdpo.report.facts import Facts
 
+NOT_OVER = ("it does not work", "it works", "it learns")
 Mark = Literal["good", "look", "bad", "open"]
 
 
@@ -20,23 +21,24 @@ class Answer:
 
 def verdict(facts: Facts) -> tuple[Mark, str]:
     """Whether it worked, in one sentence."""
-    so_far = "" if facts.result else f"So far ({facts.done} of {facts.planned} steps): "
+    so_far = "" if facts.result else f"So far, after {facts.done} of {facts.planned} steps: "
+    failed, worked, learned = ("It did not work", "It worked", "It learned") if facts.result else NOT_OVER
     latest, lasting = facts.latest, [seen for seen in facts.seen if seen.lasting]
     failures = [seen for seen in lasting if RULES[seen.finding.rule].is_failure]
     if failures:
-        return "bad", f"{so_far}It did not work: {failures[0].finding.evidence}."
+        return "bad", f"{so_far}{failed}: {failures[0].finding.evidence}."
     if latest is None:
         return "open", "Nothing can be said yet: there is no evaluation after the first step."
     accuracy, start, noise = _accuracy(facts, latest)
     counted = f"{accuracy:.0%} of {facts.terms.held_out} held-out pairs are ordered as labelled, {start:.0%} before"
     names = _listed([seen.finding.rule for seen in lasting]) if lasting else ""
     if lasting and accuracy <= start + 2 * noise:
-        return "bad", f"{so_far}It did not work: {counted}, within the noise (±{2 * noise:.0%}). Findings: {names}."
+        return "bad", f"{so_far}{failed}: {counted}, within the noise (±{2 * noise:.0%}). Findings: {names}."
     if accuracy <= start + 2 * noise:
         return "open", f"{so_far}No effect can be told from chance: {counted}; the noise is ±{2 * noise:.0%}."
     if lasting:
-        return "look", f"{so_far}It learned the preference ({counted}), but look at this before you trust it: {names}."
-    return "good", f"{so_far}It worked: {counted}, and no rule finds anything wrong."
+        return "look", f"{so_far}{learned} the preference ({counted}), but look at this before you trust it: {names}."
+    return "good", f"{so_far}{worked}: {counted}, and no rule finds anything wrong."
 
 
 def answers(facts: Facts) -> list[Answer]:

@@ -117,7 +117,7 @@ def test_an_unfinished_run(run: RunDir) -> None:
     lines = run.metrics.read_text().splitlines(keepends=True)
     run.metrics.write_text("".join(lines[:5]) + lines[5][:30])  # torn
     page = Elements(run_page(read_facts(run.path))).text
-    assert "unfinished: 3 of 6 steps" in page and "So far (3 of 6 steps)" in page
+    assert "unfinished: 3 of 6 steps" in page and "So far, after 3 of 6 steps: it " in page
 
 
 def test_a_run_that_has_only_begun(run: RunDir) -> None:
