@@ -29,7 +29,7 @@ FIGURES = {
     "kl": ("proxy kl, nats a token", "{:.3g}"),
     "entropy": ("entropy, nats a token", "{:.3f}"),
     "samples/tokens": ("own answers, median tokens", "{:g}"),
-    "samples/repetition": ("own answers, share said before", "{:.0%}"),
+    "samples/repetition": ("own answers, repetition", "{:.0%}"),
 }
 
 
@@ -130,7 +130,7 @@ def _setting(value: Any) -> str:
 
 def _coded(text: str) -> Markup:
     """Escaped text whose `names` are set as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _cut(text: str) -> str:

@@ -108,7 +108,7 @@ def _own_answers(facts: Facts) -> Answer | None:
     trouble = [seen for seen in facts.seen if seen.lasting and seen.finding.rule in ("length", "repetition")]
     text = (
         f"Median length {first['eval_samples/tokens']:g} → {latest['eval_samples/tokens']:g} tokens, "
-        f"{first['eval_samples/repetition']:.0%} → {latest['eval_samples/repetition']:.0%} of it said before; "
+        f"repetition {first['eval_samples/repetition']:.0%} → {latest['eval_samples/repetition']:.0%}; "
         f"{latest['eval_samples/cut']:.0%} reached the limit. Read them below: no figure replaces that."
     )
     return Answer("What became of its own answers?", text, "look" if trouble else "good")

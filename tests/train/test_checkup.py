@@ -53,6 +53,9 @@ def test_files_of_evaluations_are_resumed_byte_for_byte(train: Train, settings: 
         for path in run.checkpoints.iterdir():
             if int(path.name[-6:]) > saved:
                 shutil.rmtree(path)
+        later = f'"step": {saved + 2}, "answer": "'
+        assert later in run.samples.read_text()
+        run.samples.write_text(run.samples.read_text().replace(later, f"{later}stale "))
         _, watcher = train(**every)
         assert f"resuming after step {saved}" in watcher.text, torn
         assert "with the adapter off" not in watcher.text
