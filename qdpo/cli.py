@@ -103,6 +103,7 @@ def _left_at_once() -> Iterator[None]:
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)
 app.command()(cli_measure.fit)
 app.command()(cli_report.report)
+app.command()(cli_report.doctor)
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.bench)
 
 

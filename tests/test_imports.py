@@ -9,8 +9,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
 LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, "memory": 2, "timing": 3, "choice": 4}
 LAYER |= {"presets": 5, "rundir": 5, "data": 6, "model": 6, "train": 7}
-LAYER |= {"diagnose": 0, "cli_report": 9}
-LAYER |= {"export": 8, "report": 8, "collect": 8, "measure": 8, "cli_cache": 9, "cli_measure": 9, "cli": 10}
+LAYER |= {"diagnose": 0, "cli_report": 10, "cli": 11}
+LAYER |= {"export": 8, "report": 8, "collect": 8, "measure": 8, "cli_cache": 9, "cli_measure": 9}
 IMPORTERS = {
     "typer": {"cli", "cli_cache", "cli_measure", "cli_report"},
     "datasets": {"data/source", "data/files"},
