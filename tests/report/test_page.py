@@ -25,7 +25,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run whose prompts and answers are hostile, and two dropped rows."""
-    folder = tmp_path_factory.mktemp("report")
+    return made_run(tiny_base, tmp_path_factory.mktemp("report"))
+
+
+def made_run(tiny_base: Path, folder: Path, **more: object) -> Path:
     rows = [{name: f"{text} {HOSTILE}" for name, text in row.items()} for row in tiny_rows(24)]
     rows[3] = {**rows[3], "chosen": ""}
     pairs = write_jsonl(folder / "pairs.jsonl", rows)
@@ -34,6 +37,7 @@ def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data.path": pairs, "data.eval_fraction": 0.3, "train.pairs_per_step": 4, "train.learning_rate": 1e-3,
         "train.optimizer": "adamw", "train.steps": 6, "train.eval_every": 3, "samples.count": 2,
         "samples.max_new_tokens": 6, "output.dir": folder, "output.name": "run", "cache.dir": folder / "cache",
+        **more,
     }  # fmt: skip
     run_training(presets.resolve([f"{name}={value}" for name, value in settings.items()]), Quiet())
     run = RunDir(folder / "run")
@@ -125,6 +129,20 @@ def test_a_run_that_has_only_begun(run: RunDir) -> None:
         path.unlink()
     page = Elements(run_page(read_facts(run.path))).text
     assert "Nothing can be said yet" in page and "Won most" not in page
+
+
+def test_a_loss_without_a_reference(tiny_base: Path, tmp_path: Path) -> None:
+    made = made_run(tiny_base, tmp_path, **{"loss.name": "simpo", "samples.count": 0})
+    page = Elements(run_page(read_facts(made))).text
+    assert "proxy kl" not in page.lower().split("what the rules look at")[0] and "reward accuracy" in page
+
+
+def test_without_a_tokenizer_there_are_no_texts_of_pairs(run: RunDir) -> None:
+    record = rundir.read_json(run.record)
+    rundir.write_json(run.record, {**record, "base": {**record["base"], "folder": "gone"}})
+    shutil.rmtree(run.adapter)
+    page = Elements(run_page(read_facts(run.path))).text
+    assert "no tokenizer.json" in page and "Won most" not in page
 
 
 def test_a_run_of_an_earlier_version(run: RunDir) -> None:
