@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qdpo import diagnose
+from qdpo.diagnose.rules import RULES as FINDINGS
 from qdpo.loss_rules import RULES, default_beta, loss_problems, needs_reference
 
 Count = Annotated[int, Field(ge=1)]
@@ -111,7 +111,7 @@ class DataConfig(Section):
 
 
 LossName = Literal[*RULES]  # type: ignore[valid-type]
-FindingName = Literal[*diagnose.RULES]  # type: ignore[valid-type]
+FindingName = Literal[*FINDINGS]  # type: ignore[valid-type]
 
 
 class LossConfig(Section):

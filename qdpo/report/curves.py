@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qdpo.diagnose import Course
+from qdpo.diagnose.course import Course
 from qdpo.report.facts import Facts
 from qdpo.report.plots import Histogram, Line, Panel
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from qdpo import rundir
 from qdpo.data.tokens import TokenPair, load_pairs
-from qdpo.diagnose import Record, Seen, Terms, follow
+from qdpo.diagnose.course import Record, Terms
+from qdpo.diagnose.rules import Seen, follow
 from qdpo.errors import ConfigError
 from qdpo.rundir import RunDir
 

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from qdpo import __version__, rundir
-from qdpo.diagnose import RULES
+from qdpo.diagnose.rules import RULES
 from qdpo.errors import ConfigError
 from qdpo.report import curves, plots, verdict
 from qdpo.report.facts import Facts, read_facts

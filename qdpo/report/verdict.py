@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qdpo.diagnose import DISPLACED, DRIFTED, RULES, Course, Record, Seen
+from qdpo.diagnose.course import Course, Record
+from qdpo.diagnose.rules import RULES, Seen
+from qdpo.diagnose.signs import DISPLACED, DRIFTED
 from qdpo.report.facts import Facts
 
 NOT_OVER = ("it does not work", "it works", "it learns")

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qdpo.config import RunConfig
-from qdpo.diagnose import Course, Finding, Terms
+from qdpo.diagnose.course import Course, Terms
+from qdpo.diagnose.rules import Finding, findings
 
 
 class Alarm:
@@ -27,7 +28,7 @@ class Alarm:
         self._look()
 
     def _look(self) -> None:
-        found = self._course.findings()
+        found = findings(self._course)
         for finding in found:
             if finding.rule not in self._said:
                 self._said.add(finding.rule)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qdpo import rundir
-from qdpo.diagnose import Finding
+from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model import adapter
 from qdpo.presets import Resolved
@@ -89,30 +89,7 @@ class Outcome:
 def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
     """Steps from the newest checkpoint (or 0) to the end."""
     config = job.config
-    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
-    newest = (
-        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
-    )
-    if newest is None:
-        keep_through = -1
-    else:
-        state = checkpoint.load_checkpoint(newest, trained)
-        checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
-        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
-        keep_through = state["step"]
-    metrics = Metrics(job.run.metrics, keep_through=keep_through)
-    saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
-    alarm = Alarm(
-        terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
-    )
-    alarm.recall(metrics.kept)
-    checkup = Checkup(job, metrics, alarm, saver, steps=plan.steps, keep_through=keep_through)
-    if newest is None:
-        before = checkup.take(0)
-        _check_offset(job, before)
-        record.mark_state(job.run, before=before.values)
-    elif alarm.stops_on is not None and state["step"] < plan.steps:
-        raise _stopped(alarm.stops_on, state["step"], plan)
+    state, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
     parameters = list(trained.policy.adapter_parameters().values())
     recovery = Recovery(
         job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
@@ -179,6 +156,36 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
     job.watcher.finish()
     before_values = rundir.read_json(job.run.record)["before"]
     return Outcome(before_values, last or checkup.take(plan.steps), state, checkup)
+
+
+def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, Any], Metrics, Alarm, Checkup, Saver]:
+    """The run as its newest checkpoint left it, or evaluated before its first step."""
+    config = job.config
+    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
+    newest = (
+        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
+    )
+    if newest is None:
+        keep_through = -1
+    else:
+        state = checkpoint.load_checkpoint(newest, trained)
+        checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
+        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
+        keep_through = state["step"]
+    metrics = Metrics(job.run.metrics, keep_through=keep_through)
+    saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
+    alarm = Alarm(
+        terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
+    )
+    alarm.recall(metrics.kept)
+    checkup = Checkup(job, metrics, alarm, saver, steps=plan.steps, keep_through=keep_through)
+    if newest is None:
+        before = checkup.take(0)
+        _check_offset(job, before)
+        record.mark_state(job.run, before=before.values)
+    elif alarm.stops_on is not None and state["step"] < plan.steps:
+        raise _stopped(alarm.stops_on, state["step"], plan)
+    return state, metrics, alarm, checkup, saver
 
 
 def _stopped(finding: Finding, step: int, plan: Plan) -> StoppedByFinding:

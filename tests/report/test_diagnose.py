@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qdpo.diagnose import RULES, Course, Record, Terms, diagnose, follow
+from qdpo.diagnose.course import Course, Record, Terms
+from qdpo.diagnose.rules import RULES, diagnose, findings, follow
 from qdpo.report.explain import PAGE, explain
 from qdpo.report.spark import sparkline
 
@@ -191,7 +192,7 @@ def test_one_record_more_costs_next_to_nothing_however_long_the_run() -> None:
         for record in made() * (steps // STEPS):
             course.add(Counted(record))
         counted[0] = 0
-        course.findings()
+        findings(course)
         return counted[0]
 
     assert looked_up(9600) < 5 * looked_up(960)
