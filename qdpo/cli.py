@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, cli_cache, cli_data, cli_export, cli_measure, cli_ship, presets
+from qdpo import __version__, cli_cache, cli_data, cli_export, cli_measure, cli_report, cli_ship, presets
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
 
@@ -101,14 +101,15 @@ def _left_at_once() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)
+SETTINGS = {"ignore_unknown_options": True}
+app.command(context_settings=SETTINGS)(cli_measure.plan)
 app.command()(cli_measure.fit)
-app.command(context_settings={"ignore_unknown_options": True})(cli_measure.bench)
+app.command(context_settings=SETTINGS)(cli_measure.bench)
+app.command()(cli_report.report)
+app.command()(cli_export.merge)
 app.command()(cli_ship.export)
 app.command()(cli_ship.push)
-
-
-app.command()(cli_export.merge)
+app.command()(cli_report.doctor)
 
 
 @app.command(name="presets")

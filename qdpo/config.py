@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from qdpo.diagnose.rules import RULES as FINDINGS
 from qdpo.loss_rules import RULES, default_beta, loss_problems, needs_reference
 
 Count = Annotated[int, Field(ge=1)]
@@ -21,12 +22,14 @@ NOT_TRAJECTORY = {
     "train.save_every",
     "train.eval_every",
     "train.keep_checkpoints",
+    "train.stop_when",
 }
 # Where activations and the embedding table lie changes no number; a run may be continued with less memory.
 NEUTRAL = {"memory.kept_layers", "memory.offload", "memory.embeddings"}
 NOT_TRAJECTORY |= {"memory.limit_gib", *NEUTRAL}
 NOT_TRAJECTORY |= {"data.max_drop_fraction"}  # whether to go on at all
-NOT_TRAJECTORY |= {"samples.count", "samples.max_new_tokens", "samples.repetition_penalty"}
+NOT_TRAJECTORY |= {f"samples.{field}" for field in ("count", "max_new_tokens", "repetition_penalty")}
+NOT_TRAJECTORY |= {"samples.prompts", "samples.every_eval"}
 
 
 def _as_list(value: Any) -> Any:
@@ -133,6 +136,7 @@ class DataConfig(Section):
 
 
 LossName = Literal[*RULES]  # type: ignore[valid-type]
+FindingName = Literal[*FINDINGS]  # type: ignore[valid-type]
 
 
 class LossConfig(Section):
@@ -204,6 +208,8 @@ class TrainConfig(Section):
     """Put torch.compile in the place of the fast parts, on layers that are kept: slow to start, for long runs."""
     eval_every: Count = 50
     """Steps between evaluations on the held-out pairs (also before the first and after the last step)."""
+    stop_when: list[FindingName] | None = None
+    """Stop, saved, as soon as one of these findings holds (stuck+displacement). `qdpo metrics findings` lists them."""
 
 
 class MemoryConfig(Section):
@@ -223,7 +229,11 @@ class MemoryConfig(Section):
 
 class SamplesConfig(Section):
     count: Annotated[int, Field(ge=0)] = 2
-    """Held-out prompts completed before and after training, for reading."""
+    """Prompts completed at each evaluation, for reading; the first of the held-out pairs, or of samples.prompts."""
+    prompts: str | None = None
+    """File of other prompts: a text a line, or .jsonl with a prompt (or messages) a line. Default: held-out pairs."""
+    every_eval: bool = True
+    """Complete them at every evaluation; false: only before the first step and after the last."""
     max_new_tokens: Count = 160
     """Longest completion, in tokens."""
     repetition_penalty: Annotated[float, Field(ge=1.0)] = 1.0

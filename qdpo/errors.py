@@ -7,6 +7,7 @@ QdpoError
 ├── OutOfMemoryError     5   the card or the host has too little memory
 ├── DiskError            6   no space, read-only, gone
 ├── VerificationError    7   a check of our own failed: reference cache, adapter, export
+├── StoppedByFinding     8   a finding named in train.stop_when, after saving
 ├── Interrupted        130   Ctrl-C (130) or SIGTERM (143), after saving
 └── ShapeError           1   our own bug: tensors that do not belong together
 
@@ -64,6 +65,12 @@ class VerificationError(QdpoError):
     """A self-check failed, so that a result cannot be trusted."""
 
     exit_code = 7
+
+
+class StoppedByFinding(QdpoError):
+    """The run shows what train.stop_when named; everything needed to continue is on disk."""
+
+    exit_code = 8
 
 
 class Interrupted(QdpoError):

@@ -71,6 +71,15 @@ class RunDir:
         return self.path / "samples.jsonl"
 
     @property
+    def eval_pairs(self) -> Path:
+        """Every held-out pair's log-probs before the first step and at the newest evaluation."""
+        return self.path / "eval_pairs.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def result(self) -> Path:
         """Written last: a run that has it is finished."""
         return self.path / "result.json"
@@ -142,6 +151,14 @@ def write_file(path: Path, fill: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise disk_error(error, path) from error
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file with one JSON value a line, without a last line torn by a crash; none without the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

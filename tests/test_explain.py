@@ -20,7 +20,16 @@ from qdpo.train.pairs import Pairs
 from tests.conftest import ROOT, Quiet, qdpo
 
 METRICS = [*MEAN_OVER, "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "peak_gib", "num_tokens", "step"]
-METRICS += ["epoch", "overflows", "eval_", "perplexity/chosen", "perplexity/rejected"]
+METRICS += [
+    "samples/tokens",
+    "samples/cut",
+    "samples/repetition",
+    "epoch",
+    "overflows",
+    "eval_",
+    "perplexity/chosen",
+    "perplexity/rejected",
+]
 SETTINGS = list(LossConfig.model_fields)
 
 

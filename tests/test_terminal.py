@@ -37,3 +37,19 @@ def test_without_a_terminal_every_step_is_a_line(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "step 2/4: loss 0.6931 · accuracy 0.50" in shown and "1,234 tokens/s" in shown
     assert "held out after step 2: loss 0.6931 · accuracy 0.500" in shown
+
+
+def test_trends_are_shown_at_an_evaluation_and_live(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {**VALUES, "tokens_per_s": 1.0, "pairs_per_s": 2.0, "peak_gib": 1.0, "logps/chosen_per_token": -1.5}
+    for is_live in (False, True):
+        terminal = Terminal()
+        terminal.console = Console(force_terminal=is_live, width=100)
+        terminal.begin("training", 4, "step")
+        for step in range(1, 5):
+            terminal.step({"step": step, **numbers, "loss": 1.0 / step})
+        if is_live:
+            assert "loss           0.2500  █▃▁▁" in terminal._newest.plain
+        terminal.step({"step": 4, **{f"eval_{name}": value for name, value in VALUES.items()}})
+        terminal.finish()
+        shown = capsys.readouterr().out
+        assert is_live or "loss           0.2500  █▃▁▁" in shown and "chosen/token   -1.500  ▁▁▁▁" in shown

@@ -196,7 +196,10 @@ def _seconds(
         "training": tokens * (step + (score if couples_pairs(config.loss.name) else 0)),
         "reference": (pairs + held_out) * found.mean * score if needs_reference(config.loss.name) else 0.0,
         "evaluations": rounds * held_out * found.mean * score,
-        "samples": 2 * config.samples.count * config.samples.max_new_tokens / SAMPLE_SPEED,
+        "samples": (rounds if config.samples.every_eval else 2)
+        * config.samples.count
+        * config.samples.max_new_tokens
+        / SAMPLE_SPEED,
     }
     return {name: value for name, value in phases.items() if value > 0}
 

@@ -227,3 +227,11 @@ def four_bit_names(model: nn.Module, form: FourBit) -> set[str]:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def round_trip_error(device: torch.device) -> float:
+    """Relative error, root mean square, of a normal matrix through NF4 and back on `device`; 0.09 for a sound build."""
+    dense = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, state = bnb.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    error = bnb.functional.dequantize_4bit(packed, state) - dense
+    return float(error.norm() / dense.norm())

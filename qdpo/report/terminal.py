@@ -21,11 +21,20 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from qdpo.rundir import RunDir
+from qdpo.report.spark import sparkline
+from qdpo.rundir import RunDir, read_lines
+from qdpo.train.prompts import question
 
 if TYPE_CHECKING:
     from qdpo.train.rescore import Rescored
 
+# What is shown with its trend: metric → label and format.
+TRENDS = {
+    "loss": ("loss", "{:.4f}"),
+    "rewards/accuracies": ("accuracy", "{:.2f}"),
+    "rewards/margins": ("margin", "{:+.3f}"),
+    "logps/chosen_per_token": ("chosen/token", "{:.3f}"),
+}
 # Seconds between lines of a stage's progress when the output is not a terminal.
 PLAIN_EVERY_S = 20.0
 
@@ -41,6 +50,7 @@ class Terminal:
         self._newest = Text("")
         self._what, self._unit, self._total, self._done = "", "", 0, 0
         self._begun = self._told = 0.0
+        self._trends: dict[str, list[float]] = {name: [] for name in TRENDS}
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
@@ -85,8 +95,10 @@ class Terminal:
                 f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · "
                 f"{record['peak_gib']:.2f} GiB"
             )
+            for name, values in self._trends.items():
+                values.append(record.get(name, 0.0))
             if self._live is not None:
-                self._newest.plain = f"  {learned}\n  {speed}"
+                self._newest.plain = "\n".join([*self._trend_lines(), f"  {speed}"])
             else:
                 self.say(f"step {record['step']}/{self._total}: {learned} · {speed} · {self._left()} left")
         else:
@@ -94,6 +106,16 @@ class Terminal:
                 f"held out after step {record['step']}: loss {record['eval_loss']:.4f} · accuracy "
                 f"{record['eval_rewards/accuracies']:.3f} · margin {record['eval_rewards/margins']:+.4f}"
             )
+            if self._live is None and len(self._trends["loss"]) > 1:
+                self.say("\n".join(self._trend_lines()))
+
+    def _trend_lines(self) -> list[str]:
+        """Newest value and trend so far of the essentials, two a line."""
+        cells = [
+            f"  {label:<12} {form.format(self._trends[name][-1]):>8}  {sparkline(self._trends[name]):<16}"
+            for name, (label, form) in TRENDS.items()
+        ]
+        return ["".join(cells[place : place + 2]).rstrip() for place in range(0, len(cells), 2)]
 
     def _left(self) -> str:
         done = max(1, self._done)
@@ -122,7 +144,7 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
             f"{lengths['median_tokens_after']:g}",
         )
     console.print(table)
-    for line in _samples(run.samples)[:shown]:
+    for line in read_lines(run.samples)[:shown]:
         _side_by_side(line, console)
     console.print(
         f"{result['steps']} steps, {result['pairs']} pairs, {result['seconds'] / 60:.1f} minutes, peak memory "
@@ -130,6 +152,7 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
         markup=False,
     )
     commands = {
+        f"qdpo report {run.path}": "a page that says whether it worked: curves, findings, answers",
         f"qdpo eval {run.path}": "score it again, also on other pairs with data.path=…",
         "qdpo runs" if run.path.parent == Path("runs") else f"qdpo runs {run.path.parent}": "list all runs",
         "qdpo run … --fresh": "the same settings from the start",
@@ -141,10 +164,6 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
     console.print("next:\n" + "\n".join(f"  {c:<{width}}{what}" for c, what in commands.items()), markup=False)
 
 
-def _samples(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
 def _side_by_side(line: dict[str, Any], console: Console) -> None:
     width = min(max(console.width, 60), 140)
     half = (width - 5) // 2
@@ -154,22 +173,6 @@ def _side_by_side(line: dict[str, Any], console: Console) -> None:
     # Text, not str: an answer may hold what rich would take for its markup.
     table.add_row(*(Text(textwrap.shorten(line[side], 700, placeholder=" …")) for side in ("before", "after")))
     console.print(table)
-
-
-def question(prompt: str) -> str:
-    """The last user turn of a rendered ChatML-like prompt, or the prompt's end: for display only."""
-    for marker in (
-        "<|im_start|>user\n",
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "[INST]",
-        "<start_of_turn>user\n",
-    ):
-        if marker in prompt:
-            prompt = prompt.rsplit(marker, 1)[1]
-            for end in ("<|im_end|>", "<|eot_id|>", "[/INST]", "<end_of_turn>"):
-                prompt = prompt.split(end, 1)[0]
-            break
-    return prompt.strip()[-400:]
 
 
 def print_evaluation(scored: "Rescored", *, as_json: bool) -> None:

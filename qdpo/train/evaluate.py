@@ -26,6 +26,8 @@ class Evaluation:
     """Reward of chosen minus reward of rejected of each pair, in the order of the rows' pairs."""
     rows: list[int]
     """The data row of each margin."""
+    logps: list[tuple[float, float]]
+    """Log-probs of each pair's chosen and rejected answer under the policy, in nats; weighted by loss.ld_alpha."""
 
     @property
     def perplexities(self) -> dict[str, float]:
@@ -58,7 +60,9 @@ def evaluate(
         sums |= {name: torch.stack([part.sums[name] for part in scored]).sum() for name in scored[0].sums}
         chosen_P, rejected_P = rewards(pairs, loss)
     values = means({name: value.item() for name, value in sums.items()}, rows)
-    return Evaluation(values, (chosen_P - rejected_P).tolist(), [pair.row for row in rows for pair in row.pairs])
+    numbers = [pair.row for row in rows for pair in row.pairs]
+    logps = list(zip(pairs.c.tolist(), pairs.r.tolist(), strict=True))
+    return Evaluation(values, (chosen_P - rejected_P).tolist(), numbers, logps)
 
 
 def reference_offset(evaluation: Evaluation, beta: float) -> tuple[float, float]:

@@ -4,20 +4,23 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qdpo import rundir
-from qdpo.data.pack import pack_rows
-from qdpo.errors import Interrupted, OutOfMemoryError, VerificationError
+from qdpo.diagnose.rules import Finding
+from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model import adapter
 from qdpo.presets import Resolved
 from qdpo.rundir import RunDir
-from qdpo.train import checkpoint, fit, optim, record, samples, signals
+from qdpo.train import checkpoint, fit, optim, record, signals
+from qdpo.train.alarm import Alarm, terms
 from qdpo.train.checkpoint import Trained
-from qdpo.train.evaluate import Evaluation, evaluate, reference_offset
+from qdpo.train.checkup import Checkup
+from qdpo.train.evaluate import Evaluation, reference_offset
 from qdpo.train.feed import Feed, ReadyRow
 from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
@@ -26,9 +29,6 @@ from qdpo.train.saving import Saver
 from qdpo.train.signals import StopRequest
 from qdpo.train.start import Job, open_run, plan_run, try_worst_row
 from qdpo.train.step import StepReport, train_step
-
-# Steps without any effect after which that is said.
-UNMOVED_STEPS = 10
 
 
 def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
@@ -70,35 +70,31 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
             device=job.loaded.policy.device,
         )
         with contextlib.closing(feed):
-            before, after, state = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
-        return _finish(job, plan, before, after, state)
+            outcome = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
+        return _finish(job, plan, outcome)
     finally:
         job.scorer.cache.close()
 
 
-def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str, float], Evaluation, dict[str, Any]]:
-    """Steps from the newest checkpoint (or 0) to the end; returns the evaluations before and after, and the state."""
+@dataclass(frozen=True)
+class Outcome:
+    """What training came to: held-out figures before and after, the last state, and what looks at the run."""
+
+    before: dict[str, float]
+    after: Evaluation
+    state: dict[str, Any]
+    checkup: Checkup
+
+
+def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
+    """Steps from the newest checkpoint (or 0) to the end."""
     config = job.config
-    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
-    newest = (
-        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
-    )
-    if newest is None:
-        metrics = Metrics(job.run.metrics, keep_through=-1)
-        before = _evaluate(job, metrics, 0)
-        _check_offset(job, before)
-        record.mark_state(job.run, before=before.values)
-    else:
-        state = checkpoint.load_checkpoint(newest, trained)
-        checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
-        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
-        metrics = Metrics(job.run.metrics, keep_through=state["step"])
+    state, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
     parameters = list(trained.policy.adapter_parameters().values())
     recovery = Recovery(
         job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
         lambda splits: record.mark_state(job.run, found={**job.found, "row_splits": splits}),
     )  # fmt: skip
-    saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
 
     def save() -> None:
         checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
@@ -134,15 +130,19 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         tokens += report.tokens
         seconds = time.monotonic() - begun
         state = _after_step(job, state, step, report, seconds)
-        _log_step(job, metrics, state, report, rate, seconds, tokens)
+        line = _step_record(job, state, report, rate, seconds, tokens)
+        metrics.write(line)
+        job.watcher.step(line)
+        job.watcher.advance(1)
+        alarm.hear(line)
         done = step + 1
         if done == plan.steps or done % config.train.eval_every == 0:
-            last = _evaluate(job, metrics, done)
+            last = checkup.take(done)
             job.watcher.begin("training", plan.steps, "step")
             job.watcher.advance(done)
         if done == plan.steps:
             saver.insist(save)
-        elif job.stop.number is not None:
+        elif job.stop.number is not None or alarm.stops_on is not None:
             save()
         elif done % config.train.save_every == 0:
             saver.attempt(save)
@@ -151,8 +151,48 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
                 f"Stopped after step {done} of {plan.steps}, which is saved. The same command continues.",
                 job.stop.number,
             )
+        if alarm.stops_on is not None and done < plan.steps:
+            raise _stopped(alarm.stops_on, done, plan)
     job.watcher.finish()
-    return rundir.read_json(job.run.record)["before"], last or _evaluate(job, metrics, plan.steps), state
+    before_values = rundir.read_json(job.run.record)["before"]
+    return Outcome(before_values, last or checkup.take(plan.steps), state, checkup)
+
+
+def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, Any], Metrics, Alarm, Checkup, Saver]:
+    """The run as its newest checkpoint left it, or evaluated before its first step."""
+    config = job.config
+    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
+    newest = (
+        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
+    )
+    if newest is None:
+        keep_through = -1
+    else:
+        state = checkpoint.load_checkpoint(newest, trained)
+        checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
+        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
+        keep_through = state["step"]
+    metrics = Metrics(job.run.metrics, keep_through=keep_through)
+    saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
+    alarm = Alarm(
+        terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
+    )
+    alarm.recall(metrics.kept)
+    checkup = Checkup(job, metrics, alarm, saver, steps=plan.steps, keep_through=keep_through)
+    if newest is None:
+        before = checkup.take(0)
+        _check_offset(job, before)
+        record.mark_state(job.run, before=before.values)
+    elif alarm.stops_on is not None and state["step"] < plan.steps:
+        raise _stopped(alarm.stops_on, state["step"], plan)
+    return state, metrics, alarm, checkup, saver
+
+
+def _stopped(finding: Finding, step: int, plan: Plan) -> StoppedByFinding:
+    return StoppedByFinding(
+        f"Stopped by train.stop_when={finding.rule} after step {step} of {plan.steps}, which is saved: "
+        f"{finding.evidence}. {finding.advice} The same command with train.stop_when=none continues."
+    )
 
 
 def _check_offset(job: Job, before: Evaluation) -> None:
@@ -182,26 +222,18 @@ def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, 
             "answers may be "
             "identical after cutting, or adapter.targets may match no layer that is used."
         )
-    unmoved = state.get("unmoved", True) and report.values.get("rewards/margins") == 0.0
-    if unmoved and step + 1 == UNMOVED_STEPS:
-        job.watcher.say(
-            f"warning: after {UNMOVED_STEPS} steps every margin is still exactly 0: the adapter learns nothing. Usual "
-            f"causes: a rate too small to change a weight (train.learning_rate={job.config.train.learning_rate:g}), "
-            "adapter.targets that no answer passes through, or a layer without a backward pass."
-        )
     return {
         "step": step + 1,
-        "unmoved": unmoved,
         "overflows": state["overflows"] + report.overflow,
         "seconds": state["seconds"] + seconds,
         "peak_gib": max(state["peak_gib"], peak_gib(job.loaded.policy.device)),
     }
 
 
-def _log_step(
-    job: Job, metrics: Metrics, state: dict[str, Any], report: StepReport, rate: float, seconds: float, tokens: int
-) -> None:
-    line = {
+def _step_record(
+    job: Job, state: dict[str, Any], report: StepReport, rate: float, seconds: float, tokens: int
+) -> dict[str, Any]:
+    return {
         "step": state["step"],
         "epoch": round(state["step"] * job.config.train.pairs_per_step / len(job.train), 4),
         **report.values,
@@ -213,24 +245,9 @@ def _log_step(
         "num_tokens": tokens,
         "overflows": state["overflows"],
     }
-    metrics.write(line)
-    job.watcher.step(line)
-    job.watcher.advance(1)
 
 
-def _evaluate(job: Job, metrics: Metrics, step: int) -> Evaluation:
-    job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
-    rows = pack_rows(job.held_out, job.scorer.tokens_per_row)
-    evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
-    job.watcher.finish()
-    line = {"step": step, **{f"eval_{name}": value for name, value in evaluation.values.items()}}
-    if step not in metrics.evaluated:
-        metrics.write(line)
-    job.watcher.step(line)
-    return evaluation
-
-
-def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation, state: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
     policy = job.loaded.policy
     give_back_memory(policy.device)
@@ -241,11 +258,12 @@ def _finish(job: Job, plan: Plan, before: dict[str, float], after: Evaluation, s
 
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
     saver.insist(lambda: rundir.write_folder(job.run.adapter, fill))
-    shown = samples.write_samples(job.run.samples, policy, job.tokenizer, job.held_out, job.config.samples, job.watcher)
+    shown = outcome.checkup.insist()
+    after, state = outcome.after, outcome.state
     result = {
         "steps": plan.steps,
         "pairs": plan.total_pairs,
-        "before": before,
+        "before": outcome.before,
         "after": after.values,
         "margins": dict(zip(map(str, after.rows), after.margins, strict=True)),
         "samples": shown,

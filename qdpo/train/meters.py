@@ -46,6 +46,7 @@ class Metrics:
         self._waiting = ""
         self.last_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
         self.evaluated = {record["step"] for record in kept if "eval_loss" in record}
+        self.kept = kept
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a line. On a full disk lines wait here, and go with the next one that can be written."""
@@ -63,14 +64,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    """All whole records of a metrics file."""
+    return rundir.read_lines(path)
 
 
 def give_back_memory(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Completions of held-out prompts with the adapter off and on, written side by side."""
+"""Completions of fixed prompts, with the adapter off once and on at each evaluation, side by side in samples.jsonl."""
 
 import json
 import statistics
@@ -6,54 +6,140 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qdpo import rundir
 from qdpo.config import SamplesConfig
-from qdpo.data.tokens import TokenPair
+from qdpo.data.turns import excerpt
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import complete
-from qdpo.train.meters import Watcher
+from qdpo.train.meters import Watcher, give_back_memory
+from qdpo.train.prompts import Prompt, question
+
+Line = dict[str, Any]
+
+# Tokens of a piece of text that counts as said before when it comes again.
+PIECE = 4
 
 
-def write_samples(
-    path: Path, policy: Policy, tokenizer: Any, pairs: Sequence[TokenPair], config: SamplesConfig, watcher: Watcher
-) -> dict[str, Any] | None:
-    """Completes the first `config.count` distinct held-out prompts greedily, before and after; None if count is 0.
+class Samples:
+    """One line a prompt: its text, the answer `before`, the newest one `after`, and all since step 1 in `during`."""
 
-    Returns the median lengths, in tokens, with the end token; a completion that was cut counts as max_new_tokens.
-    """
-    prompts = list({pair.prompt.tobytes(): pair for pair in pairs}.values())[: config.count]
-    if not prompts:
-        return None
-    watcher.begin("completing held-out prompts, before and after", 2 * len(prompts), "answer")
-    ids = [pair.prompt.tolist() for pair in prompts]
+    def __init__(
+        self, path: Path, policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], config: SamplesConfig,
+        watcher: Watcher, *, keep_through: int,
+    ):  # fmt: skip
+        """Goes on with the file as it was after step `keep_through`, if it is about the same prompts."""
+        self._path, self._policy, self._tokenizer, self._prompts = path, policy, tokenizer, prompts
+        self._config, self._watcher = config, watcher
+        texts = [str(tokenizer.decode(prompt.ids)) for prompt in prompts]
+        self._lines: list[Line] = [{"row": p.row, "prompt": text} for p, text in zip(prompts, texts, strict=True)]
+        kept = rundir.read_lines(path)
+        if [line["prompt"] for line in kept] == texts:
+            self._lines = [_cut_back(line, keep_through) for line in kept]
+        elif kept:
+            watcher.say(f"samples: other prompts than before, so {path.name} begins anew")
 
-    def answers() -> list[list[int]]:
-        return complete(
-            policy,
-            tokenizer,
-            ids,
-            max_new_tokens=config.max_new_tokens,
-            repetition_penalty=config.repetition_penalty,
-        )
+    def take(self, step: int) -> dict[str, float]:
+        """Completes the prompts greedily, unless that is known already; what an evaluation's record says of it.
 
-    with policy.reference():
-        before = answers()
-    watcher.advance(len(prompts))
-    after = answers()
-    watcher.advance(len(prompts))
-    watcher.finish()
+        At step 0 the adapter is off: then, and at no later time, `before` is made.
+        """
+        if not self._prompts:
+            return {}
+        if "before" not in self._lines[0] and not self._answer(0):
+            return {}
+        if step > 0 and step not in self._steps() and not self._answer(step):
+            return {}
+        place = 0 if step == 0 else self._steps().index(step) + 1
+        first = self._lines[0]
+        shown = first["before"] if place == 0 else first["during"][place - 1]["answer"]
+        what = "with the adapter off" if place == 0 else f"after step {step}"
+        self._watcher.say(f"sample {what}: {excerpt(question(first['prompt']), 80)} → {excerpt(shown, 160)}")
+        counts = [_history(line)[place] for line in self._lines]
+        return {
+            "samples/tokens": float(statistics.median(each["tokens"] for each in counts)),
+            "samples/cut": statistics.mean(float(each["cut"]) for each in counts),
+            "samples/repetition": statistics.mean(each["repetition"] for each in counts),
+        }
 
-    def text(answer: list[int]) -> str:
-        return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    def write(self) -> None:
+        """Raises: DiskError if the file cannot be written; the one before is whole then."""
+        if self._prompts:
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
+            rundir.write_text(self._path, "".join(lines))
 
-    lines = [
-        {"row": pair.row, "prompt": str(tokenizer.decode(pair.prompt)), "before": text(old), "after": text(new),
-         "before_tokens": len(old), "after_tokens": len(new)}
-        for pair, old, new in zip(prompts, before, after, strict=True)
-    ]  # fmt: skip
-    rundir.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return {
-        "count": len(lines),
-        "median_tokens_before": statistics.median(line["before_tokens"] for line in lines),  # type: ignore[type-var]
-        "median_tokens_after": statistics.median(line["after_tokens"] for line in lines),  # type: ignore[type-var]
-    }
+    def summary(self) -> dict[str, Any] | None:
+        """Median lengths before and after, in tokens, with the end token; None if nothing was completed."""
+        if not self._prompts or not self._steps():
+            return None
+        return {
+            "count": len(self._lines),
+            **{f"median_tokens_{side}": statistics.median(line[f"{side}_tokens"] for line in self._lines)
+               for side in ("before", "after")},
+        }  # fmt: skip
+
+    def _steps(self) -> list[int]:
+        return [each["step"] for each in self._lines[0].get("during", [])]
+
+    def _answer(self, step: int) -> bool:
+        """Completes all prompts. False, with a line that says so, where even one at a time is too much memory."""
+        self._watcher.begin("completing sample prompts", len(self._prompts), "answer")
+        answers = None
+        for batch in (25, 1):
+            try:
+                answers = self._complete(batch, off=step == 0)
+                break
+            except torch.cuda.OutOfMemoryError:
+                give_back_memory(self._policy.device)
+        self._watcher.finish()
+        if answers is None:
+            self._watcher.say("samples: not enough memory to complete even one prompt, so there are none this time")
+            return False
+        for line, ids in zip(self._lines, answers, strict=True):
+            about = self._about(ids)
+            text = str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            if step == 0:
+                line |= {"before": text, **{f"before_{name}": value for name, value in about.items()}}
+            else:
+                line.setdefault("during", []).append({"step": step, "answer": text, **about})
+                line |= {"after": text, "after_tokens": about["tokens"]}
+        return True
+
+    def _complete(self, batch: int, *, off: bool) -> list[list[int]]:
+        def answers() -> list[list[int]]:
+            return complete(
+                self._policy, self._tokenizer, [prompt.ids for prompt in self._prompts], batch=batch,
+                max_new_tokens=self._config.max_new_tokens, repetition_penalty=self._config.repetition_penalty,
+            )  # fmt: skip
+
+        if not off:
+            return answers()
+        with self._policy.reference():
+            return answers()
+
+    def _about(self, ids: list[int]) -> dict[str, Any]:
+        cut = len(ids) >= self._config.max_new_tokens
+        return {"tokens": len(ids), "cut": cut, "repetition": round(repetition(ids), 4)}
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of an answer's pieces of PIECE tokens that stood in it before; 0 for answers too short to tell."""
+    pieces = [tuple(ids[place : place + PIECE]) for place in range(len(ids) - PIECE + 1)]
+    return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
+
+
+def _history(line: Line) -> list[Line]:
+    before = {name: line[f"before_{name}"] for name in ("tokens", "cut", "repetition")}
+    return [before, *line.get("during", [])]
+
+
+def _cut_back(line: Line, step: int) -> Line:
+    """The line as it was after that step."""
+    if step < 0 or "before_cut" not in line:  # begun anew, or written before answers were taken on the way
+        return {"row": line["row"], "prompt": line["prompt"]}
+    during = [each for each in line.get("during", []) if each["step"] <= step]
+    kept = {name: value for name, value in line.items() if name not in ("during", "after", "after_tokens")}
+    if during:
+        kept |= {"during": during, "after": during[-1]["answer"], "after_tokens": during[-1]["tokens"]}
+    return kept

@@ -25,6 +25,7 @@ from qdpo.train import fit, optim, prepare, record
 from qdpo.train.meters import Watcher
 from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
+from qdpo.train.prompts import Prompt, held_out_prompts, prompts_of_file
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.scoring import Scorer
 from qdpo.train.signals import StopRequest
@@ -45,6 +46,8 @@ class Job:
     started: float
     train: PairStore
     held_out: PairStore
+    prompts: list[Prompt]
+    """What is completed at evaluations, for reading."""
     tokenizer: Any
     base: BaseFolder
     loaded: Loaded
@@ -75,11 +78,13 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         refuse=lambda found: fit.refuse_hopeless(config, found, device),
     )  # fmt: skip
     tokenizer = base.load_tokenizer(folder.folder)
+    prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, watcher)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
     record.take_neutral(run, presets.flat(config))
     train, held_out = prepare.load(run)
+    prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     config = fit.settled(config, rundir.read_json(run.record)["found"])
     watcher.begin("loading the model", 1, "model")
     dtype = rundir.read_json(run.record)["found"]["model.dtype"]
@@ -89,7 +94,10 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
-    return Job(config, resolved.config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer)
+    return Job(
+        config, resolved.config, run, watcher, stop, started, train, held_out, prompts, tokenizer, folder, loaded,
+        scorer,
+    )  # fmt: skip
 
 
 def cache_folder(config: RunConfig) -> Path:

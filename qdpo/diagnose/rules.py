@@ -1,0 +1,162 @@
+"""What is wrong with a run, in plain words: rules over its records, each with threshold, evidence and advice.
+
+No torch and no other room of qdpo: the settings name these rules, the loop stops on them, the report repeats them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qdpo.diagnose import signs
+from qdpo.diagnose.course import Course, Record, Terms
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that holds."""
+
+    rule: str
+    evidence: str
+    """What was measured, beside its bound."""
+    advice: str
+
+    @property
+    def sentence(self) -> str:
+        """Evidence and advice, for a terminal."""
+        return f"{self.rule}: {self.evidence}. {self.advice}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to go wrong."""
+
+    threshold: str
+    """When it holds, for users."""
+    advice: str
+    holds: Callable[[Course], str | None]
+    """The evidence, if it holds."""
+    is_failure: bool = False
+    """The run did not do what it was for."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A rule that held at some time of the run."""
+
+    finding: Finding
+    first_step: int
+    lasting: bool
+    """Whether it still holds at the end of the records."""
+
+
+def findings(course: Course) -> list[Finding]:
+    """The rules that hold now, gravest first."""
+    found = ((name, rule.advice, rule.holds(course)) for name, rule in RULES.items())
+    return [Finding(name, evidence, advice) for name, advice, evidence in found if evidence]
+
+
+def diagnose(records: Sequence[Record], terms: Terms) -> list[Finding]:
+    """What is wrong at the end of these records."""
+    course = Course(terms)
+    for record in records:
+        course.add(record)
+    return findings(course)
+
+
+def follow(records: Sequence[Record], terms: Terms, looks: int = 200) -> list[Seen]:
+    """What was wrong at any time, looked at after each evaluation and about `looks` more times."""
+    course, seen = Course(terms), dict[str, Seen]()
+    every = max(1, len(records) // looks)
+    for number, record in enumerate(records, 1):
+        course.add(record)
+        if "loss" in record and number % every and number < len(records):
+            continue
+        now = {finding.rule: finding for finding in findings(course)}
+        for rule, finding in now.items():
+            first = seen[rule].first_step if rule in seen else record["step"]
+            seen[rule] = Seen(finding, first, lasting=True)
+        for rule in seen.keys() - now.keys():
+            seen[rule] = Seen(seen[rule].finding, seen[rule].first_step, lasting=False)
+    return [seen[rule] for rule in RULES if rule in seen]
+
+
+RULES = {
+    "unmoved": Rule(
+        f"every margin is exactly 0 for the first {signs.UNMOVED_STEPS} steps",
+        "The adapter learns nothing. Usual causes: a rate too small to change a weight (train.learning_rate), "
+        "adapter.targets that no answer passes through, or a layer without a backward pass.",
+        signs.unmoved,
+        is_failure=True,
+    ),
+    "reversed": Rule(
+        "accuracy is three standard errors below its start",
+        "Labels are swapped in one of the two sets, or the columns are (data.columns.chosen, data.columns.rejected).",
+        signs.swapped,
+        is_failure=True,
+    ),
+    "stuck": Rule(
+        "half of the run is over, and held-out accuracy is within two standard errors of its start",
+        "The rate is too low, the run too short, or the labels are noise: read twenty pairs and say which answer you "
+        "would choose.",
+        signs.stuck,
+        is_failure=True,
+    ),
+    "overfit": Rule(
+        "held-out loss rises by a quarter of what it had fallen while training loss falls, or held-out accuracy is "
+        "that of chance where training accuracy is 90 %",
+        "The run memorises its pairs: take fewer epochs, a lower rate, a larger beta, or more pairs.",
+        signs.overfit,
+    ),
+    "saturated": Rule(
+        f"accuracy reaches {signs.SATURATED:.0%} in the first {signs.EARLY_SHARE:.0%} of the run, or all held-out "
+        "pairs are right at a tenth of the first loss",
+        "Something trivial tells the answers apart (a marker, a style, the length), held-out pairs are among the "
+        "training pairs, or the rate is too high or beta too small.",
+        signs.saturated,
+    ),
+    "displacement": Rule(
+        f"chosen answers lose {signs.DISPLACED:g} nats a token",
+        "The model is leaving the text you asked for: lower the rate, raise beta, or add a term that holds chosen "
+        "answers (loss.name=sigmoid+sft, dpop). `qdpo metrics displacement` says more.",
+        signs.displacement,
+    ),
+    "runaway": Rule(
+        f"margin / beta passes {signs.RUNAWAY:g} nats a token",
+        "Margins this wide cost the quality of the text: lower the rate, raise beta, or take fewer steps.",
+        signs.runaway,
+    ),
+    "weak_beta": Rule(
+        f"half of the run is over, {signs.SORTED:.0%} of the pairs are ordered, and their margin is below "
+        f"{signs.WEAK_MARGIN:g}",
+        "The loss goes on pulling pairs that are long in order, so nothing but the number of steps bounds the drift: "
+        "raise beta.",
+        signs.weak_beta,
+    ),
+    "drift": Rule(
+        f"kl passes {signs.DRIFTED:g} nats a token",
+        "The policy has left its reference: lower the rate, or raise beta.",
+        signs.drift,
+    ),
+    "repetition": Rule(
+        f"sampled answers repeat {signs.REPEATING:.0%} of themselves, and {signs.REPEATING_MORE:.0%} more than before",
+        "The adapter has damaged the model: lower the rate or stop earlier, and read the samples.",
+        signs.repetition,
+    ),
+    "length": Rule(
+        f"sampled answers grow to {signs.LONGER:g} times, or shrink to {signs.SHORTER:g} times, beyond what chosen "
+        "answers are",
+        "The preference may be one for length: balance it in the data, or see loss.length_normalized and "
+        "loss.ld_alpha.",
+        signs.length,
+    ),
+    "spikes": Rule(
+        f"{signs.SPIKES} of {signs.SPIKE_STEPS} gradients are {signs.SPIKE:g} times those before, or one "
+        f"{signs.SPIKE**2:g} times",
+        "Lower the rate or lengthen the warm-up (train.warmup_steps); look for broken rows.",
+        signs.spikes,
+    ),
+    "overflow": Rule(
+        "more than 5 of 20 updates are skipped",
+        "Compute in bf16 or fp32 (model.dtype), or lower the rate.",
+        signs.overflow,
+    ),
+}

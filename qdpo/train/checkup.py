@@ -1,0 +1,69 @@
+"""What is looked at between steps: held-out pairs and sampled answers, into their files and the run's metrics."""
+
+import json
+from typing import Any
+
+from qdpo import rundir
+from qdpo.data.pack import pack_rows
+from qdpo.train.alarm import Alarm
+from qdpo.train.evaluate import Evaluation, evaluate
+from qdpo.train.meters import Metrics
+from qdpo.train.samples import Samples
+from qdpo.train.saving import Saver
+from qdpo.train.start import Job
+
+
+class Checkup:
+    """Evaluates a run whose records up to step `keep_through` are kept."""
+
+    def __init__(self, job: Job, metrics: Metrics, alarm: Alarm, saver: Saver, *, steps: int, keep_through: int):
+        self._job, self._metrics, self._alarm, self._saver, self._steps = job, metrics, alarm, saver, steps
+        self._samples = Samples(
+            job.run.samples, job.loaded.policy, job.tokenizer, job.prompts, job.config.samples, job.watcher,
+            keep_through=keep_through,
+        )  # fmt: skip
+        self._pairs = _kept(rundir.read_lines(job.run.eval_pairs), keep_through)
+
+    def take(self, step: int) -> Evaluation:
+        """Scores the held-out pairs and completes the prompts. A full disk delays the files until `insist`."""
+        job = self._job
+        job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
+        rows = pack_rows(job.held_out, job.scorer.tokens_per_row)
+        evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
+        job.watcher.finish()
+        self._pairs = _with(self._pairs, evaluation, step)
+        values = dict(evaluation.values)
+        if job.config.samples.every_eval or step in (0, self._steps):
+            values |= self._samples.take(step)
+        line = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
+        if step not in self._metrics.evaluated:
+            self._metrics.write(line)
+            self._alarm.hear(line)
+        job.watcher.step(line)
+        self._saver.attempt(self._write)
+        return evaluation
+
+    def insist(self) -> dict[str, Any] | None:
+        """Writes the files for good; the summary of the samples."""
+        self._saver.insist(self._write)
+        return self._samples.summary()
+
+    def _write(self) -> None:
+        self._samples.write()
+        rundir.write_text(self._job.run.eval_pairs, "".join(json.dumps(line) + "\n" for line in self._pairs))
+
+
+def _with(lines: list[dict[str, Any]], evaluation: Evaluation, step: int) -> list[dict[str, Any]]:
+    """The lines of eval_pairs.jsonl with what this evaluation found."""
+    known = {line["row"]: line for line in lines}
+    found = []
+    for row, (chosen, rejected), margin in zip(evaluation.rows, evaluation.logps, evaluation.margins, strict=True):
+        now = {"step": step, "logps/chosen": chosen, "logps/rejected": rejected, "margin": margin}
+        found.append({"row": row, **known.get(row, {}), "before" if step == 0 else "after": now})
+    return sorted(found, key=lambda line: int(line["row"]))
+
+
+def _kept(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    if step < 0:
+        return []
+    return [{name: part for name, part in line.items() if name != "after" or part["step"] <= step} for line in lines]
