@@ -56,6 +56,7 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     if given:
         tokenizer = base.load_tokenizer(place.folder)
         source, pairs = prepare.read_pairs(config.data, tokenizer, watcher)
+        prepare.check_ids(pairs, base.model_config(place.folder).get_text_config().vocab_size, tokenizer)
     else:
         source, pairs = "the run's held-out pairs", prepare.load(run)[1]
     watcher.begin("loading the model", 1, "model")
