@@ -303,8 +303,10 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
         raise RowProblem("prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would go on")
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
         if not turn["content"].strip() and "tool_calls" not in turn:
-            if side == "chosen" or not keep_empty_rejected:
-                raise RowProblem("empty_response", f"{side} is empty")
+            if side == "chosen":
+                raise RowProblem("empty_response", "chosen is empty")
+            if not keep_empty_rejected:
+                raise RowProblem("empty_response", "rejected is empty (data.keep_empty_rejected=true keeps such pairs)")
     if same_turn(chosen, rejected):
         if chosen["content"] == rejected["content"]:
             raise RowProblem(

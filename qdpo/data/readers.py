@@ -67,6 +67,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = b"PK\x03\x04"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 CHUNK_BYTES = 2**20
+SHOWN_BEFORE = 25
+"""Characters before a damaged place that a message shows."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -85,22 +87,24 @@ def _open(reading: Reading) -> Iterator[IO[bytes]]:
             raise DataError(f"{reading.path} is damaged gzip ({error}). Download or pack it again.") from None
 
 
-def _refuse_binary(path: Path, start: bytes) -> None:
-    if start.startswith(UTF16_MARKS):
+def _refuse_binary(path: Path, data: bytes, before: int) -> None:
+    """Raises: DataError where `data` is no text; it stands behind the first `before` bytes of the file."""
+    if not before and data.startswith(UTF16_MARKS):
         raise DataError(f"{path} is UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
-    if b"\0" in start:
+    if b"\0" in data:
         raise DataError(
-            f"{path} holds a NUL byte (byte {start.index(0) + 1}): it is not text. Is its ending right, and was it "
-            "written to the end?"
+            f"{path} holds a NUL byte (byte {before + data.index(0) + 1} of the file): it is not text. Is its ending "
+            "right, and was it written to the end?"
         )
 
 
 def _lines(reading: Reading) -> Iterator[tuple[int, str | BadLine]]:
     """Numbered lines as text. Only a line feed ends one: JSON may hold U+2028, at which `splitlines` would cut."""
     with _open(reading) as file:
+        done = 0
         for number, line in enumerate(file, 1):
-            if number == 1 or b"\0" in line:
-                _refuse_binary(reading.path, line)
+            _refuse_binary(reading.path, line, done)
+            done += len(line)
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -219,7 +223,7 @@ class _Window:
             return value
 
     def error(self, problem: str) -> DataError:
-        shown = self._text[max(0, self._place - 25) : self._place + 50]
+        shown = self._text[max(0, self._place - SHOWN_BEFORE) : self._place + 50]
         return DataError(
             f"{self.path}, line {self.line} is not JSON ({problem}): {shown!r}. Mend it there; the file must be one "
             "object a line, or one array of objects."
@@ -231,7 +235,9 @@ class _Window:
 
     def _read(self) -> bool:
         more = next(self._chunks, "")
-        self._text, self._place = self._text[self._place :] + more, 0
+        if more:
+            seen = max(0, self._place - SHOWN_BEFORE)
+            self._text, self._place = self._text[seen:] + more, self._place - seen
         return bool(more)
 
 
@@ -239,7 +245,7 @@ def _chunks(reading: Reading) -> Generator[str, None, None]:
     decoder, done = codecs.getincrementaldecoder("utf-8-sig")(), 0
     with _open(reading) as file:
         while data := file.read(CHUNK_BYTES):
-            _refuse_binary(reading.path, data if done == 0 or b"\0" in data else b"")
+            _refuse_binary(reading.path, data, done)
             try:
                 text = decoder.decode(data)
             except UnicodeDecodeError as error:
@@ -334,6 +340,7 @@ def _in_thousands(batches: Iterator[Any]) -> Iterator[Any]:
 def _table_rows(batches: Iterator[Any], count: int | None, reading: Reading) -> Iterator[Numbered]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # pyarrow reads where the offsets of a damaged file point to, and crashes
         for row in batch.to_pylist():
             number += 1
             yield number, row

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 THOUGHT = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
 PLACE = "\uf8ff"  # stands for an answer: a character of the private use area, which no template looks at
 HIDDEN_FROM = 0xE000
+SYSTEM_FOLDED = ("system_folded", "the template takes no system message: it was put before the first question")
+SYSTEM_LEFT_OUT = ("system_left_out", "the template takes no system message: it was left out")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ class Renderer:
 
     def _chat(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
         hidden, (turns, answers) = self._hide(turns, list(pair.answers()), mended=mended)
-        turns, prompt = self._prompt(turns, pair.tools)
+        given = turns
+        turns, prompt = self._prompt(given, pair.tools)
+        if len(turns) < len(given):
+            mended.append(SYSTEM_LEFT_OUT if turns[0] == given[1] else SYSTEM_FOLDED)
         self._note_thoughts(turns, prompt)
         (before, chosen), (other, rejected) = (self._response(prompt, turns, answer, pair.tools) for answer in answers)
         if before == other:
@@ -242,8 +247,9 @@ class Renderer:
         try:
             return str(self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
         except (TemplateError, TypeError, ValueError) as error:  # a template meets fields it did not expect
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise RowProblem("template_refuses", f"{error} (turns: {roles})") from None
+            roles = [turn["role"] for turn in turns]
+            offer = "; data.merge_same_role=true joins turns of one role" * any(map(str.__eq__, roles, roles[1:]))
+            raise RowProblem("template_refuses", f"{error} (turns: {', '.join(roles)}{offer})") from None
 
     def _rerendered(self, prompt: str, full: str) -> RowProblem:
         return RowProblem(

@@ -11,7 +11,7 @@ from qdpo.data import check, pair, source, split, templates, tokens
 from qdpo.data.layout import Layout
 from qdpo.data.render import Renderer
 from qdpo.data.source import Source
-from qdpo.data.store import PairStore
+from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.tokens import Limits, Prepared, RowNote
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
@@ -105,6 +105,19 @@ def read_pairs(config: DataConfig, tokenizer: Any, watcher: Watcher) -> tuple[st
     if not len(found.prepared.pairs):
         raise tokens.nothing_usable(found.prepared)
     return found.name, found.prepared.pairs
+
+
+def check_ids(pairs: Sequence[TokenPair], vocab_size: int, tokenizer: Any) -> None:
+    """Raises: DataError where a pair holds an id for which the model has no embedding."""
+    for found in pairs:
+        top = max(int(ids.max()) for ids in (found.prompt, found.chosen, found.rejected))
+        if top >= vocab_size:
+            raise DataError(
+                f"Row {found.row} holds the token {tokenizer.convert_ids_to_tokens(top)!r} with the id {top}, but the "
+                f"model has embeddings for the ids below {vocab_size} only: the token was added to the tokenizer and "
+                "never to the model. Put the model's own tokenizer into its folder, or choose a data.template that "
+                "does without the token."
+            )
 
 
 def limits_of(config: DataConfig) -> Limits:

@@ -97,7 +97,9 @@ def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
     )
     if given:
-        source, pairs = prepare.read_pairs(config.data, base.load_tokenizer(place.folder), watcher)
+        tokenizer = base.load_tokenizer(place.folder)
+        source, pairs = prepare.read_pairs(config.data, tokenizer, watcher)
+        prepare.check_ids(pairs, base.model_config(place.folder).get_text_config().vocab_size, tokenizer)
     else:
         source, pairs = "the run's held-out pairs", prepare.load(run)[1]
     return Chosen(run, config, kept, place, source, pairs)

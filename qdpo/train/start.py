@@ -181,6 +181,8 @@ def _first_start(
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
+    shape = base.model_config(folder.folder)
+    prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
@@ -191,7 +193,7 @@ def _first_start(
     }
     found |= fit.choose_memory(
         config,
-        base.model_config(folder.folder),
+        shape,
         pairs,
         device=device,
         dtype=dtype,
