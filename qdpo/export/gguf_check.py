@@ -11,8 +11,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import VerificationError
 from qdpo.export.checkpoint_names import weight_files, weights
-from qdpo.export.families import Array, Family, Names, row_order
+from qdpo.export.families import FAMILIES, Array, Family, Names, context_length, row_order
 from qdpo.export.vocabulary import PROBES
+from qdpo.model.base import model_config
 
 Q = gguf.GGMLQuantizationType
 # Half a unit in the last place of a mantissa of 10 or 7 bits; below 2^-14, float16 has fixed steps of 2^-24.
@@ -20,8 +21,8 @@ ROUNDING = {Q.F32: 0.0, Q.F16: 2.0**-11, Q.BF16: 2.0**-8}
 FLOAT16_STEP = 2.0**-24
 # Of a block's largest number: half a step of 127, and the rounding of the block's scale to float16.
 Q8_ROUNDING = 0.5 / 127 + 2.0**-10
-# Mean KL in nats, ten times or more what was seen: SmolLM2 with an adapter merged in float32 gives 4.4e-4 as bf16 (0
-# where the merged model is bf16 itself) and 1.2e-3 as q8_0.
+# Mean KL in nats, ten times or more what was seen: SmolLM2 with an adapter merged in float32 gives 4.4e-4 as bf16 (and
+# 0 where the merged model is bf16 itself) and 1.2e-3 as q8_0.
 MAX_KL = {"f32": 1e-6, "bf16": 1e-2, "f16": 1e-3, "q8_0": 5e-2}
 MAX_LOGIT = 1e-3
 
@@ -72,7 +73,10 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
     the type's rounding explains.
     """
     disable_progress_bar()
-    ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids])
+    config = model_config(merged)
+    # Beyond a window that GGUF cannot express the two models differ; the file's context ends there.
+    length = context_length(FAMILIES[config.model_type], config)
+    ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids[:length]])
     theirs, ours = _logits(_read_gguf(path, merged), ids), _logits(_read_folder(merged), ids)
     p, q = log_softmax(ours, -1), log_softmax(theirs, -1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())

@@ -10,7 +10,7 @@ from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.turns import turn_text
 
-# What vLLM 0.11 and later take for --max-lora-rank (vllm/config/lora.py).
+# What vLLM takes for --max-lora-rank (vllm/config/lora.py); as read, vLLM itself was never run here.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 

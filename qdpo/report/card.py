@@ -104,7 +104,7 @@ training: {settings["model.quantization"]}. {reference}
 
 ## Use
 ```python
-{_usage(names["base"], repo, is_merged)}
+{_usage(names["base"] if base["commit"] else None, repo, is_merged)}
 ```
 Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
@@ -135,8 +135,8 @@ def _versions(environment: dict[str, Any]) -> str:
     return f"Python {environment['python']}, {packages}; trained on {environment['device']}"
 
 
-def _usage(base: str, repo: str | None, is_merged: bool) -> str:
-    """Python that loads what the card describes."""
+def _usage(base: str | None, repo: str | None, is_merged: bool) -> str:
+    """Python that loads what the card describes; `base` is None unless the hub has it."""
     if is_merged:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
@@ -144,7 +144,7 @@ def _usage(base: str, repo: str | None, is_merged: bool) -> str:
         )
     return (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base or 'path/to/its/base'!r})\n"
         f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r})"
     )
 
