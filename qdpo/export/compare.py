@@ -14,6 +14,9 @@ from qdpo.config import LossConfig
 from qdpo.train.loss import rewards
 from qdpo.train.pairs import sum_pairs
 
+# Nats between two tokens that 16-bit inference cannot tell apart: a bf16 logit between 4 and 8 has steps of 0.03.
+TIE = 0.02
+
 
 @dataclass(frozen=True)
 class Side:
@@ -29,6 +32,7 @@ class Side:
 class Distance:
     """Means over response tokens. `kl`: of the merged model's distribution from the trained one's, in nats.
 
+    `top1`: how often the merged model's most likely token is the trained one's, or within `TIE` of being that.
     `share` is how much of the adapter's effect the merged model has: the regression of (merged − base) on (trained −
     base) over the log-probs of response tokens, 1 for the trained model and 0 for the base with its adapter off;
     `share_error` is its standard error.
@@ -50,7 +54,8 @@ class Tally:
 
     def add(self, trained_RV: Tensor, merged_RV: Tensor, label_R: Tensor) -> None:
         """Takes the two models' logits of the same tokens; overwrites both."""
-        self.hits += int((trained_RV.argmax(-1) == merged_RV.argmax(-1)).sum())
+        top_R1 = merged_RV.argmax(-1, keepdim=True)
+        self.hits += int((trained_RV.gather(1, top_R1)[:, 0] >= trained_RV.amax(-1) - TIE).sum())
         trained_RV -= trained_RV.logsumexp(-1, keepdim=True)
         merged_RV -= merged_RV.logsumexp(-1, keepdim=True)
         self.logps.append(merged_RV.gather(1, label_R[:, None])[:, 0].cpu())

@@ -66,8 +66,8 @@ def check_again(run: RunDir, folder: Path, options: Options, watcher: Watcher) -
 def _insist(found: Verification, then: str) -> None:
     if found.fault is not None:
         raise VerificationError(
-            f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} `--compare` shows both bases; "
-            "please report this with the run's environment.json."
+            f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} `--dtype fp32` "
+            "rounds nothing; if that is no better, please report this with the run's environment.json."
         )
 
 
