@@ -76,8 +76,8 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = "import qdpo, sys; from qdpo.data.source import open_source; from qdpo import presets\n"
-    script += "rows = open_source('bundled:demo-train.jsonl', shipped=presets.shipped_folder()).rows\n"
-    script += "print(qdpo.__file__, len(rows), *presets.preset_names())"
+    script += "rows = open_source('bundled:demo-train.jsonl', shipped=presets.shipped_folder()).rows.look_over()\n"
+    script += "print(qdpo.__file__, rows.count, *presets.preset_names())"
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, check=True,
@@ -92,7 +92,7 @@ def test_packed_and_lean_equals_separate_and_plain_on_the_demo_model(monkeypatch
         str(config.model.path), revision=None, cache_dir=cache_folder(config), announce=lambda line: None
     )
     tokenizer = load_tokenizer(base.folder)
-    pairs = prepare.read_pairs(config.data, tokenizer, say=lambda line: None)[1][:8]
+    pairs = prepare.read_pairs(config.data, tokenizer, Quiet())[1][:8]
     found = {}
     for lean in (True, False):
         if not lean:

@@ -32,13 +32,15 @@ class Side:
 class Distance:
     """Means over response tokens. `kl`: of the merged model's distribution from the trained one's, in nats.
 
-    `top1`: how often the merged model's most likely token is the trained one's, or within `TIE` of being that.
+    `top1_exact`: how often the merged model's most likely token is the trained one's; `top1` also counts those that are
+    within `TIE` of being that.
     `share` is how much of the adapter's effect the merged model has: the regression of (merged − base) on (trained −
     base) over the log-probs of response tokens, 1 for the trained model and 0 for the base with its adapter off;
     `share_error` is its standard error.
     """
 
     kl: float
+    top1_exact: float
     top1: float
     share: float
     share_error: float
@@ -50,11 +52,13 @@ class Tally:
 
     logps: list[Tensor]
     kl: float = 0.0
+    exact: int = 0
     hits: int = 0
 
     def add(self, trained_RV: Tensor, merged_RV: Tensor, label_R: Tensor) -> None:
         """Takes the two models' logits of the same tokens; overwrites both."""
         top_R1 = merged_RV.argmax(-1, keepdim=True)
+        self.exact += int((trained_RV.argmax(-1) == top_R1[:, 0]).sum())
         self.hits += int((trained_RV.gather(1, top_R1)[:, 0] >= trained_RV.amax(-1) - TIE).sum())
         trained_RV -= trained_RV.logsumexp(-1, keepdim=True)
         merged_RV -= merged_RV.logsumexp(-1, keepdim=True)
@@ -69,12 +73,13 @@ def distance(tally: Tally, base_N: Tensor, trained_N: Tensor) -> Distance:
     """
     merged_N = torch.cat(tally.logps).double()
     effect_N, found_N = trained_N.double() - base_N.double(), merged_N - base_N.double()
-    square = float(effect_N @ effect_N)
+    square, count = float(effect_N @ effect_N), len(merged_N)
+    means = tally.kl / count, tally.exact / count, tally.hits / count
     if square == 0:
-        return Distance(tally.kl / len(merged_N), tally.hits / len(merged_N), math.nan, math.nan)
+        return Distance(*means, math.nan, math.nan)
     share = float(effect_N @ found_N) / square
     error = float(((found_N - share * effect_N) * effect_N).norm()) / square
-    return Distance(tally.kl / len(merged_N), tally.hits / len(merged_N), share, error)
+    return Distance(*means, share, error)
 
 
 def side(logp_N: Tensor, reference_N: Tensor | None, lengths: Sequence[int], loss: LossConfig) -> Side:

@@ -94,7 +94,8 @@ def _module(name: str, folder: Path) -> str:
         if name.startswith(PREFIX) and name.endswith(suffix):
             return name.removeprefix(PREFIX).removesuffix(suffix)
     raise ConfigError(
-        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only such can be exported."
+        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only such can be merged or "
+        "exported."
     )
 
 

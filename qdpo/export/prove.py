@@ -9,7 +9,7 @@ from pathlib import Path
 from qdpo import rundir
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import verify
-from qdpo.export.compare import Side
+from qdpo.export.compare import TIE, Side
 from qdpo.export.merge import Base, MergeReport, merge_run
 from qdpo.export.verify import PAIRS, Trained, Verification
 from qdpo.model.base import DTYPES
@@ -96,7 +96,8 @@ def table(found: list[Verification]) -> list[str]:
     ]
     rows = [
         ("KL from trained, nats a token", "", *(f"{one.kl:.5f}" for one in distances)),
-        ("same most likely token", "", *(f"{one.top1:.2%}" for one in distances)),
+        ("same most likely token", "", *(f"{one.top1_exact:.2%}" for one in distances)),
+        (f"the same, or a tie within {TIE} nats", "", *(f"{one.top1:.2%}" for one in distances)),
         ("adapter's effect", "100%", *(f"{one.share:.1%} ± {one.share_error:.1%}" for one in distances)),
         *((label, *(f"{value(one):.4f}" for one in sides)) for label, value in of_sides),
     ]

@@ -14,7 +14,7 @@ from qdpo.errors import DataError
 from qdpo.measure import lengths
 from qdpo.measure.lengths import Known
 from qdpo.train.prepare import prepare_data, read_pairs
-from tests.conftest import NOUNS, tiny_rows, tiny_tokenizer, write_jsonl
+from tests.conftest import NOUNS, Quiet, tiny_rows, tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def config_of(model: Path, rows: list[dict[str, Any]], tmp_path: Path, **changes
 def both(model: Path, rows: list[dict[str, Any]], tmp_path: Path, **changes: str) -> tuple[Known, list[TokenPair]]:
     """What the plan samples, and the pairs that a run would prepare."""
     config = config_of(model, rows, tmp_path, **changes)
-    _name, pairs = read_pairs(config.data, tiny_tokenizer(), say=lambda _line: None)
+    _name, pairs = read_pairs(config.data, tiny_tokenizer(), Quiet())
     return lengths.sampled(config, model / "tokenizer.json"), pairs
 
 
@@ -122,7 +122,7 @@ def test_cuts_and_drops_are_those_of_the_length_rule(model: Path, tmp_path: Path
     "changes",
     [
         {}, {"data__eval_limit": "7"}, {"data__eval_fraction": "0.2"}, {"data__limit": "60"},
-        {"data__max_tokens": "100", "data__limit": "170"},
+        {"data__max_tokens": "100", "data__limit": "170", "data__max_drop_fraction": "1"},
     ],
     ids=str,
 )  # fmt: skip
@@ -134,7 +134,7 @@ def test_the_number_of_training_pairs_is_that_of_the_split(
     for row in rows[::5]:
         row["rejected"] = "\x01" * 300
     config = config_of(model, rows, tmp_path, **changes)
-    run = prepare_data(config.data, tiny_tokenizer(), seed=0, say=lambda _line: None)
+    run = prepare_data(config.data, tiny_tokenizer(), seed=0, watcher=Quiet())
     known = lengths.sampled(config, model / "tokenizer.json")
     assert known.pairs == len(run.train)
 
