@@ -23,8 +23,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NOUNS = "river stone cloud garden letter window market engine forest candle bridge teacher".split()
-# Two threads for each test process on two cores: spinning threads of another process can stall a matrix product.
-torch.set_num_threads(2)
+# Threads that spin beside those of another process can stall a matrix product: one each where the tests are shared out.
+IS_SHARED_OUT = "PYTEST_XDIST_WORKER" in os.environ
+if IS_SHARED_OUT:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1 if IS_SHARED_OUT else 2)
 
 
 class Quiet:
