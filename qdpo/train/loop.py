@@ -73,6 +73,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
             before, after, state = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
         return _finish(job, plan, before, after, state)
     finally:
+        job.tracker.close()
         job.scorer.cache.close()
 
 
@@ -84,7 +85,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
     )
     if newest is None:
-        metrics = Metrics(job.run.metrics, keep_through=-1)
+        metrics = Metrics(job.run.metrics, keep_through=-1, tracker=job.tracker)
         before = _evaluate(job, metrics, 0)
         _check_offset(job, before)
         record.mark_state(job.run, before=before.values)
@@ -92,7 +93,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> tuple[dict[str
         state = checkpoint.load_checkpoint(newest, trained)
         checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
         job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
-        metrics = Metrics(job.run.metrics, keep_through=state["step"])
+        metrics = Metrics(job.run.metrics, keep_through=state["step"], tracker=job.tracker)
     parameters = list(trained.policy.adapter_parameters().values())
     recovery = Recovery(
         job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
