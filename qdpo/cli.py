@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, cli_cache, cli_data, cli_measure, presets
+from qdpo import __version__, cli_cache, cli_data, cli_look, cli_measure, presets
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
 
@@ -104,6 +104,8 @@ def _left_at_once() -> Iterator[None]:
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.plan)
 app.command()(cli_measure.fit)
 app.command(context_settings={"ignore_unknown_options": True})(cli_measure.bench)
+for verb in (cli_look.compare, cli_look.chat, cli_look.sweep):
+    app.command(context_settings={"ignore_unknown_options": True})(verb)
 
 
 @app.command(name="presets")

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
 LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, "memory": 2, "timing": 3, "choice": 4}
 LAYER |= {"presets": 5, "rundir": 5, "data": 6, "model": 6, "train": 7}
 LAYER |= {"export": 8, "report": 8, "collect": 8, "measure": 8, "cli_cache": 9, "cli_measure": 9, "cli": 11}
-LAYER |= {"cli_data": 10}
+LAYER |= {"cli_data": 10, "cli_look": 10}
 IMPORTERS = {
-    "typer": {"cli", "cli_cache", "cli_data", "cli_measure"},
+    "typer": {"cli", "cli_cache", "cli_data", "cli_look", "cli_measure"},
     "datasets": {"data/hub"},
     "bitsandbytes": {"model/quant", "train/optim"},
     "peft": {"model/adapter"},

@@ -2,24 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qdpo import presets, rundir
-from qdpo.config import RunConfig
 from qdpo.data.pack import pack_rows
-from qdpo.errors import ConfigError
-from qdpo.model import adapter, base, fetch
-from qdpo.rundir import RunDir
-from qdpo.train import fit, prepare, signals
+from qdpo.model import adapter, base
+from qdpo.train import prepare, signals
 from qdpo.train.evaluate import Evaluation, evaluate
 from qdpo.train.meters import Watcher
-from qdpo.train.policy import load_policy, probe_pairs
+from qdpo.train.policy import probe_pairs
 from qdpo.train.reference import ReferenceCache
+from qdpo.train.reopen import PLACES, load_reopened, reopen
 from qdpo.train.scoring import Scorer
 from qdpo.train.start import cache_folder
-
-# Settings that may differ from the run's: which pairs, where to compute, where to keep the cache.
-MAY_CHANGE = ("data.", "model.device", "memory.", "cache.dir")
 
 
 @dataclass(frozen=True)
@@ -37,55 +30,22 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
 
     Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
     """
-    run = RunDir(folder)
-    if not run.result.is_file():
-        raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
-    kept = rundir.read_json(run.record)
-    config, given = _settings(kept["settings"], arguments)
-    if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
-        found = kept["found"]
-        names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
-        config = fit.settled(config, {name: found.get(name, value) for name, value in names.items()})
-    tokens_per_row = config.memory.tokens_per_row
-    if tokens_per_row == "auto":
-        raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
-    device = base.choose_device(config.model.device, watcher.say)
-    cache_dir = cache_folder(config)
-    revision = kept["base"]["commit"] or config.model.revision
-    place = fetch.locate_base(str(config.model.path), revision=revision, cache_dir=cache_dir, announce=watcher.say)
-    if given:
-        tokenizer = base.load_tokenizer(place.folder)
+    opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
+    run, config = opened.run, opened.config
+    if any(argument.removeprefix("--").startswith("data.") for argument in arguments):
+        tokenizer = base.load_tokenizer(opened.place.folder)
         source, pairs = prepare.read_pairs(config.data, tokenizer, watcher)
     else:
         source, pairs = "the run's held-out pairs", prepare.load(run)[1]
-    watcher.begin("loading the model", 1, "model")
-    dtype = kept["found"]["model.dtype"]
-    loaded = load_policy(
-        config, place.folder, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=watcher.say
-    )
-    watcher.finish()
-    if loaded.weights != kept["weights"]:
-        watcher.say("warning: the base's weights as loaded here are not those of the training run")
+    loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
     with signals.listen(watcher.say) as stop:
-        cache = ReferenceCache(cache_dir, loaded.reference_name, base=place.name, say=watcher.say)
-        scorer = Scorer(loaded, cache, tokens_per_row, watcher, stop, config.loss, config.train.seed)
+        cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
+        scorer = Scorer(loaded, cache, opened.tokens_per_row, watcher, stop, config.loss, config.train.seed)
         scorer.fill(pairs)
         adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")
-        rows = pack_rows(pairs, tokens_per_row)
+        rows = pack_rows(pairs, opened.tokens_per_row)
         evaluation = evaluate(loaded.policy, rows, scorer.for_loss, config.loss, watcher.advance)
         watcher.finish()
         cache.close()
     return Rescored(str(folder), source, len(pairs), evaluation)
-
-
-def _settings(kept: dict[str, Any], arguments: list[str]) -> tuple[RunConfig, bool]:
-    """The run's settings with `arguments` above them, and whether other pairs were asked for."""
-    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
-    fixed = [name for name in sorted(given) if not name.startswith(MAY_CHANGE)]
-    if fixed:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(MAY_CHANGE)} settings can."
-        )
-    config = presets.resolve_over(kept, "the run", arguments).config
-    return config, any(name.startswith("data.") for name in given)

@@ -94,7 +94,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
     tracker = Tracker(config.track.to, run, record.trajectory_settings(resolved), say)
     return Job(
-        config, resolved.config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer, tracker
+        config, resolved.config, run, watcher, stop, started, train, held_out, tokenizer, folder, loaded, scorer,
+        tracker,
     )  # fmt: skip
 
 

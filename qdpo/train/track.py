@@ -22,8 +22,8 @@ def check_package(to: str) -> None:
         metadata.distribution(to)
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            f"track.to={to} needs the package {to}, which is not installed: pip install 'qdpo[{to}]'. Or leave track.to "
-            "out: metrics.jsonl holds the same numbers."
+            f"track.to={to} needs the package {to}, which is not installed: pip install 'qdpo[{to}]'. Or leave "
+            "track.to out: metrics.jsonl holds the same numbers."
         ) from None
 
 
