@@ -27,6 +27,7 @@ NOT_TRAJECTORY = {
 # Where activations and the embedding table lie changes no number; a run may be continued with less memory.
 NEUTRAL = {"memory.kept_layers", "memory.offload", "memory.embeddings"}
 NOT_TRAJECTORY |= {"memory.limit_gib", *NEUTRAL}
+NOT_TRAJECTORY |= {"track.to"}
 NOT_TRAJECTORY |= {"data.max_drop_fraction"}  # whether to go on at all
 NOT_TRAJECTORY |= {f"samples.{field}" for field in ("count", "max_new_tokens", "repetition_penalty")}
 NOT_TRAJECTORY |= {"samples.prompts", "samples.every_eval"}
@@ -249,6 +250,11 @@ class OutputConfig(Section):
     """When the last checkpoint or the adapter cannot be written: wait for room, or stop (exit 6)."""
 
 
+class TrackConfig(Section):
+    to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where metrics go besides metrics.jsonl. Each needs its package: pip install 'qdpo[tensorboard]' and so on."""
+
+
 class CacheConfig(Section):
     dir: str | None = None
     """Reference log-probs and converted models. Default: $QDPO_CACHE, else qdpo in the user's cache folder."""
@@ -265,6 +271,7 @@ class RunConfig(Section):
     memory: MemoryConfig = MemoryConfig()
     samples: SamplesConfig = SamplesConfig()
     output: OutputConfig = OutputConfig()
+    track: TrackConfig = TrackConfig()
     cache: CacheConfig = CacheConfig()
 
 

@@ -36,6 +36,8 @@ BELONG_TO = {
     "train.steps": ("train.hours",),
     "train.hours": ("train.steps",),
 }
+# Settings whose text may hold a comma that means nothing but itself.
+FREE_TEXT = ("data.system", "data.columns.")
 # Tables of a preset file that describe it, and set nothing.
 DESCRIPTIVE = {"about", "card", "measured"}
 
@@ -160,6 +162,13 @@ def nearest(name: str, known: list[str]) -> str:
     )
 
 
+def comma_values(argument: str) -> list[str]:
+    """The argument once for each of the values that its commas part; as it is where a comma is part of the value."""
+    name, equals, value = argument.partition("=")
+    plain = name.removeprefix("--").startswith(FREE_TEXT) or "," not in value or Path(value).expanduser().exists()
+    return [argument] if plain or not equals else [f"{name}={part.strip()}" for part in value.split(",")]
+
+
 def _sort_arguments(arguments: list[str], problems: list[str]) -> tuple[str | None, list[str], dict[str, Any]]:
     presets: list[str] = []
     files: list[str] = []
@@ -173,6 +182,10 @@ def _sort_arguments(arguments: list[str], problems: list[str]) -> tuple[str | No
                 problems.append(
                     f"Cannot read {argument!r}. Settings are written key=value; a settings file ends in .toml."
                 )
+        elif len(comma_values(argument)) > 1:
+            problems.append(
+                f"{argument} has a comma. `qdpo sweep` runs each of several values in turn; one list is written with +."
+            )
         elif key == "preset":
             presets.append(value)
         elif key in overrides:

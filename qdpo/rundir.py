@@ -55,6 +55,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def tracked(self) -> Path:
+        """What was handed to a tracker (track.to)."""
+        return self.path / "track.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -30,8 +30,8 @@ from qdpo.export import reload
 from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
 from qdpo.loss_rules import needs_reference
 from qdpo.model import adapter, quant
-from qdpo.model.base import choose_device, load_base
-from qdpo.model.logps import Head, logits, response_logps
+from qdpo.model.base import load_base
+from qdpo.model.logps import Head, head_logits, response_logps
 from qdpo.rundir import RunDir
 from qdpo.train.meters import Watcher, give_back_memory
 from qdpo.train.record import file_record
@@ -97,14 +97,14 @@ class Verification:
 def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Watcher) -> Trained:
     """Scores the run's held-out pairs, or those in `data`, with the adapter on its 4-bit base; the model is freed."""
     chosen = choose(run.path, [f"data.path={data}"] if data else [], watcher)
-    config, pairs_used = chosen.config, chosen.pairs[:pairs]
+    config, pairs_used = chosen.opened.config, chosen.pairs[:pairs]
     if not pairs_used:
         raise ConfigError(f"There are no pairs to compare on (from {chosen.source}). Give some with --data PATH.")
-    device = choose_device(config.model.device, watcher.say)
+    device = chosen.opened.device
     watcher.begin("loading the trained model", 1, "model")
     model = load_base(
-        chosen.base.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
-        dtype=chosen.kept["found"]["model.dtype"], device=device, attention_name=None, announce=watcher.say,
+        chosen.opened.place.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
+        dtype=chosen.opened.kept["found"]["model.dtype"], device=device, attention_name=None, announce=watcher.say,
     )  # fmt: skip
     peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
     starts = config.adapter.start is not None and config.adapter.reference != "base"
@@ -181,7 +181,7 @@ def verify(
         for part in parts:
             merged_RV = _next_tile(stream, part.stop - part.start, trained.head.weight_VD.shape[0])
             with torch.no_grad():
-                trained_RV = logits(trained.hidden_ND[part], trained.head)
+                trained_RV = head_logits(trained.hidden_ND[part], trained.head)
             tally.add(trained_RV, merged_RV.to(trained_RV.device), trained.label_N[part])
             watcher.advance(1)
     watcher.finish()

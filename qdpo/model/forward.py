@@ -32,14 +32,17 @@ def row_scores(
 
     Only hidden states of response positions reach the head.
     """
+    hidden_ND = response_hidden(policy, token_T, position_T, source_N, spans)
+    return response_logps(hidden_ND, label_N, policy.head, tile_mib=policy.tile_mib, metrics=metrics, squares=squares)
+
+
+def response_hidden(
+    policy: Policy, token_T: Tensor, position_T: Tensor, source_N: Tensor, spans: Sequence[SpanLike]
+) -> Tensor:
+    """Hidden states (N, D) from which the row's response tokens are predicted, with the adapter as it is switched."""
     if policy.shared:
-        hidden_TD = _shared_hidden(policy, token_T, position_T, spans)
-    else:
-        hidden_TD = _separate_hidden(policy, token_T, spans)
-        source_N = _separate_sources(spans, token_T.device)
-    return response_logps(
-        hidden_TD[source_N], label_N, policy.head, tile_mib=policy.tile_mib, metrics=metrics, squares=squares
-    )
+        return _shared_hidden(policy, token_T, position_T, spans)[source_N]
+    return _separate_hidden(policy, token_T, spans)[_separate_sources(spans, token_T.device)]
 
 
 def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:

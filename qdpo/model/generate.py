@@ -1,11 +1,11 @@
-"""Batched greedy completions, with the adapter as it is switched."""
+"""Completions, in batches or as they are written, with the adapter as it is switched."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TextStreamer
 
 from qdpo.model.adapter import Policy
 
@@ -17,21 +17,19 @@ def complete(
     *,
     max_new_tokens: int,
     repetition_penalty: float = 1.0,
+    temperature: float = 0.0,
+    seed: int = 0,
     batch: int = 25,
 ) -> list[list[int]]:
-    """The model's greedy answer to each prompt: token ids up to and including the end token.
+    """The model's answer to each prompt: token ids up to and including the end token.
 
-    Prompts are padded on the left within a batch of similar lengths.
+    Greedy at temperature 0; else drawn from `seed`, so that equal models give equal answers. Prompts are padded on the
+    left within a batch of similar lengths.
     """
-    ends = _end_tokens(policy, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-        use_cache=True,
-    )
+    ends = end_tokens(policy, tokenizer)
+    config = _settings(ends, max_new_tokens, temperature, repetition_penalty=repetition_penalty)
+    if temperature:
+        torch.manual_seed(seed)
     answers: dict[int, list[int]] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch):
@@ -50,6 +48,65 @@ def complete(
     return [answers[index] for index in range(len(prompts))]
 
 
+def stream(
+    policy: Policy,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    write: Callable[[str], None],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> None:
+    """Hands the model's answer to `write` piece by piece, as it is written, without special tokens.
+
+    An exception that `write` or a signal raises ends it, and leaves the policy usable.
+    """
+    ends = end_tokens(policy, tokenizer)
+    config = _settings(ends, max_new_tokens, temperature, top_p=top_p)
+    torch.manual_seed(seed)
+    token_BT = torch.tensor([[int(token) for token in prompt]], device=policy.device)
+    with torch.no_grad(), _contiguous_head_input(policy):
+        policy.peft.generate(
+            input_ids=token_BT,
+            attention_mask=torch.ones_like(token_BT),
+            generation_config=config,
+            streamer=_Pieces(tokenizer, write),
+        )
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Decodes tokens to text whose letters are whole."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._write(text)
+
+
+def _settings(ends: list[int], max_new_tokens: int, temperature: float, **others: float) -> GenerationConfig:
+    """Every option that a model's own generation settings could bring is set: answers compare models, not settings."""
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    if not temperature:
+        others.pop("top_p", None)
+    return GenerationConfig(
+        **{
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "repetition_penalty": 1.0,
+            "eos_token_id": ends,
+            "pad_token_id": ends[0],
+            "use_cache": True,
+            **drawn,
+            **others,
+        }
+    )
+
+
 @contextmanager
 def _contiguous_head_input(policy: Policy) -> Iterator[None]:
     """Inside, the output head gets contiguous hidden states.
@@ -65,7 +122,7 @@ def _contiguous_head_input(policy: Policy) -> Iterator[None]:
         hook.remove()
 
 
-def _end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the tokenizer's and the model's own."""
     own = policy.peft.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}

@@ -76,7 +76,7 @@ class _ResponseLogps(torch.autograd.Function):
         slope_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(label_N), rows):
             tile = slice(start, start + rows)
-            logit_RV = logits(hidden_ND[tile], head)
+            logit_RV = head_logits(hidden_ND[tile], head)
             lse_R = logit_RV.logsumexp(-1)
             label_R1 = label_N[tile, None]
             logp_N[tile] = logit_RV.gather(1, label_R1)[:, 0] - lse_R
@@ -105,8 +105,8 @@ class _ResponseLogps(torch.autograd.Function):
         return grad_ND, None, None, None, None, None
 
 
-def logits(hidden_RD: Tensor, head: Head) -> Tensor:
-    """float32 logits of a tile of rows; on CUDA the product is never rounded to the compute type."""
+def head_logits(hidden_RD: Tensor, head: Head) -> Tensor:
+    """float32 logits of one tile; on CUDA the product is never rounded to the compute type."""
     logit_RV = products.mm_fp32(hidden_RD, head.weight_VD.T)
     if head.bias_V is not None:
         logit_RV += head.bias_V.float()

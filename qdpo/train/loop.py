@@ -73,6 +73,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
             outcome = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
         return _finish(job, plan, outcome)
     finally:
+        job.tracker.close()
         job.scorer.cache.close()
 
 
@@ -172,7 +173,7 @@ def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, Any], Me
         checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
         job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
         keep_through = state["step"]
-    metrics = Metrics(job.run.metrics, keep_through=keep_through)
+    metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker)
     saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
     alarm = Alarm(
         terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say

@@ -3,26 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qdpo import presets, rundir
-from qdpo.config import RunConfig
 from qdpo.data.pack import pack_rows
 from qdpo.data.tokens import TokenPair
-from qdpo.errors import ConfigError
-from qdpo.model import adapter, base, fetch
-from qdpo.model.fetch import BaseFolder
-from qdpo.rundir import RunDir
-from qdpo.train import fit, prepare, signals
+from qdpo.model import adapter, base
+from qdpo.train import prepare, signals
 from qdpo.train.evaluate import Evaluation, evaluate
 from qdpo.train.meters import Watcher
-from qdpo.train.policy import load_policy, probe_pairs
+from qdpo.train.policy import probe_pairs
 from qdpo.train.reference import ReferenceCache
+from qdpo.train.reopen import PLACES, Reopened, load_reopened, reopen
 from qdpo.train.scoring import Scorer
 from qdpo.train.start import cache_folder
-
-# Settings that may differ from the run's: which pairs, where to compute, where to keep the cache.
-MAY_CHANGE = ("data.", "model.device", "memory.", "cache.dir")
 
 
 @dataclass(frozen=True)
@@ -37,13 +29,9 @@ class Rescored:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A finished run, and the pairs to score it on."""
+    """A finished run, and the pairs of `source` that it is measured on."""
 
-    run: RunDir
-    config: RunConfig
-    kept: dict[str, Any]
-    """run.json."""
-    base: BaseFolder
+    opened: Reopened
     source: str
     pairs: Sequence[TokenPair]
 
@@ -54,25 +42,16 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
     """
     chosen = choose(folder, arguments, watcher)
-    config, kept, pairs = chosen.config, chosen.kept, chosen.pairs
-    tokens_per_row = config.memory.tokens_per_row
-    assert isinstance(tokens_per_row, int)
-    device = base.choose_device(config.model.device, watcher.say)
-    watcher.begin("loading the model", 1, "model")
-    dtype = kept["found"]["model.dtype"]
-    loaded = load_policy(
-        config, chosen.base.folder, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=watcher.say
-    )
-    watcher.finish()
-    if loaded.weights != kept["weights"]:
-        watcher.say("warning: the base's weights as loaded here are not those of the training run")
+    opened, pairs = chosen.opened, chosen.pairs
+    run, config = opened.run, opened.config
+    loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
     with signals.listen(watcher.say) as stop:
-        cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=chosen.base.name, say=watcher.say)
-        scorer = Scorer(loaded, cache, tokens_per_row, watcher, stop, config.loss, config.train.seed)
+        cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
+        scorer = Scorer(loaded, cache, opened.tokens_per_row, watcher, stop, config.loss, config.train.seed)
         scorer.fill(pairs)
-        adapter.load_adapter_folder(loaded.policy, chosen.run.adapter)
+        adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")
-        rows = pack_rows(pairs, tokens_per_row)
+        rows = pack_rows(pairs, opened.tokens_per_row)
         evaluation = evaluate(loaded.policy, rows, scorer.for_loss, config.loss, watcher.advance)
         watcher.finish()
         cache.close()
@@ -80,38 +59,11 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
 
 
 def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
-    """The finished run in `folder`, its base, and its held-out pairs or those of data.path. Raises: ConfigError."""
-    run = RunDir(folder)
-    if not run.result.is_file():
-        raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
-    kept = rundir.read_json(run.record)
-    config, given = _settings(kept["settings"], arguments)
-    if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
-        found = kept["found"]
-        names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
-        config = fit.settled(config, {name: found.get(name, value) for name, value in names.items()})
-    if config.memory.tokens_per_row == "auto":
-        raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
-    revision = kept["base"]["commit"] or config.model.revision
-    place = fetch.locate_base(
-        str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
-    )
-    if given:
-        tokenizer = base.load_tokenizer(place.folder)
-        source, pairs = prepare.read_pairs(config.data, tokenizer, watcher)
-        prepare.check_ids(pairs, base.model_config(place.folder).get_text_config().vocab_size, tokenizer)
-    else:
-        source, pairs = "the run's held-out pairs", prepare.load(run)[1]
-    return Chosen(run, config, kept, place, source, pairs)
-
-
-def _settings(kept: dict[str, Any], arguments: list[str]) -> tuple[RunConfig, bool]:
-    """The run's settings with `arguments` above them, and whether other pairs were asked for."""
-    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
-    fixed = [name for name in sorted(given) if not name.startswith(MAY_CHANGE)]
-    if fixed:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(MAY_CHANGE)} settings can."
-        )
-    config = presets.resolve_over(kept, "the run", arguments).config
-    return config, any(name.startswith("data.") for name in given)
+    """The finished run in `folder`, and its held-out pairs or those of data.path. Raises: ConfigError, DataError."""
+    opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
+    if not any(argument.removeprefix("--").startswith("data.") for argument in arguments):
+        return Chosen(opened, "the run's held-out pairs", prepare.load(opened.run)[1])
+    tokenizer = base.load_tokenizer(opened.place.folder)
+    source, pairs = prepare.read_pairs(opened.config.data, tokenizer, watcher)
+    prepare.check_ids(pairs, base.model_config(opened.place.folder).get_text_config().vocab_size, tokenizer)
+    return Chosen(opened, source, pairs)

@@ -29,6 +29,7 @@ from qdpo.train.prompts import Prompt, held_out_prompts, prompts_of_file
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.scoring import Scorer
 from qdpo.train.signals import StopRequest
+from qdpo.train.track import Tracker, check_package
 
 PACKAGES = ("qdpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
@@ -52,6 +53,7 @@ class Job:
     base: BaseFolder
     loaded: Loaded
     scorer: Scorer
+    tracker: Tracker
 
     @property
     def found(self) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if run.record.exists():
         record.check_unchanged(run, resolved)
         say(f"continuing {run.path}")
+    check_package(config.track.to)
     if config.adapter.start is not None:
         adapter.check_adapter_folder(Path(config.adapter.start))
     device = base.choose_device(config.model.device, say)
@@ -94,9 +97,10 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
+    tracker = Tracker(config.track.to, run, record.trajectory_settings(resolved), say)
     return Job(
         config, resolved.config, run, watcher, stop, started, train, held_out, prompts, tokenizer, folder, loaded,
-        scorer,
+        scorer, tracker,
     )  # fmt: skip
 
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from qdpo.config import RunConfig
-from qdpo.data import pair, tokens
+from qdpo.data.files import Place
+from qdpo.data.pair import detect_layout
+from qdpo.data.render import Renderer
+from qdpo.data.tokens import Limits, Preparation
 from qdpo.model.base import load_tokenizer
 from qdpo.model.generate import complete
 from qdpo.train.policy import load_policy, probe_pairs
@@ -17,10 +20,9 @@ from tests.conftest import tiny_rows
 def loaded(tiny_base: Path) -> tuple:
     tokenizer = load_tokenizer(tiny_base)
     rows = tiny_rows(9)
-    pairs = tokens.prepare(
-        rows, pair.detect_layout(rows, {}, "rows"), tokenizer,
-        max_tokens=256, max_prompt_tokens=256, template="auto", system=None, limit=None,
-    ).pairs  # fmt: skip
+    work = Preparation(tokenizer, Limits(256, 256), Renderer(tokenizer))
+    work.add([(Place("rows", n), row) for n, row in enumerate(rows, 1)], detect_layout(rows, {}, "rows"))
+    pairs = work.finish().pairs
     config = RunConfig.model_validate({"model": {"quantization": "none"}})
     policy = load_policy(
         config,

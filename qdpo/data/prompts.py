@@ -1,0 +1,84 @@
+"""Prompts without answers: read from a file, and rendered and tokenised exactly as those of training rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo.config import DataConfig
+from qdpo.data.encode import Encoder
+from qdpo.data.files import FileRows, data_files, missing_file
+from qdpo.data.pair import Message, Pair, Rejection
+from qdpo.data.readers import BadLine
+from qdpo.data.render import Renderer
+from qdpo.data.turns import RowProblem, read_text, read_turns
+from qdpo.errors import DataError
+
+TEXT_FILES = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The turns before an answer; one user turn with the text as it was where `is_chat` is False."""
+
+    turns: list[Message]
+    is_chat: bool
+    origin: str
+    """File and line, for messages."""
+
+
+def read_prompts(path: Path, asked_by: str = "--prompts") -> list[Prompt]:
+    """The prompts of a file: each line of a text that is not blank, or column `prompt` or `messages` of a data file.
+
+    `asked_by` names the setting in messages. Raises: DataError naming the line of a prompt that cannot be used.
+    """
+    if not path.is_file():
+        raise missing_file(path, asked_by)
+    if path.suffix in TEXT_FILES:
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        found = [Prompt(_question(line), False, f"{path} line {number}") for number, line in lines if line.strip()]
+    else:
+        rows = FileRows(data_files(path)).located()
+        found = [_prompt(row, f"{place.file} line {place.line}") for place, row in rows]
+    if not found:
+        raise DataError(f"{path} holds no prompts. Give one a line (.txt), or a column `prompt` (.jsonl).")
+    return found
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig) -> list[list[int]]:
+    """Ids of each prompt, by the same code and settings (template, system message) that prepare training rows.
+
+    Raises: DataError naming a prompt that the chat template refuses.
+    """
+    renderer = Renderer(tokenizer, config.template, config.system, config.refused_system, config.merge_same_role)
+    rendered = []
+    for prompt in prompts:
+        # A pair needs two answers, and what comes before them does not depend on them.
+        text = renderer.render(Pair(prompt.turns, "Yes.", "No.", 1, prompt.is_chat))
+        if isinstance(text, Rejection):
+            raise DataError(f"The prompt in {prompt.origin} cannot be used ({text.reason}): {text.detail}.")
+        rendered.append(text)
+    encoded = list(Encoder(tokenizer, config.template).encode(rendered))
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if ids is None:
+            raise DataError(f"The prompt in {prompt.origin} spells out a special token, which this tokenizer cannot.")
+    return [ids[0] for ids in encoded if ids is not None]
+
+
+def _prompt(row: Any, origin: str) -> Prompt:
+    if isinstance(row, BadLine):
+        raise DataError(f"{origin} cannot be read: {row.detail}.")
+    cell = row.get("prompt", row.get("messages"))
+    try:
+        if isinstance(cell, str):
+            return Prompt(_question(read_text(cell, "prompt")), False, origin)
+        turns = read_turns(cell, "prompt")
+    except RowProblem as problem:
+        raise DataError(f"{origin}: {problem.detail}. Give `prompt` as text or as a list of messages.") from None
+    if turns[-1]["role"] == "assistant":
+        raise DataError(f"{origin}: the prompt ends with an answer. Its last turn must be the user's.")
+    return Prompt(turns, True, origin)
+
+
+def _question(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,127 @@
+"""`qdpo chat`: one message, two answers, written as they come; commands begin with a slash."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from qdpo.config import DataConfig
+from qdpo.data.pair import Message
+from qdpo.data.prompts import Prompt, encode_prompts
+from qdpo.errors import DataError
+from qdpo.model.adapter import Policy
+from qdpo.model.generate import stream
+
+SIDES = ("base", "tuned")
+HELP = (
+    "/both, /base, /tuned: who answers · /reset: forget the conversation · /system TEXT: set the system message "
+    "(and reset) · /quit. Ctrl-C stops an answer, twice leaves."
+)
+
+
+@dataclass
+class Chat:
+    """Two conversations with one policy: with its adapter off, and on. Each keeps what it has said itself."""
+
+    policy: Policy
+    tokenizer: Any
+    data: DataConfig
+    drawing: dict[str, Any]
+    """How answers are drawn: what `stream` takes besides the seed."""
+    seed: int
+    asked: tuple[str, ...] = SIDES
+    """Who answers."""
+    system: str | None = None
+    said: dict[str, list[Message]] = field(default_factory=lambda: {side: [] for side in SIDES})
+    turns: int = 0
+
+    def command(self, line: str) -> str | None:
+        """Carries out a slash command; returns what to tell the user, or None for /quit."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return None
+        if name in ("/base", "/tuned", "/both"):
+            self.asked = SIDES if name == "/both" else (name[1:],)
+            return f"{' and '.join(self.asked)} answer{'' if name == '/both' else 's'}"
+        if name in ("/reset", "/system"):
+            if name == "/system":
+                self.system = rest.strip() or None
+            self.said = {side: [] for side in SIDES}
+            return "new conversation" + (f", system message: {self.system}" if self.system else "")
+        return HELP if name == "/help" else f"there is no {name}. {HELP}"
+
+    def answer(self, side: str, question: str, write: Callable[[str], None]) -> None:
+        """One side's answer, piece by piece; it stays in the conversation, also where it was interrupted.
+
+        Raises: DataError if the chat template refuses the conversation, which is then as before.
+        """
+        turns = [*self.said[side], {"role": "user", "content": question}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = Prompt([*system, *turns], bool(self.tokenizer.chat_template), "the conversation")
+        (ids,) = encode_prompts([prompt], self.tokenizer, self.data)
+        pieces: list[str] = []
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
+        try:
+            with self.policy.reference() if side == "base" else nullcontext():
+                stream(self.policy, self.tokenizer, ids, take, **self.drawing, seed=self.seed + self.turns)
+        finally:
+            if text := "".join(pieces).strip():
+                self.said[side] = [*turns, {"role": "assistant", "content": text}]
+
+
+def talk(chat: Chat, source: IO[str], out: IO[str]) -> None:
+    """Reads messages until /quit or the end of `source`, and writes the answers to `out`.
+
+    Ctrl-C stops the answers to a message; a second one before the next message leaves, by KeyboardInterrupt.
+    """
+    live = source.isatty() and out.isatty()
+
+    def write(text: str) -> None:
+        out.write(_plain(text))
+        out.flush()
+
+    if live:
+        write(HELP + "\n")
+    was_stopped = False
+    while True:
+        try:
+            line = input("\n> ") if live else source.readline()
+            if not (line or live):
+                return
+            was_stopped = False
+            if not line.strip():
+                continue
+            if line.startswith("/"):
+                told = chat.command(line.strip())
+                if told is None:
+                    return
+                write(told + "\n")
+            else:
+                _turn(chat, line.strip(), write)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if was_stopped:
+                raise
+            was_stopped = True
+            write("\n(stopped; Ctrl-C again leaves)\n")
+
+
+def _turn(chat: Chat, question: str, write: Callable[[str], None]) -> None:
+    for side in chat.asked:
+        write(f"{side}: ")
+        try:
+            chat.answer(side, question, write)
+        except DataError as error:
+            write(str(error))
+        write("\n")
+    chat.turns += 1
+
+
+def _plain(text: str) -> str:
+    """Without control characters, by which an answer could steer the terminal."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")

@@ -1,0 +1,52 @@
+"""What `qdpo sweep` leaves: a table of its runs, and sweep.json beside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qdpo import rundir
+
+if TYPE_CHECKING:
+    from qdpo.train.sweep import Ended
+
+COLUMNS = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss": "loss"}
+
+
+def write_sweep(folder: Path, ended: Sequence["Ended"]) -> Path:
+    """Writes sweep.json into `folder`: of the last sweep there, since the runs themselves hold everything."""
+    path = folder / "sweep.json"
+    rundir.write_json(path, {"runs": [_row(one) for one in ended]})
+    return path
+
+
+def print_sweep(ended: Sequence["Ended"], path: Path) -> None:
+    """One line a run: what differs, the held-out figures, minutes of training, and how it ended."""
+    console = Console(highlight=False, soft_wrap=True)
+    names = list(ended[0].planned.differs)
+    table = Table(*names, *COLUMNS, "minutes", "run", title="sweep, on held-out pairs", title_justify="left")
+    for one in ended:
+        row = _row(one)
+        figures = [f"{row[name]:.3f}" if row[name] is not None else "–" for name in COLUMNS]
+        minutes = "–" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f}"
+        state = one.planned.run.path.name if row["state"] == "finished" else row["state"]
+        table.add_row(*(one.planned.differs[name] for name in names), *figures, minutes, state)
+    console.print(table)
+    console.print(f"{path}; `qdpo runs {path.parent}` lists the runs", markup=False)
+
+
+def _row(one: "Ended") -> dict[str, Any]:
+    result = one.result
+    code = one.exit_code
+    state = "finished" if result else "not started" if code is None else f"exit code {code}"
+    after = {name: result["after"][metric] if result else None for name, metric in COLUMNS.items()}
+    return {
+        "settings": one.planned.differs,
+        "run": str(one.planned.run.path),
+        "state": state,
+        "exit_code": code,
+        **after,
+        "training_seconds": result["training_seconds"] if result else None,
+    }

@@ -1,0 +1,217 @@
+"""Base against tuned on the same prompts: both answers, how likely each is to both models, and how far they are apart.
+
+N response tokens of a row.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qdpo.data.pack import PairRow, pack_rows
+from qdpo.data.prompts import encode_prompts, read_prompts
+from qdpo.data.tokens import TokenPair
+from qdpo.errors import DataError
+from qdpo.model.adapter import Policy
+from qdpo.model.divergence import token_kl
+from qdpo.model.forward import response_hidden
+from qdpo.model.generate import complete, end_tokens
+from qdpo.model.logps import response_logps
+from qdpo.train import prepare
+from qdpo.train.feed import row_tensors
+from qdpo.train.meters import Watcher
+from qdpo.train.reopen import Reopened, reopen, tuned
+
+# Length of the token sequences whose repetition is counted.
+GRAM = 4
+# Means and medians of the summary are of these.
+MEASURES = ("tokens", "repeated", "base_logp", "tuned_logp")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn; greedy at temperature 0."""
+
+    max_new_tokens: int = 160
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer. Log-probs are a token's mean, in nats."""
+
+    text: str
+    tokens: int
+    """With the end token."""
+    ended: bool
+    """False where it was cut at the most new tokens."""
+    repeated: float
+    """Share of its 4-grams of tokens that stood in it before."""
+    base_logp: float
+    tuned_logp: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both answers to one prompt, and KL(tuned ‖ base) along the tuned one, in nats."""
+
+    prompt: str
+    base: Answer
+    tuned: Answer
+    changed: bool
+    kl_per_token: float
+    kl: float
+    """Summed over the answer's tokens."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All prompts of `source`, answered by the base and by the tuned model of `run`."""
+
+    run: str
+    source: str
+    drawing: Drawing
+    prompts: list[Compared]
+
+    def summary(self) -> dict[str, Any]:
+        """Means and medians over the answers, and the share of answers that changed."""
+        found: dict[str, Any] = {}
+        for side in ("base", "tuned"):
+            answers = [asdict(getattr(one, side)) for one in self.prompts]
+            found[side] = {name: _middle([answer[name] for answer in answers]) for name in MEASURES}
+            found[side]["cut"] = sum(not answer["ended"] for answer in answers) / len(answers)
+        found["changed"] = statistics.fmean(one.changed for one in self.prompts)
+        found["kl_per_token"] = _middle([one.kl_per_token for one in self.prompts])
+        found["kl"] = _middle([one.kl for one in self.prompts])
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {**asdict(self), "summary": self.summary()}
+
+
+def compare_run(
+    folder: Path, arguments: list[str], watcher: Watcher, *, prompts: Path | None, count: int, drawing: Drawing
+) -> Comparison:
+    """Compares on the first `count` prompts of a file, or of the run's held-out pairs.
+
+    Raises: ConfigError if `folder` is not a finished run; DataError for prompts that cannot be used.
+    """
+    opened = reopen(folder, arguments, watcher)
+    policy, tokenizer = tuned(opened, watcher)
+    source, ids = _prompts(opened, tokenizer, prompts, count)
+    found = compare(policy, tokenizer, ids, drawing, watcher, tokens_per_row=opened.tokens_per_row)
+    return Comparison(str(folder), source, drawing, found)
+
+
+def _prompts(opened: Reopened, tokenizer: Any, path: Path | None, count: int) -> tuple[str, list[list[int]]]:
+    if path is None:
+        pairs = prepare.load(opened.run)[1]
+        ids = list({pair.prompt.tobytes(): pair.prompt.tolist() for pair in pairs}.values())[:count]
+        return "the run's held-out pairs", ids
+    data, read = opened.config.data, read_prompts(path)[:count]
+    ids = encode_prompts(read, tokenizer, data)
+    for prompt, tokens in zip(read, ids, strict=True):
+        if len(tokens) >= data.max_tokens:
+            raise DataError(
+                f"The prompt in {prompt.origin} has {len(tokens)} tokens, and the run was trained on at most "
+                f"{data.max_tokens} of prompt and answer (data.max_tokens). Shorten it."
+            )
+    return str(path), ids
+
+
+def compare(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    drawing: Drawing,
+    watcher: Watcher,
+    *,
+    tokens_per_row: int = 0,
+) -> list[Compared]:
+    """Answers by the base and by the tuned model, then both scored by both in rows of that many tokens."""
+    watcher.begin("answering", 2 * len(prompts), "answer")
+    with policy.reference():
+        before = complete(policy, tokenizer, prompts, **asdict(drawing))
+    watcher.advance(len(prompts))
+    after = complete(policy, tokenizer, prompts, **asdict(drawing))
+    watcher.finish()
+    pairs = [
+        TokenPair(np.array(prompt, np.int32), np.array(old, np.int32), np.array(new, np.int32), number)
+        for number, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True))
+    ]
+    ends, found = set(end_tokens(policy, tokenizer)), {}
+    watcher.begin("scoring both answers by both models", len(pairs), "prompt")
+    for row in pack_rows(pairs, tokens_per_row):
+        for pair, scores in zip(row.pairs, _scores(policy, row), strict=True):
+            found[pair.row] = _compared(tokenizer, pair, scores, ends)
+        watcher.advance(len(row.pairs))
+    watcher.finish()
+    return [found[number] for number in range(len(pairs))]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one pair, with the base's answer as chosen and the tuned one as rejected; log-probs by (answer, model)."""
+
+    logps: dict[tuple[str, str], np.ndarray]
+    kl: np.ndarray
+
+
+def _scores(policy: Policy, row: PairRow) -> list[_Scores]:
+    """Scores both models give a row: one forward pass each, and the prompt in it once for both answers."""
+    tensors = row_tensors(row, policy.device)
+    layout = (tensors.token_T, tensors.position_T, tensors.source_N, tensors.spans)
+    with torch.no_grad():
+        tuned_ND = response_hidden(policy, *layout)
+        with policy.reference():
+            base_ND = response_hidden(policy, *layout)
+        logps = {
+            name: response_logps(
+                hidden_ND, tensors.label_N, policy.head, tile_mib=policy.tile_mib, metrics=False
+            ).logp.cpu()
+            for name, hidden_ND in (("base", base_ND), ("tuned", tuned_ND))
+        }
+        is_tuned_N = torch.from_numpy(row.sequence_N % 2 == 1).to(policy.device)
+        kl = token_kl(tuned_ND[is_tuned_N], base_ND[is_tuned_N], policy.head, tile_mib=policy.tile_mib).cpu()
+    by_answer = {name: torch.split(logp_N, row.lengths) for name, logp_N in logps.items()}
+    kls = torch.split(kl, row.lengths[1::2])
+    return [
+        _Scores(
+            {
+                (answer, model): by_answer[model][2 * place + side].numpy()
+                for side, answer in enumerate(("base", "tuned"))
+                for model in ("base", "tuned")
+            },
+            kls[place].numpy(),
+        )
+        for place in range(len(row.pairs))
+    ]
+
+
+def _compared(tokenizer: Any, pair: TokenPair, scores: _Scores, ends: set[int]) -> Compared:
+    def answer(name: str, ids: list[int]) -> Answer:
+        text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        logps = [float(scores.logps[name, model].mean(dtype=np.float64)) for model in ("base", "tuned")]
+        return Answer(text, len(ids), ids[-1] in ends, repeated_share(ids), *logps)
+
+    old, new = pair.chosen.tolist(), pair.rejected.tolist()
+    return Compared(
+        str(tokenizer.decode(pair.prompt)), answer("base", old), answer("tuned", new), old != new,
+        float(scores.kl.mean(dtype=np.float64)), float(scores.kl.sum(dtype=np.float64)),
+    )  # fmt: skip
+
+
+def repeated_share(ids: Sequence[int]) -> float:
+    """1 − distinct 4-grams / all 4-grams of tokens; 0 for answers of fewer than 4 tokens."""
+    grams = [tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _middle(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "median": statistics.median(values)}

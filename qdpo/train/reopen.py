@@ -1,0 +1,103 @@
+"""Opens a finished run again: its settings, its base as it was loaded, and its trained adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdpo import presets, rundir
+from qdpo.config import RunConfig
+from qdpo.data.templates import settle_template
+from qdpo.errors import ConfigError
+from qdpo.model import base, fetch
+from qdpo.model.adapter import Policy
+from qdpo.model.fetch import BaseFolder
+from qdpo.rundir import RunDir
+from qdpo.train import fit, prepare
+from qdpo.train.meters import Watcher
+from qdpo.train.policy import Loaded, load_policy, probe_pairs
+from qdpo.train.start import cache_folder
+
+# Settings that may differ from the run's: where to compute, how, and where the cache lies.
+PLACES = ("model.device", "memory.", "cache.dir")
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A finished run's settings with those given above them, and where its base lies."""
+
+    run: RunDir
+    config: RunConfig
+    kept: dict[str, Any]
+    """What run.json holds."""
+    device: torch.device
+    place: BaseFolder
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Token budget of a forward row."""
+        rows = self.config.memory.tokens_per_row
+        assert rows != "auto"
+        return rows
+
+
+def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: tuple[str, ...] = PLACES) -> Reopened:
+    """Reads a finished run; of `arguments` only settings that begin with one of `may_change` are taken.
+
+    Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
+    """
+    run = RunDir(folder)
+    if not run.result.is_file():
+        raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
+    kept = rundir.read_json(run.record)
+    config = _settings(kept["settings"], arguments, may_change)
+    if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
+        found = kept["found"]
+        names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
+        config = fit.settled(config, {name: found.get(name, value) for name, value in names.items()})
+    if config.memory.tokens_per_row == "auto":
+        raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
+    device = base.choose_device(config.model.device, watcher.say)
+    revision = kept["base"]["commit"] or config.model.revision
+    place = fetch.locate_base(
+        str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
+    )
+    return Reopened(run, config, kept, device, place)
+
+
+def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher: Watcher) -> Loaded:
+    """The run's base with the adapter that `config` names; warns where the base's weights are others than then."""
+    watcher.begin("loading the model", 1, "model")
+    dtype = opened.kept["found"]["model.dtype"]
+    loaded = load_policy(
+        config, opened.place.folder, device=opened.device, dtype=dtype, probe_with=probe_with, say=watcher.say
+    )
+    watcher.finish()
+    if loaded.weights != opened.kept["weights"]:
+        watcher.say("warning: the base's weights as loaded here are not those of the training run")
+    return loaded
+
+
+def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
+    """The policy with the run's trained adapter, which `policy.reference()` switches off, and the tokenizer.
+
+    The adapter comes from the run folder alone: a run that continued another adapter does not need that one again.
+    """
+    tokenizer = base.load_tokenizer(opened.place.folder)
+    settle_template(tokenizer, opened.config.data.template)
+    adapter = opened.config.adapter.model_copy(update={"start": str(opened.run.adapter), "reference": "base"})
+    config = opened.config.model_copy(update={"adapter": adapter})
+    loaded = load_reopened(opened, config, probe_pairs(prepare.load(opened.run)[1]), watcher)
+    return loaded.policy, tokenizer
+
+
+def _settings(kept: dict[str, Any], arguments: list[str], may_change: tuple[str, ...]) -> RunConfig:
+    """The run's settings with `arguments` above them."""
+    given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
+    fixed = [name for name in sorted(given) if not name.startswith(may_change)]
+    if fixed:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(may_change)} settings can."
+        )
+    return presets.resolve_over(kept, "the run", arguments).config

@@ -1,0 +1,151 @@
+"""A sweep: one ordinary run for each combination of the values that commas part, one after the other.
+
+Imports nothing heavy. Each run is a process of its own: its memory is free again when it ends, its peak is its own, and
+a run that is killed does not take the others with it.
+"""
+
+import hashlib
+import itertools
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qdpo import presets, rundir
+from qdpo.errors import ConfigError
+from qdpo.rundir import RunDir
+from qdpo.train import record
+
+STOPPED = (130, 143)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One combination: the command's arguments, what makes it differ from the others, and where it runs."""
+
+    arguments: list[str]
+    differs: dict[str, str]
+    run: RunDir
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All combinations, in the order of the command line; the last setting varies fastest."""
+
+    folder: Path
+    runs: list[Planned]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one combination ended. `exit_code` is None where it was not started."""
+
+    planned: Planned
+    exit_code: int | None
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds, once the run is finished."""
+        path = self.planned.run.result
+        return rundir.read_json(path) if self.exit_code == 0 and path.is_file() else None
+
+
+def plan_sweep(arguments: list[str]) -> Sweep:
+    """Every combination, resolved and checked before the first one is run.
+
+    Raises: ConfigError with all problems; also where two combinations would be the same run, or nothing is varied.
+    """
+    given = [(argument, presets.comma_values(argument)) for argument in arguments]
+    varied = [argument.removeprefix("--").partition("=")[0] for argument, values in given if len(values) > 1]
+    if not varied:
+        raise ConfigError("Nothing to sweep: no setting has several values. Write them with commas: loss.beta=0.1,0.3.")
+    runs: list[Planned] = []
+    problems: list[str] = []
+    for words in itertools.product(*(values for _, values in given)):
+        differs = dict(word.removeprefix("--").split("=", 1) for word in words if word.partition("=")[0] in varied)
+        try:
+            runs.append(_planned(list(words), differs))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    problems += _same_runs(runs)
+    if problems:
+        raise ConfigError(problems)
+    return Sweep(runs[0].run.path.parent, runs)
+
+
+def _planned(words: list[str], differs: dict[str, str]) -> Planned:
+    resolved = presets.resolve(words)
+    if resolved.config.output.name is not None:
+        # One name for several runs: each gets the digits that a run without a name has.
+        settings = str(sorted(record.trajectory_settings(resolved).items()))
+        name = f"{resolved.config.output.name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
+        words = [word for word in words if not word.removeprefix("--").startswith("output.name=")]
+        words.append(f"output.name={name}")
+        resolved = presets.resolve(words)
+    return Planned(words, differs, record.run_folder(resolved))
+
+
+def _same_runs(runs: list[Planned]) -> Iterator[str]:
+    seen: dict[Path, Planned] = {}
+    for planned in runs:
+        first = seen.setdefault(planned.run.path, planned)
+        if first is not planned:
+            yield (
+                f"{words_of(planned.differs)} and {words_of(first.differs)} would be one run: the values are equal, or "
+                "change no number of the training."
+            )
+
+
+def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> list[Ended]:
+    """Runs what is not finished, in turn. A run that fails does not keep the others from running; a stop does."""
+    ended: list[Ended] = []
+    with _passed_on() as stop:
+        for number, planned in enumerate(sweep.runs, 1):
+            if stop.code is not None:
+                ended.append(Ended(planned, stop.code if number == 1 else None))
+                continue
+            say(f"\nrun {number} of {len(sweep.runs)}: {words_of(planned.differs)} → {planned.run.path}")
+            # -P: nothing in the user's folder may stand for a library.
+            stop.process = subprocess.Popen([sys.executable, "-P", "-m", "qdpo.cli", "run", *planned.arguments])
+            code = stop.process.wait()
+            code = 128 - code if code < 0 else code
+            if code in STOPPED:
+                stop.code = code
+            ended.append(Ended(planned, code))
+    return ended
+
+
+def words_of(differs: dict[str, str]) -> str:
+    """The settings that differ, as they are typed."""
+    return " ".join(f"{name}={value}" for name, value in differs.items())
+
+
+@dataclass
+class _Stop:
+    code: int | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+
+@contextmanager
+def _passed_on() -> Iterator[_Stop]:
+    """Inside, a signal ends the sweep after the run at hand, which saves first.
+
+    A terminal sends Ctrl-C to the run as well; SIGTERM comes to this process alone, and is passed on.
+    """
+    stop = _Stop()
+
+    def note(number: int, _frame: Any) -> None:
+        stop.code = 128 + number
+        if number == signal.SIGTERM and stop.process is not None and stop.process.poll() is None:
+            stop.process.send_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

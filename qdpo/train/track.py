@@ -1,0 +1,105 @@
+"""Hands what metrics.jsonl records to a tracker as well, by accelerate; the run does not depend on it."""
+
+import json
+import secrets
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import metadata
+from typing import Any
+
+from qdpo import rundir
+from qdpo.errors import ConfigError, DiskError
+from qdpo.rundir import RunDir
+
+PROJECT = "qdpo"
+
+
+def check_package(to: str) -> None:
+    """Raises: ConfigError if the tracker's package is not installed."""
+    if to == "none":
+        return
+    try:
+        metadata.distribution(to)
+    except metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"track.to={to} needs the package {to}, which is not installed: pip install 'qdpo[{to}]'. Or leave "
+            "track.to out: metrics.jsonl holds the same numbers."
+        ) from None
+
+
+class Tracker:
+    """Every record once, under the names of metrics.jsonl; nothing at all with track.to=none.
+
+    track.json in the run folder names the tracker's run, and the last training step and evaluation handed over. It is
+    written before the record is: a kill in between loses one record there, and none is ever there twice.
+    """
+
+    def __init__(self, to: str, run: RunDir, settings: dict[str, Any], say: Callable[[str], None]):
+        self._to, self._run, self._settings, self._say = to, run, settings, say
+        self._tracker: Any = None
+        self._handed: dict[str, Any] = {}
+
+    def begin(self, kept: Sequence[dict[str, Any]]) -> None:
+        """Opens the tracker, or its run of before, and hands over what it lacks of the records `kept`."""
+        if self._to == "none":
+            return
+        path = self._run.tracked
+        known = rundir.read_json(path) if path.exists() else {}
+        is_new = known.get("to") != self._to
+        self._handed = {"to": self._to, "id": secrets.token_hex(4), "train": -1, "eval": -1} if is_new else known
+        self._guarded(lambda: self._open(is_new))
+        for record in kept:
+            self.record(record)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Hands one record over, unless that was done before the run was stopped."""
+        kind = "eval" if "eval_loss" in record else "train"
+        if self._tracker is None or record["step"] <= self._handed[kind]:
+            return
+        self._handed[kind] = record["step"]
+        with suppress(DiskError):  # said where the run's own files are written
+            rundir.write_json(self._run.tracked, self._handed)
+        numbers = {
+            name: value for name, value in record.items() if name not in ("step", "schema") and value is not None
+        }
+        self._guarded(lambda: self._tracker.log(numbers, step=record["step"]))
+
+    def close(self) -> None:
+        """Sends what is still waiting."""
+        if self._tracker is not None:
+            self._guarded(lambda: self._tracker.finish())
+        self._tracker = None
+
+    def _open(self, is_new: bool) -> None:
+        from accelerate import tracking
+
+        name, run_id = self._run.path.name, f"{self._run.path.name}-{self._handed['id']}"
+        if self._to == "tensorboard":
+            self._tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=self._run.path)
+        elif self._to == "wandb":
+            self._tracker = tracking.WandBTracker(
+                PROJECT, name=name, id=run_id, resume="allow", dir=str(self._run.path)
+            )
+        else:
+            self._tracker = tracking.TrackioTracker(PROJECT, name=run_id, resume="allow")
+        self._tracker.start()
+        if is_new:
+            plain = (bool, int, float, str)
+            self._tracker.store_init_configuration(
+                {
+                    key: v if isinstance(v, plain) else json.dumps(v)
+                    for key, v in self._settings.items()
+                    if v is not None
+                }
+            )
+
+    def _guarded(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # of a foreign library and its network: whatever it is, the training goes on
+            self._tracker = None
+            what = (str(error).splitlines() or [""])[0]
+            self._say(
+                f"warning: track.to={self._to} failed ({type(error).__name__}: {what}) and is left alone from here on. "
+                "Training goes on; metrics.jsonl holds every number."
+            )
