@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qdpo.cli_measure import Settings, quiet_libraries
+from qdpo.errors import ConfigError
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 Places = Annotated[
@@ -98,6 +99,19 @@ def sweep(settings: Settings = None) -> None:
     planned = plan_sweep(settings or [])
     ended = run_sweep(planned, lambda line: typer.echo(line))
     print_sweep(ended, write_sweep(planned.folder, ended))
+    done = [one.planned.run.path for one in ended if one.exit_code == 0]
+    if len(done) > 1:
+        typer.echo(_overlaid(done, planned.folder / "sweep.html"))
     worst = max((one.exit_code or 0 for one in ended), default=0)
     if worst:
         raise typer.Exit(worst)
+
+
+def _overlaid(runs: list[Path], out: Path) -> str:
+    """Writes the page that compares the runs; a line for the user."""
+    from qdpo.report.page import write_report
+
+    try:
+        return f"report: {write_report(runs, out)}"
+    except ConfigError as error:  # the curves' library is an extra, and the runs are done without it
+        return f"no report: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdpo.errors import DataError, StoppedByFinding
+from qdpo.errors import ConfigError, DataError, StoppedByFinding
 from qdpo.rundir import RunDir, read_lines
 from qdpo.train import samples
 from qdpo.train.meters import read_metrics
