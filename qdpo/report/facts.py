@@ -1,6 +1,7 @@
 """All that a run folder holds about a run, finished or not, read without torch."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,9 +98,9 @@ class Facts:
                 found.append(Setting(name, values.get(name), line.rpartition("  # ")[2]))
         return found
 
-    def held_out(self) -> dict[int, TokenPair]:
-        """The prepared held-out pairs by data row."""
-        return {pair.row: pair for pair in load_pairs(self.run.held_out_pairs)}
+    def held_out(self) -> Sequence[TokenPair]:
+        """The prepared held-out pairs, in the order that `pair` in eval_pairs.jsonl counts."""
+        return load_pairs(self.run.held_out_pairs)
 
     def tokenizer(self) -> Tokenizer | None:
         """To turn prepared ids into text: saved beside the adapter, or in the base's folder; None if in neither."""

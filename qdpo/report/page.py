@@ -159,7 +159,7 @@ def _extremes(facts: Facts) -> list[tuple[str, list[dict[str, Any]]]]:
     pairs, many = facts.held_out(), min(MOST_PAIRS, len(scored) // 2)
 
     def shown(line: dict[str, Any]) -> dict[str, Any]:
-        pair = pairs[line["row"]]
+        pair = pairs[line["pair"]]
         prompt = tokenizer.decode(pair.prompt.tolist(), skip_special_tokens=False)
         sides = {side: tokenizer.decode(getattr(pair, side).tolist()) for side in ("chosen", "rejected")}
         change = {

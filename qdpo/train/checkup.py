@@ -28,10 +28,13 @@ class Checkup:
         """Scores the held-out pairs and completes the prompts. A full disk delays the files until `insist`."""
         job = self._job
         job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
-        rows = pack_rows(job.held_out, job.scorer.tokens_per_row)
+        pairs = list(job.held_out)
+        rows = pack_rows(pairs, job.scorer.tokens_per_row)
         evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
         job.watcher.finish()
-        self._pairs = _with(self._pairs, evaluation, step)
+        place_of = {id(pair): place for place, pair in enumerate(pairs)}
+        places = [place_of[id(pair)] for row in rows for pair in row.pairs]
+        self._pairs = _with(self._pairs, evaluation, places, step)
         values = dict(evaluation.values)
         if job.config.samples.every_eval or step in (0, self._steps):
             values |= self._samples.take(step)
@@ -53,14 +56,19 @@ class Checkup:
         rundir.write_text(self._job.run.eval_pairs, "".join(json.dumps(line) + "\n" for line in self._pairs))
 
 
-def _with(lines: list[dict[str, Any]], evaluation: Evaluation, step: int) -> list[dict[str, Any]]:
-    """The lines of eval_pairs.jsonl with what this evaluation found."""
-    known = {line["row"]: line for line in lines}
+def _with(lines: list[dict[str, Any]], evaluation: Evaluation, places: list[int], step: int) -> list[dict[str, Any]]:
+    """The lines of eval_pairs.jsonl with what this evaluation found; `places` are those among the held-out pairs.
+
+    A pair is known by its place: several may come from one row, or from rows of the same number in several sources.
+    """
+    known = {line["pair"]: line for line in lines}
     found = []
-    for row, (chosen, rejected), margin in zip(evaluation.rows, evaluation.logps, evaluation.margins, strict=True):
+    for place, row, (chosen, rejected), margin in zip(
+        places, evaluation.rows, evaluation.logps, evaluation.margins, strict=True
+    ):
         now = {"step": step, "logps/chosen": chosen, "logps/rejected": rejected, "margin": margin}
-        found.append({"row": row, **known.get(row, {}), "before" if step == 0 else "after": now})
-    return sorted(found, key=lambda line: int(line["row"]))
+        found.append({"pair": place, "row": row, **known.get(place, {}), "before" if step == 0 else "after": now})
+    return sorted(found, key=lambda line: int(line["pair"]))
 
 
 def _kept(lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:

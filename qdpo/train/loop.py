@@ -266,7 +266,6 @@ def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "pairs": plan.total_pairs,
         "before": outcome.before,
         "after": after.values,
-        "margins": dict(zip(map(str, after.rows), after.margins, strict=True)),
         "samples": shown,
         "seconds": time.monotonic() - job.started,
         "training_seconds": state["seconds"],

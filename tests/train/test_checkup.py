@@ -38,6 +38,16 @@ def test_prompts_are_completed_at_every_evaluation(train: Train, settings: dict[
     assert [what for what, _ in watcher.stages].count("completing sample prompts") == 4
 
 
+def test_pairs_of_one_row_are_told_apart(train: Train, settings: dict[str, str], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"tell me {n}", "chosen": "river stone", "rejected": ["a b c", f"garden {n}"]} for n in range(20)
+    ]
+    train(train__steps="2", data__path=str(write_jsonl(tmp_path / "several.jsonl", rows)))
+    lines = read_lines(run_of(settings).eval_pairs)
+    assert len(lines) == 8 and len({line["row"] for line in lines}) == 4
+    assert all({"before", "after"} <= set(line) for line in lines)
+
+
 def test_only_before_and_after_if_that_is_asked_for(train: Train, settings: dict[str, str]) -> None:
     train(train__steps="6", samples__every_eval="false", **SAMPLED)
     assert [each["step"] for each in read_lines(run_of(settings).samples)[0]["during"]] == [6]
@@ -66,7 +76,7 @@ def test_files_of_evaluations_are_resumed_byte_for_byte(train: Train, settings: 
 def test_held_out_pairs_before_and_after(train: Train, settings: dict[str, str]) -> None:
     result, _ = train(train__steps="6")
     lines = read_lines(run_of(settings).eval_pairs)
-    assert [line["row"] for line in lines] == sorted(map(int, result["margins"]))
+    assert [line["pair"] for line in lines] == list(range(len(lines))) and len(lines) == 8
     beta = 0.1
     for line in lines:
         before, after = line["before"], line["after"]
