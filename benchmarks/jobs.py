@@ -78,7 +78,7 @@ class Start:
         return [self.pairs[train[place].row - 1] for place in places]
 
     def _same_in_both(self, candidates: Sequence[Candidate]) -> list[bool]:
-        texts = [candidate.texts for candidate in candidates]
+        texts = [candidate.texts.three for candidate in candidates]
         job = {"folder": str(self.base), "pairs": texts, "arguments": {"max_length": MAX_TOKENS}}
         with Side("TRL tokens", self._trl_python, "benchmarks.trl_side", job, self.work / "tokens.log") as side:
             return same_in_both(candidates, side.opening["ids"], MAX_TOKENS)
