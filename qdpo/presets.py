@@ -37,7 +37,7 @@ BELONG_TO = {
     "train.hours": ("train.steps",),
 }
 # Settings whose text may hold a comma that means nothing but itself.
-FREE_TEXT = ("data.system", "data.columns.")
+FREE_TEXT = ("data.system", "data.columns.", "output.", "cache.dir", "samples.prompts", "adapter.start")
 # Tables of a preset file that describe it, and set nothing.
 DESCRIPTIVE = {"about", "card", "measured"}
 

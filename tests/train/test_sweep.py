@@ -53,6 +53,7 @@ def test_a_comma_in_a_run_points_to_sweep(given: str) -> None:
 def test_a_comma_in_a_file_name_is_one(tmp_path: Path) -> None:
     (tmp_path / "a,b.jsonl").touch()
     assert presets.resolve(["model.path=m", f"data.path={tmp_path}/a,b.jsonl"]).config.data.path
+    assert presets.resolve([*TINY, "output.name=mine, new"]).config.output.name == "mine, new"  # not there yet
 
 
 def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path) -> None:
