@@ -1,0 +1,160 @@
+"""The candidates file: one prompt a line, with several answers to choose between and where each came from.
+
+`qdpo sample` writes it. Written by hand or by another tool, a line needs no more than a `prompt` (text or messages) and
+`answers` (texts, or objects with a `text`). Prompts and answers are known by what they say, so that decisions survive
+more lines, another order of lines, and files put together.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from qdpo.data.files import missing_file
+from qdpo.data.origin import Origin, read_origin
+from qdpo.data.turns import Message, RowProblem, excerpt, read_text, read_turns
+from qdpo.errors import DataError
+
+ID_LETTERS = 16
+"""Hex digits of SHA-256 that name a prompt or an answer: among a million, two alike once in 37 million tries."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; tokens, cut and seed are known where qdpo drew it."""
+
+    text: str
+    origin: Origin | None = None
+    tokens: int | None = None
+    cut: bool = False
+    """True where it ends at the length limit and not by itself."""
+    seed: int | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """Known by its text."""
+        return sha256(self.text.encode()).hexdigest()[:ID_LETTERS]
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known of it, as plain values."""
+        found: dict[str, Any] = {"text": self.text}
+        found |= {"tokens": self.tokens} if self.tokens is not None else {}
+        found |= {"cut": True} if self.cut else {}
+        found |= {"seed": self.seed} if self.seed is not None else {}
+        return found | ({"from": self.origin.to_json()} if self.origin else {})
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One prompt, and the distinct answers to it."""
+
+    prompt: str | list[Message]
+    answers: tuple[Answer, ...]
+    place: str
+    """File and line, for messages."""
+
+    @cached_property
+    def id(self) -> str:
+        """Known by the prompt; a text is the same as one user turn that holds it."""
+        text = json.dumps(self.turns, sort_keys=True, ensure_ascii=False)
+        return sha256(text.encode()).hexdigest()[:ID_LETTERS]
+
+    @property
+    def turns(self) -> list[Message]:
+        """The prompt as messages."""
+        return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+    def answer(self, id_: str) -> Answer | None:
+        """The answer of that id, if it is among these."""
+        return next((answer for answer in self.answers if answer.id == id_), None)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Prompts with at least two answers to choose between, in the order of the files, and what was left aside."""
+
+    items: list[Candidates]
+    notes: list[str]
+    """For the user to read."""
+
+
+def read_candidates(paths: Sequence[Path]) -> Collected:
+    """All prompts of these files. Lines with the same prompt, in one file or in several, become one.
+
+    Raises: DataError naming file and line of what cannot be read, and where no prompt has two answers.
+    """
+    first: dict[str, Candidates] = {}
+    answers: dict[str, dict[str, Answer]] = {}
+    empty = 0
+    for item in (item for path in paths for item in read_lines(path)):
+        first.setdefault(item.id, item)
+        for answer in item.answers:
+            if answer.text.strip():
+                answers.setdefault(item.id, {}).setdefault(answer.id, answer)
+            else:
+                empty += 1
+    merged = [replace(item, answers=tuple(answers.get(id_, {}).values())) for id_, item in first.items()]
+    items = [item for item in merged if len(item.answers) > 1]
+    notes = [f"{empty:,} empty answers are left aside"] if empty else []
+    if alone := len(merged) - len(items):
+        notes.append(f"{alone:,} prompts have fewer than two different answers, and nothing to choose between")
+    if not items:
+        shown = ", ".join(map(str, paths))
+        raise DataError(
+            f"{shown} holds no prompt with two different answers. `qdpo sample` draws them; a higher --temperature or "
+            "--n makes them differ."
+        )
+    return Collected(items, notes)
+
+
+def read_lines(path: Path) -> list[Candidates]:
+    """The file's lines as they stand. Raises: DataError naming file and line of what cannot be read."""
+    if not path.is_file():
+        raise missing_file(path, "candidates")
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8: {error}.") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            found.append(_read_line(line, f"{path} line {number}"))
+    return found
+
+
+def _read_line(line: str, place: str) -> Candidates:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON ({error}): {excerpt(line)!r}. Mend or remove the line.") from None
+    if not isinstance(value, Mapping) or not isinstance(value.get("answers"), list) or "prompt" not in value:
+        keys = f"the columns {', '.join(value)}" if isinstance(value, Mapping) else type(value).__name__
+        pairs = isinstance(value, Mapping) and {"chosen", "rejected"} <= set(value)
+        way_out = "It holds pairs already: train on it." if pairs else "`qdpo sample` writes such files."
+        raise DataError(f"{place} holds {keys}, where a `prompt` and a list of `answers` belong. {way_out}")
+    try:
+        prompt = value["prompt"]
+        prompt = read_text(prompt, "prompt") if isinstance(prompt, str) else read_turns(prompt, "prompt")
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise RowProblem("null_field", "prompt is empty")
+        answers = [_read_answer(answer, f"answers[{n}]") for n, answer in enumerate(value["answers"])]
+    except RowProblem as problem:
+        raise DataError(f"{place} cannot be used: {problem.detail}. Mend or remove the line.") from None
+    return Candidates(prompt, tuple(answers), place)
+
+
+def _read_answer(cell: Any, column: str) -> Answer:
+    if isinstance(cell, str):
+        return Answer(read_text(cell, column))
+    if not isinstance(cell, Mapping) or "text" not in cell:
+        raise RowProblem("not_text", f"{column} is neither a text nor an object with a `text`: {excerpt(cell)!r}")
+    numbers = {name: cell.get(name) for name in ("tokens", "seed")}
+    for name, number in numbers.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+            raise RowProblem("not_text", f"{column}.{name} is {excerpt(number)!r}, not a whole number")
+    return Answer(
+        read_text(cell["text"], f"{column}.text"), read_origin(cell.get("from")), cut=cell.get("cut") is True, **numbers
+    )

@@ -1,0 +1,228 @@
+"""Decisions about candidates: an append-only journal that loses nothing, and the pairs that they make.
+
+Beside PAIRS.jsonl lies PAIRS.decisions.jsonl, one decision a line, each on disk before anyone is told that it is taken.
+The pairs follow from it alone: after a crash they are made again.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from qdpo import rundir
+from qdpo.collect.candidates import Answer, Candidates
+from qdpo.data.origin import COLUMNS, Origin
+from qdpo.errors import ConfigError, DataError
+
+Kind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
+"""pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left it to a person ·
+undo: the prompt is as it was before its last decision."""
+MAKES_PAIR = ("pick", "edit")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision about one prompt; `best` and `worst` are ids of answers."""
+
+    prompt: str
+    kind: Kind
+    by: str = "person"
+    """Who took it: person, or the name of a judge."""
+    best: str | None = None
+    worst: str | None = None
+    text: str | None = None
+    """What a person wrote in the place of the answer `worst`."""
+    note: str = ""
+    """The person's note, or why a judge left it open."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """A judge's score of each answer, by id."""
+    shown: tuple[str, ...] = ()
+    """Ids in the order in which they were shown."""
+    seconds: float | None = None
+    """From showing to deciding."""
+    again: bool = False
+    """A prompt asked a second time, to see whether the person agrees with themself: it changes nothing."""
+    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def to_json(self) -> dict[str, Any]:
+        """What is set, as plain values."""
+        return {name: value for name, value in vars(self).items() if value not in (None, "", False, (), {})}
+
+
+class Decisions:
+    """The decisions about some candidates, and the file of pairs that they make; of one process at a time."""
+
+    def __init__(self, out: Path, items: list[Candidates]):
+        """Goes on with what is there. Use `opened`, which also holds the lock.
+
+        Raises: DataError if `out` is not of these candidates or not made by qdpo; DiskError if it cannot be written.
+        """
+        self.out, self.journal = out, journal_of(out)
+        self.items = {item.id: item for item in items}
+        self.history: list[Decision] = []
+        """Every decision in the order of taking, undone ones too."""
+        self._standing: dict[str, list[Decision]] = {}
+        self._entries = Counter[str]()
+        self._read()
+        pairs = "".join(map(_line, self.pairs()))
+        if not out.exists() or out.read_text(encoding="utf-8") != pairs:
+            rundir.write_text(out, pairs)
+
+    def current(self, prompt: str) -> Decision | None:
+        """The decision that stands for this prompt."""
+        taken = self._standing.get(prompt)
+        return taken[-1] if taken else None
+
+    def count(self, prompt: str) -> int:
+        """How many entries the journal holds about this prompt: two views of it are the same when it is."""
+        return self._entries[prompt]
+
+    def is_settled(self, prompt: str) -> bool:
+        """True where nobody needs to look at the prompt any more."""
+        current = self.current(prompt)
+        return current is not None and current.kind != "open"
+
+    def add(self, decision: Decision) -> None:
+        """Takes a decision: when this returns, journal and pairs are on disk.
+
+        Raises: DataError for ids that are not among the candidates; DiskError (what the journal took stands).
+        """
+        self._check(decision, "this decision")
+        before = self.current(decision.prompt)
+        self._append(self.journal, _line(decision.to_json()))
+        self._apply(decision)
+        after = self.current(decision.prompt)
+        if after is decision and before is None:
+            if pair := self._pair(decision):
+                self._append(self.out, _line(pair))
+        elif after is not before:
+            rundir.write_text(self.out, "".join(map(_line, self.pairs())))
+
+    def pairs(self) -> Iterator[dict[str, Any]]:
+        """The pairs of the decisions that stand, in the order in which their prompts were first decided."""
+        for taken in self._standing.values():
+            if taken and (pair := self._pair(taken[-1])):
+                yield pair
+
+    def _pair(self, decision: Decision) -> dict[str, Any] | None:
+        if decision.kind not in MAKES_PAIR:
+            return None
+        item = self.items[decision.prompt]
+        worst = item.answer(str(decision.worst))
+        assert worst is not None  # checked when the decision was read or taken
+        if decision.kind == "edit":
+            was = worst.origin
+            rewritten = Origin(was.model, was.weights, was.run, was.adapter, edited=True) if was else None
+            best: Answer | None = Answer(str(decision.text), rewritten)
+        else:
+            best = item.answer(str(decision.best))
+        assert best is not None
+        pair: dict[str, Any] = {"prompt": item.prompt, "chosen": best.text, "rejected": worst.text}
+        for column, answer in zip(COLUMNS, (best, worst), strict=True):
+            if answer.origin:
+                pair[column] = answer.origin.to_json()
+        if {best.id, worst.id} <= set(decision.scores):
+            pair |= {"score_chosen": decision.scores[best.id], "score_rejected": decision.scores[worst.id]}
+        return pair | {"judged_by": decision.by} | ({"note": decision.note} if decision.note else {})
+
+    def _apply(self, decision: Decision) -> None:
+        self.history.append(decision)
+        self._entries[decision.prompt] += 1
+        taken = self._standing.setdefault(decision.prompt, [])
+        if decision.kind == "undo":
+            if taken:
+                taken.pop()
+        elif not decision.again:
+            taken.append(decision)
+
+    def _read(self) -> None:
+        if not self.journal.exists():
+            if self.out.exists() and self.out.stat().st_size:
+                raise DataError(
+                    f"{self.out} exists, but not its journal {self.journal.name}, so its pairs are not of `qdpo label` "
+                    "or `qdpo judge`. Give another --out."
+                )
+            return
+        whole = self.journal.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):  # torn by a crash, before anyone was told of it
+            rundir.write_bytes(self.journal, kept)
+        for number, line in enumerate(kept.decode().splitlines(), 1):
+            where = f"{self.journal} line {number}"
+            try:
+                value = json.loads(line)
+                decision = Decision(**value | {"shown": tuple(value.get("shown", ()))})
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{where} is not a decision ({error}). Mend or remove the line.") from None
+            self._check(decision, where)
+            self._apply(decision)
+
+    def _check(self, decision: Decision, where: str) -> None:
+        item = self.items.get(decision.prompt)
+        if decision.kind not in get_args(Kind):
+            raise DataError(f"{where} is of the unknown kind {decision.kind!r}.")
+        if item is None:
+            raise DataError(
+                f"{where} is about a prompt that is not among the candidates: {self.out} belongs to another "
+                "candidates file. Give that one too, or another --out."
+            )
+        needed = {"pick": (decision.best, decision.worst), "edit": (decision.worst,)}.get(decision.kind, ())
+        for answer in needed:
+            if answer is None or item.answer(answer) is None:
+                raise DataError(
+                    f"{where} names an answer that is not among those of {item.place}. If they were drawn anew, give "
+                    "another --out."
+                )
+        if decision.kind == "pick" and decision.best == decision.worst:
+            raise DataError(f"{where} names one answer as best and as worst.")
+        if decision.kind == "edit" and not (decision.text or "").strip():
+            raise DataError(f"{where} puts nothing in the place of an answer. Write one, or skip the prompt.")
+
+    def _append(self, path: Path, line: str) -> None:
+        try:
+            with path.open("ab") as file:
+                size = file.tell()
+                try:
+                    file.write(line.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            raise rundir.disk_error(error, path) from error
+
+
+@contextmanager
+def opened(out: Path, items: list[Candidates]) -> Iterator[Decisions]:
+    """The decisions that make `out`, held by this process alone. Raises: ConfigError if another one holds them."""
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"Another qdpo works on {out}: its page or judge is still open. Use that one, or stop it."
+        ) from None
+    except OSError as error:
+        raise rundir.disk_error(error, out) from error
+    try:
+        yield Decisions(out, items)
+    finally:
+        lock.release()
+
+
+def journal_of(out: Path) -> Path:
+    """Where the decisions lie that make these pairs."""
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.decisions.jsonl")
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

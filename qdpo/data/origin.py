@@ -1,0 +1,43 @@
+"""Where an answer came from: the model that wrote it, as pairs that were collected with qdpo carry it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COLUMNS = ("chosen_from", "rejected_from")
+"""The columns of a pair that say it, one for each answer."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that wrote an answer. On-policy are the answers of the very model that is to be trained."""
+
+    model: str
+    """As model.path named it."""
+    weights: str | None = None
+    """Identity of the base's weights as they were loaded."""
+    run: str | None = None
+    """Name of the run whose adapter was on; None for the base."""
+    adapter: str | None = None
+    """SHA-256 of that adapter's weights."""
+    edited: bool = False
+    """True where a person rewrote the answer: then no model wrote it."""
+
+    @property
+    def name(self) -> str:
+        """For the reader."""
+        return self.model if self.run is None else f"{self.model} with {self.run}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What is set, as plain values."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+
+def read_origin(cell: Any) -> Origin | None:
+    """The origin that a cell holds; None for anything else, since a column of this name may be anyone's."""
+    if not isinstance(cell, Mapping) or not isinstance(cell.get("model"), str):
+        return None
+    texts = {name: cell.get(name) for name in ("weights", "run", "adapter")}
+    if not all(value is None or isinstance(value, str) for value in texts.values()):
+        return None
+    return Origin(cell["model"], **texts, edited=cell.get("edited") is True)
