@@ -150,7 +150,7 @@ class Decisions:
                 )
             return
         rundir.cut_torn_line(self.journal)  # nobody was told of it
-        for number, line in enumerate(self.journal.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self.journal.read_text(encoding="utf-8").split("\n")[:-1], 1):
             where = f"{self.journal} line {number}"
             try:
                 value = json.loads(line)

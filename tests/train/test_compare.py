@@ -155,7 +155,7 @@ def test_prompts_of_a_file_have_the_ids_of_training_rows(tiny_base: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [({"question": "x"}, "line 1: prompt is empty"), ({"prompt": [{"role": "user", "content": "a"},
+    [({"text": "x"}, "line 1: prompt is empty"), ({"prompt": [{"role": "user", "content": "a"},
       {"role": "assistant", "content": "b"}]}, "ends with an answer"), ({"prompt": 3}, "not a list of messages")],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
