@@ -6,7 +6,7 @@ from typing import Any
 
 from qdpo.data.columns import Form, Found, Sign, find_columns, winner_sign
 from qdpo.data.files import SAMPLED_ROWS, Sample
-from qdpo.data.readers import Row as Row
+from qdpo.data.reading import Row as Row
 from qdpo.data.turns import Kind, excerpt, kind_of
 from qdpo.errors import DataError
 

@@ -9,7 +9,7 @@ from qdpo.config import DataConfig
 from qdpo.data.encode import Encoder
 from qdpo.data.files import FileRows, data_files, missing_file
 from qdpo.data.pair import Message, Pair, Rejection
-from qdpo.data.readers import BadLine
+from qdpo.data.reading import BadLine
 from qdpo.data.render import Renderer
 from qdpo.data.turns import RowProblem, read_text, read_turns
 from qdpo.errors import DataError

@@ -17,7 +17,7 @@ from qdpo.data.encode import Encoder, IdLists
 from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
 from qdpo.data.pair import Pair, Rejection, scores_disagree, to_pairs, without_oldest_turns
-from qdpo.data.readers import BadLine
+from qdpo.data.reading import BadLine
 from qdpo.data.render import Fact, Rendered, Renderer
 from qdpo.data.store import Ids as Ids
 from qdpo.data.store import PairStore, Spool, digest_of
