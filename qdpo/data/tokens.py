@@ -16,7 +16,7 @@ import numpy as np
 from qdpo.data.encode import Encoder, IdLists
 from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
-from qdpo.data.pair import Pair, Rejection, scores_disagree, to_pairs, without_oldest_turns
+from qdpo.data.pair import Pair, Rejection, to_pairs, without_oldest_turns
 from qdpo.data.reading import BadLine
 from qdpo.data.render import Fact, Rendered, Renderer
 from qdpo.data.store import Ids as Ids
@@ -24,6 +24,7 @@ from qdpo.data.store import PairStore, Spool, digest_of
 from qdpo.data.store import TokenPair as TokenPair
 from qdpo.data.store import load_pairs as load_pairs
 from qdpo.data.store import save_pairs as save_pairs
+from qdpo.data.winner import scores_disagree
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:
