@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from qdpo.data.files import Place
+from qdpo.data.limits import Limits
 from qdpo.data.pair import detect_layout
 from qdpo.data.render import Renderer
 from qdpo.data.source import open_source
 from qdpo.data.split import held_out_places
-from qdpo.data.tokens import Limits, Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
+from qdpo.data.tokens import Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
 from qdpo.errors import DataError, DiskError
 
 HH = Path("/work/shared/data/hh-harmless-1600.jsonl.gz")
