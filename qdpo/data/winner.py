@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qdpo.data.columns import first_wins
-from qdpo.data.layout import SCORE_KEYS, TEXT_KEYS, Layout, Row
+from qdpo.data.columns import finite, first_wins
+from qdpo.data.layout import TEXT_KEYS, Layout, Row, answer_score
 from qdpo.data.turns import RowProblem, excerpt, read_text
 
 RANKED_REJECTED = "\0rejected"
@@ -53,34 +53,33 @@ def _ranked(row: Row, layout: Layout) -> tuple[str, list[str]]:
     if not isinstance(cells, list) or len(cells) < 2:
         raise RowProblem("one_answer", f"{layout.chosen} holds no two answers: {excerpt(cells)}")
     texts = [_text_of(cell, layout.chosen) for cell in cells]
-    scores: Any = row.get(layout.list_scores) if layout.list_scores else [_score_of(cell) for cell in cells]
-    if not isinstance(scores, list) or len(scores) != len(texts) or any(score is None for score in scores):
-        if layout.list_scores:
-            raise RowProblem("null_field", f"{layout.list_scores} has no score for each of {len(texts)} answers")
+    if layout.list_scores is None and not layout.answers_scored:
         return texts[0], texts[1:]
-    best = max(range(len(texts)), key=lambda place: (float(scores[place]), -place))
-    worse = [text for text, score in zip(texts, scores, strict=True) if float(score) < float(scores[best])]
+    scores = _list_scores(row, cells, layout)
+    best = scores.index(max(scores))
+    worse = [text for text, score in zip(texts, scores, strict=True) if score < scores[best]]
     if not worse:
-        raise RowProblem("tie", f"all {len(texts)} answers have the score {float(scores[best]):g}")
+        raise RowProblem("tie", f"all {len(texts)} answers have the score {scores[best]:g}")
     return texts[best], worse
+
+
+def _list_scores(row: Row, answers: list[Any], layout: Layout) -> list[float]:
+    """The score of each answer of a ranking, the higher the better."""
+    if layout.list_scores is None:
+        column, found = layout.chosen, [answer_score(answer) for answer in answers]
+    else:
+        column, cells = layout.list_scores, row.get(layout.list_scores)
+        found = [finite(cell) for cell in cells] if isinstance(cells, list) else []
+    scores = [score for score in found if score is not None]
+    if len(scores) != len(answers) or len(found) != len(answers):
+        raise RowProblem("null_field", f"{column} has no score for each of {len(answers)} answers")
+    return scores
 
 
 def _text_of(cell: Any, column: str) -> str:
     if isinstance(cell, Mapping):
         cell = next((cell[key] for key in TEXT_KEYS if cell.get(key) is not None), None)
     return read_text(cell, column)
-
-
-def _score_of(cell: Any) -> float | None:
-    if not isinstance(cell, Mapping):
-        return None
-    if isinstance(cell.get("rank"), int | float):
-        return -float(cell["rank"])
-    score = next((cell[key] for key in SCORE_KEYS if cell.get(key) is not None), None)
-    try:
-        return None if score is None else float(score)
-    except (TypeError, ValueError):
-        return None
 
 
 def scores_disagree(row: Row, layout: Layout) -> bool:
@@ -100,9 +99,5 @@ def _refuse_tie(row: Row, layout: Layout) -> None:
 def _scores(row: Mapping[str, Any], layout: Layout) -> tuple[float, float] | None:
     if layout.scores is None:
         return None
-    cells = [row.get(column) for column in layout.scores]
-    try:
-        chosen, rejected = (float(cell) for cell in cells if cell not in (None, ""))
-    except (TypeError, ValueError):  # fewer than two numbers: this row was not scored
-        return None
-    return chosen, rejected
+    chosen, rejected = (finite(row.get(column)) for column in layout.scores)
+    return None if chosen is None or rejected is None else (chosen, rejected)  # None: this row was not scored
