@@ -31,11 +31,3 @@ class Where:
     def note(self, action: Action, reason: str, detail: str) -> RowNote:
         """A note on this row."""
         return RowNote(self.row, action, reason, detail, self.source, self.place)
-
-
-def settled(notes: list[RowNote]) -> list[RowNote]:
-    """By source and row, and without what was done to rows that were dropped afterwards."""
-    order = {source: n for n, source in enumerate(dict.fromkeys(note.source for note in notes))}
-    dropped = {(note.source, note.row) for note in notes if note.action == "dropped"}
-    standing = (note for note in notes if note.action == "dropped" or (note.source, note.row) not in dropped)
-    return sorted(standing, key=lambda note: (order[note.source], note.row))

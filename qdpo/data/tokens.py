@@ -17,7 +17,7 @@ from qdpo.data.encode import Encoder, IdLists
 from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
 from qdpo.data.limits import Limits, fit
-from qdpo.data.notes import RowNote, Where, settled
+from qdpo.data.notes import RowNote, Where
 from qdpo.data.pair import Pair, Rejection, to_pairs, without_oldest_turns
 from qdpo.data.reading import BadLine
 from qdpo.data.render import Fact, Rendered, Renderer
@@ -100,8 +100,9 @@ class Preparation:
         self._limits, self._renderer, self._keep_empty = limits, renderer, keep_empty_rejected
         self._encoder = Encoder(tokenizer, renderer.template)
         self._spool, self._sieve = Spool(scratch), _Sieve()
-        self._notes: list[RowNote] = []
-        self._places: list[tuple[str, Place | None]] = []
+        self._notes: dict[int, list[RowNote]] = {}
+        """By the number of the outcome: what was done to a pair goes when the pair is dropped afterwards."""
+        self._places: list[tuple[int, str, Place | None]] = []
         self._source_of, self._against, self._full = array("H"), array("b"), array("i")
         self._dead = set[int]()
         self._sources, self._seen, self._outcomes = 0, 0, 0
@@ -139,8 +140,9 @@ class Preparation:
     def finish(self) -> Prepared:
         """All that was found. The pairs may be none."""
         alive = [n for n in range(len(self._spool)) if n not in self._dead]
+        notes = [note for number in sorted(self._notes) for note in self._notes[number]]
         return Prepared(
-            self._spool.store(alive), settled(self._notes), self._seen, self._outcomes,
+            self._spool.store(alive), notes, self._seen, self._outcomes,
             sum(self._against[n] for n in alive), np.array(self._source_of, np.int32)[alive],
             np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
         )  # fmt: skip
@@ -176,26 +178,27 @@ class Preparation:
     def _take(self, result: "Rejection | _Encoded", row: Row, where: Where, layout: Layout) -> None:
         self._outcomes += 1
         if isinstance(result, Rejection):
-            self._notes.append(where.note("dropped", result.reason, result.detail))
+            self._drop(self._outcomes, where, result.reason, result.detail)
             return
         if self._limits.long_prompt == "drop_oldest_turns":
             result = self._shortened(result)
-        self._notes += [where.note("mended", reason, detail) for reason, detail in result.text.mended]
         self._full.extend(map(len, result.ids))
         pair, notes = fit(where, result.ids, self._limits)
-        self._notes += notes
+        if pair is not None:
+            notes = [where.note("mended", reason, detail) for reason, detail in result.text.mended] + notes
+        if notes:
+            self._notes[self._outcomes] = notes
         if pair is None:
             return
         what, other = self._sieve.meet(pair)
         if what == "duplicate":
-            detail = f"the same pair as {self._name(other, where)}"
-            self._notes.append(where.note("dropped", "duplicate", detail))
+            self._drop(self._outcomes, where, "duplicate", f"the same pair as {self._name(other, where)}")
         elif what == "contradiction":
             self._contradict(other, where)
         else:
             index = self._spool.add(pair)
             self._sieve.kept[digest_of(pair.prompt, pair.chosen, pair.rejected)] = index
-            self._places.append((where.source, where.place))
+            self._places.append((self._outcomes, where.source, where.place))
             self._source_of.append(self._sources - 1)
             self._against.append(scores_disagree(row, layout))
 
@@ -203,14 +206,17 @@ class Preparation:
         said = "{} holds the same two answers with the labels swapped"
         if other not in self._dead:
             self._dead.add(other)
-            source, place = self._places[other]
+            outcome, source, place = self._places[other]
             then = Where(self._spool.rows[other], source, place)
             this = f"row {where.row}" if source == where.source else f"row {where.row} of {where.source}"
-            self._notes.append(then.note("dropped", "contradiction", said.format(this)))
-        self._notes.append(where.note("dropped", "contradiction", said.format(self._name(other, where))))
+            self._drop(outcome, then, "contradiction", said.format(this))
+        self._drop(self._outcomes, where, "contradiction", said.format(self._name(other, where)))
+
+    def _drop(self, outcome: int, where: Where, reason: str, detail: str) -> None:
+        self._notes[outcome] = [where.note("dropped", reason, detail)]
 
     def _name(self, index: int, where: Where) -> str:
-        source = self._places[index][0]
+        source = self._places[index][1]
         return f"row {self._spool.rows[index]}" + ("" if source == where.source else f" of {source}")
 
     def _shortened(self, found: "_Encoded") -> "_Encoded":
