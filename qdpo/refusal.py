@@ -29,20 +29,13 @@ def _kind(field: FieldInfo) -> str:
     bounds = [str(item) for item in field.metadata] + ([text] if "Ge(" in text or "Gt(" in text else [])
     joined = " ".join(bounds)
     words = []
-    for sign, word in (("Gt(gt=", "above"), ("Ge(ge=", "at least"), ("Lt(lt=", "below")):
+    for sign, word in (("Gt(gt=", "above"), ("Ge(ge=", "at least"), ("Lt(lt=", "below"), ("Le(le=", "at most")):
         if sign in joined:
             words.append(f"{word} {joined.split(sign)[1].split(')')[0]}")
     if "list[float]" in text:
         return "a list of numbers, as in 0.8+0.2+1"
-    kind = (
-        "a whole number"
-        if "int" in text
-        else "a number"
-        if "float" in text
-        else "true or false"
-        if "bool" in text
-        else "text"
-    )
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    kind = next((words for name, words in kinds.items() if name in text), "text")
     return f"{kind} {' and '.join(words)}".strip()
 
 
