@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from qdpo.data.layout import Layout
+from qdpo.data.limits import Limits
+from qdpo.data.notes import RowNote
 from qdpo.data.render import Fact
 from qdpo.data.source import Source
 from qdpo.data.store import TokenPair
-from qdpo.data.tokens import Limits, Prepared, RowNote
+from qdpo.data.tokens import Prepared
 
 LENGTH_BIAS = 0.9
 """From this share of longer chosen answers on, length alone tells the answers apart."""

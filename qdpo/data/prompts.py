@@ -9,8 +9,9 @@ from qdpo.config import DataConfig
 from qdpo.data.columns import PROMPTS
 from qdpo.data.encode import Encoder
 from qdpo.data.files import FileRows, data_files, missing_file
-from qdpo.data.pair import Message, Pair, Rejection, detect_layout, to_pair
-from qdpo.data.readers import BadLine
+from qdpo.data.layout import detect_layout
+from qdpo.data.pair import Message, Pair, Rejection, to_pair
+from qdpo.data.reading import BadLine
 from qdpo.data.render import Renderer
 from qdpo.data.source import open_source
 from qdpo.data.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns

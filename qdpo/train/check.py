@@ -8,6 +8,7 @@ from qdpo import rundir
 from qdpo.config import RunConfig
 from qdpo.data import check, tokens
 from qdpo.data.check import DataReport
+from qdpo.data.notes import RowNote
 from qdpo.data.store import TokenPair
 from qdpo.errors import DataError
 from qdpo.model import fetch
@@ -59,7 +60,7 @@ def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checke
     return Checked(report, [pairs[place] for place in places], tokenizer)
 
 
-def _write(path: Path, notes: list[tokens.RowNote]) -> None:
+def _write(path: Path, notes: list[RowNote]) -> None:
     try:
         path.write_text("", encoding="utf-8")
         check.write_report(path, notes)

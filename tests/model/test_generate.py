@@ -7,9 +7,10 @@ import torch
 
 from qdpo.config import RunConfig
 from qdpo.data.files import Place
+from qdpo.data.limits import Limits
 from qdpo.data.pair import detect_layout
 from qdpo.data.render import Renderer
-from qdpo.data.tokens import Limits, Preparation
+from qdpo.data.tokens import Preparation
 from qdpo.model.base import load_tokenizer
 from qdpo.model.generate import complete
 from qdpo.train.policy import load_policy, probe_pairs
