@@ -18,6 +18,7 @@ from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
 from qdpo.data.limits import Limits, fit
 from qdpo.data.notes import RowNote, Where
+from qdpo.data.origin import Origin, Origins, origins_of
 from qdpo.data.pair import Pair, Rejection, to_pairs, without_oldest_turns
 from qdpo.data.reading import BadLine
 from qdpo.data.render import Fact, Rendered, Renderer
@@ -48,6 +49,8 @@ class Prepared:
     """Pairs that these rows would have made; more than `seen` where rows hold several."""
     scores_disagree: int
     """Usable pairs whose score columns rate the rejected answer higher."""
+    origins: Counter[Origin | None]
+    """Answers of usable pairs by who wrote them; None where the row does not say."""
     source_of: np.ndarray
     """Number of the source of each usable pair, from 0."""
     full_lengths: np.ndarray
@@ -104,6 +107,8 @@ class Preparation:
         """By the number of the outcome: what was done to a pair goes when the pair is dropped afterwards."""
         self._places: list[tuple[int, str, Place | None]] = []
         self._source_of, self._against, self._full = array("H"), array("b"), array("i")
+        self._origins: dict[Origins, int] = {}
+        self._origin_of = array("i")
         self._dead = set[int]()
         self._sources, self._seen, self._outcomes = 0, 0, 0
 
@@ -143,7 +148,7 @@ class Preparation:
         notes = [note for number in sorted(self._notes) for note in self._notes[number]]
         return Prepared(
             self._spool.store(alive), notes, self._seen, self._outcomes,
-            sum(self._against[n] for n in alive), np.array(self._source_of, np.int32)[alive],
+            sum(self._against[n] for n in alive), self._written_by(alive), np.array(self._source_of, np.int32)[alive],
             np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
         )  # fmt: skip
 
@@ -201,6 +206,11 @@ class Preparation:
             self._places.append((self._outcomes, where.source, where.place))
             self._source_of.append(self._sources - 1)
             self._against.append(scores_disagree(row, layout))
+            self._origin_of.append(self._origins.setdefault(origins_of(row), len(self._origins)))
+
+    def _written_by(self, pairs: list[int]) -> Counter[Origin | None]:
+        known = list(self._origins)
+        return Counter(origin for pair in pairs for origin in known[self._origin_of[pair]])
 
     def _contradict(self, other: int, where: Where) -> None:
         said = "{} holds the same two answers with the labels swapped"
