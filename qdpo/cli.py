@@ -13,6 +13,7 @@ import typer
 from qdpo import (
     __version__,
     cli_cache,
+    cli_collect,
     cli_data,
     cli_export,
     cli_look,
@@ -118,6 +119,7 @@ app.command()(cli_measure.fit)
 app.command(context_settings=SETTINGS)(cli_measure.bench)
 app.command()(cli_report.report)
 app.command(context_settings=SETTINGS)(cli_sample.sample)
+app.command()(cli_collect.label)
 app.command(context_settings=SETTINGS)(cli_look.compare)
 app.command(context_settings=SETTINGS)(cli_look.chat)
 app.command(context_settings=SETTINGS)(cli_look.sweep)
