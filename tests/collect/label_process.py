@@ -56,6 +56,8 @@ class Label:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def stop(self) -> str:
         """Ctrl-C; what it said at the end."""

@@ -95,7 +95,7 @@ function stats(found) {
   if (found.agreement.asked) parts.push(`agreed with yourself in ${found.agreement.same} of ${found.agreement.asked}`);
   $("counts").textContent = parts.join(" · ");
   const picks = found.places.reduce((sum, one) => sum + one.picked, 0);
-  $("bias").textContent = picks === 0 ? "" : "Best by place: " + found.places.map((one, place) =>
+  $("bias").textContent = picks < 10 ? "" : "Best by place: " + found.places.map((one, place) =>
     `${place + 1}: ${Math.round(100 * one.picked / picks)} % (by chance ${Math.round(100 * one.expected / picks)} %)`).join(" · ")
     + (found.bias ? ` — ${found.bias}` : "");
 }
@@ -183,8 +183,8 @@ function buttons(answer, number, isBest, isWorst) {
     button.addEventListener("click", () => alone(act));
     made.append(button);
   };
-  add("Best:", `${number}`, "mark-best", isBest, () => mark("best", answer.id));
-  add("Worst:", `⇧${number}`, "mark-worst", isWorst, () => mark("worst", answer.id));
+  add("Best", `${number}`, "mark-best", isBest, () => mark("best", answer.id));
+  add("Worst", `⇧${number}`, "mark-worst", isWorst, () => mark("worst", answer.id));
   add("Edit", "E", "edit", null, () => edit(answer.id));
   return made;
 }
@@ -377,4 +377,5 @@ $("help").addEventListener("click", () => $("keys").showModal());
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) { clock.spent = spent() * 1000; clock.since = 0; } else clock.since = performance.now();
 });
+addEventListener("hashchange", () => location.reload()); // the address of another start, put into this tab
 alone(start);
