@@ -24,6 +24,7 @@ class Unanswered:
 
     prompt: str
     reason: str
+    """What stands before a colon is what is counted."""
 
 
 Outcome = Decision | Unanswered
@@ -121,7 +122,10 @@ def _take(judge: Judge, decisions: Decisions, todo: Sequence[Candidates], watche
     failures = 0
     for outcome in judge.decide(todo):
         if isinstance(outcome, Unanswered):
-            found.unanswered[outcome.reason] += 1
+            kind = outcome.reason.partition(":")[0]
+            if kind not in found.unanswered:
+                watcher.say(f"no answer about {decisions.items[outcome.prompt].place}: {outcome.reason}")
+            found.unanswered[kind] += 1
             failures += 1
             if failures >= MOST_FAILURES:
                 raise ServerError(

@@ -224,6 +224,8 @@ def _reply(response: requests.Response) -> Reply:
 def _failure(error: requests.RequestException, timeout_s: float) -> str:
     """The same reason for the same failure, so that it can be counted: no address of a thread or an object in it."""
     text = str(error)
+    if isinstance(error, requests.ConnectTimeout):
+        return f"no connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"
     if isinstance(error, requests.Timeout) or "timed out" in text.lower():
         return f"no answer within {timeout_s:g} s (--timeout)"
     if "refused" in text.lower():

@@ -126,13 +126,14 @@ def test_a_prompt_with_a_new_answer_is_asked_about_again(tmp_path: Path) -> None
 
 def test_failures_in_a_row_stop_the_judge_and_scattered_ones_do_not(tmp_path: Path) -> None:
     items = read(tmp_path, *([f"a{n}", f"b{n}"] for n in range(12)))
-    failed = [Unanswered(item.id, "no answer within 1 s") for item in items]
+    failed = [Unanswered(item.id, f"it says 400: too long by {n}") for n, item in enumerate(items)]
     scattered = [decision(item) if n in (4, 9) else failed[n] for n, item in enumerate(items)]
     decisions = Decisions(tmp_path / "pairs.jsonl", items)
-    found = judge_candidates(Scripted(scattered), decisions, items, Quiet())
-    assert found.pairs == 2 and found.unanswered == {"no answer within 1 s": 10}
+    found = judge_candidates(Scripted(scattered), decisions, items, watcher := Quiet())
+    assert found.pairs == 2 and found.unanswered == {"it says 400": 10}
+    assert watcher.text == f"no answer about {items[0].place}: it says 400: too long by 0"
     judge = Scripted(failed)
-    with pytest.raises(ServerError, match=r"5 prompts in a row.*no answer within 1 s"):
+    with pytest.raises(ServerError, match=r"5 prompts in a row.*it says 400: too long by \d+"):
         judge_candidates(judge, decisions, items, Quiet())
     assert len(judge.asked) == 5 and sum(1 for _pair in decisions.pairs()) == 2
 

@@ -195,6 +195,16 @@ def test_what_would_go_wrong_with_every_question_stops_at_once(
     assert KEY not in str(error.value) and len(server.asked) <= 4
 
 
+def test_no_password_of_the_users_other_tools_is_sent(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server = serve(LIKES_HIGHER)
+    run(server, tmp_path, prompts=1)
+    assert "Authorization" not in server.asked[0].headers
+
+
 def test_no_redirect_is_followed_and_the_key_stays(serve: Any, tmp_path: Path) -> None:
     other = serve(LIKES_HIGHER)
     server = serve(lambda asked: (307, "", {"Location": other.url + "/chat/completions"}))
