@@ -162,7 +162,7 @@ def summary_lines(found: Summary, judge: Judge, candidates: str) -> list[str]:
     asked = found.pairs + found.open.total() + found.unanswered.total()
     lines = [f"{judge.name}: {found.pairs:,} pairs of {asked:,} prompts, in {found.seconds:.1f} s"]
     lines += [f"  left open, {reason}: {count:,}" for reason, count in found.open.most_common()]
-    lines += [f"  not asked, {reason}: {count:,}" for reason, count in found.unanswered.most_common()]
+    lines += [f"  no answer, {reason}: {count:,}" for reason, count in found.unanswered.most_common()]
     before = {
         "decided before, and left as they are": found.decided_before,
         "left open by this judge before": found.open_before,
@@ -173,7 +173,7 @@ def summary_lines(found: Summary, judge: Judge, candidates: str) -> list[str]:
     lines.append(f"{found.out}: {found.pairs_in_file:,} pairs, {found.open_in_file:,} prompts without a decision")
     commands = {}
     if found.unanswered or found.not_reached:
-        commands["the same command"] = "asks about the prompts that were not reached"
+        commands["the same command"] = "asks about the rest"
     if found.open_in_file:
         commands[f"qdpo label {candidates} --out {found.out}"] = "a person decides what is open"
     if found.pairs_in_file:

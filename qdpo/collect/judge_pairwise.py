@@ -98,7 +98,7 @@ class PairwiseJudge(Judge):
             lines[0] += f", {again.total():,} of them sent again ({reasons})"
         if decided := tally.verdicts["A"] + tally.verdicts["B"]:
             share = tally.verdicts["A"] / decided
-            bias = " (50 % without a bias)" if abs(share - 0.5) > 0.1 else ""
+            bias = " (50% without a bias)" if abs(share - 0.5) > 0.1 else ""
             lines.append(f"the answer shown first won {share:.0%} of {decided:,} verdicts{bias}")
         if tally.both_orders:
             lines.append(f"both orders agreed in {tally.agreed / tally.both_orders:.0%} of {tally.both_orders:,} pairs")

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
+from urllib3.util.retry import RequestHistory
 
 from qdpo.data.turns import Message, excerpt
 from qdpo.errors import ConfigError
@@ -140,10 +141,16 @@ class Server:
             response.content  # noqa: B018  # read here; it is kept
         except requests.RequestException as error:
             raise TornReply(_failure(error, self._timeout[1])) from None
-        history = response.raw.retries.history if response.raw.retries else ()
-        with self._lock:
-            self.retried.update(str(past.status) if past.status else "no connection or time-out" for past in history)
+        self._note_retries(response.raw.retries.history if response.raw.retries else ())
         return response
+
+    def _note_retries(self, history: Iterable[RequestHistory]) -> None:
+        with self._lock:
+            for past in history:
+                what = str(past.status or "no connection or time-out")
+                if what not in self.retried:
+                    self.say(f"the server needs patience ({what}): such requests are sent again after a pause")
+                self.retried[what] += 1
 
     def _session(self) -> requests.Session:
         """One for each thread: requests does not promise that a session can be shared."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,8 @@ def once(fault: Reply) -> Script:
     ],
 )
 def test_what_passes_is_asked_again(serve: Any, tmp_path: Path, fault: Reply, said: str) -> None:
-    found, made, _watcher = run(serve(once(fault)), tmp_path)
+    found, made, watcher = run(serve(once(fault)), tmp_path)
+    assert watcher.text.count("needs patience") == (1 if said else 0) and said in watcher.text
     assert made == exact() and (not said or found.figures["sent_again"] == {said: 12})
 
 
@@ -317,15 +317,16 @@ def test_keys_go_where_they_belong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_killed_in_the_middle_the_same_command_asks_only_about_the_rest(serve: Any, tmp_path: Path) -> None:
     """What was under way when it was killed, one prompt a thread, is asked again; nothing that was decided."""
     server, out = serve(slow(0.1, LIKES_HIGHER)), tmp_path / "pairs.jsonl"
-    candidates(tmp_path, 24)
+    journal, prompts = tmp_path / "pairs.decisions.jsonl", {item.id: item.prompt for item in candidates(tmp_path, 24)}
     words = ["judge", "candidates.jsonl", "--by", f"openai:{server.url}", "--judge-model", "m", "--out", "pairs.jsonl"]
     process = subprocess.Popen([sys.executable, "-m", "qdpo.cli", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    with suppress(FileNotFoundError):
-        while process.poll() is None and len(pairs(out) if out.exists() else []) < 6:
-            time.sleep(0.02)
+    while process.poll() is None and (journal.read_bytes() if journal.exists() else b"").count(b"\n") < 6:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    decided = {chosen.partition(":")[0] for chosen, _rejected in pairs(out)}
+    time.sleep(0.3)  # until what it sent last has arrived
+    lines = journal.read_text().split("\n")[:-1]
+    decided = {str(prompts[json.loads(line)["prompt"]]).removeprefix("q") for line in lines}
     before = len(server.asked)
     assert 6 <= len(decided) < 24
     ended = qdpo(*words, "--json", cwd=tmp_path)
