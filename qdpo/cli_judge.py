@@ -67,7 +67,10 @@ def judge(
     collected = read_candidates(candidates)
     for note in collected.notes:
         terminal.say(note)
-    options = Options(margin, quantization, device, judge_model, rubric, parallel, timeout, max_tokens)
+    options = Options(
+        margin=margin, quantization=quantization, device=device, judge_model=judge_model, rubric=rubric,
+        parallel=parallel, timeout=timeout, max_tokens=max_tokens,
+    )  # fmt: skip
     with opened(out, collected.items) as decisions:
         made = make_judge(by, options, collected.items, terminal.say)
         try:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
-from qdpo.collect.decisions import opened
+from qdpo.collect.decisions import Decision, opened
 from qdpo.collect.judge import Summary, judge_candidates
 from qdpo.collect.judge_pairwise import PairwiseJudge, question, read_verdict
 from qdpo.collect.judge_server import Endpoint, Server, endpoint
+from qdpo.collect.judges import Options, make_judge
 from qdpo.errors import ConfigError, ServerError
 from tests.collect.judge_server import Asked, JudgeServer, Reply, Script, prefers, slow
 from tests.conftest import ROOT, Quiet, qdpo, write_jsonl
@@ -193,6 +194,19 @@ def test_what_would_go_wrong_with_every_question_stops_at_once(
     with pytest.raises(ConfigError, match=said) as error:
         run(server, tmp_path, key=KEY)
     assert KEY not in str(error.value) and len(server.asked) <= 4
+
+
+def test_a_rubric_of_ones_own_is_asked_by_and_makes_another_judge(serve: Any, tmp_path: Path) -> None:
+    server, items = serve(LIKES_HIGHER), candidates(tmp_path, 1)
+    (tmp_path / "rubric.txt").write_text("\nPrefer haiku.\n")
+    names = set()
+    for rubric in (None, tmp_path / "rubric.txt"):
+        judge = make_judge(f"openai:{server.url}", Options(judge_model="m", rubric=rubric), items, lambda line: None)
+        assert all(isinstance(each, Decision) for each in judge.decide(items))
+        names.add(judge.name)
+        text = server.asked[-1].messages[0]["content"]
+        assert ("Prefer haiku." in text) == (rubric is not None) == ("does what the user asked" not in text)
+    assert len(names) == 2
 
 
 def test_no_password_of_the_users_other_tools_is_sent(
