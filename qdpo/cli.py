@@ -16,10 +16,10 @@ from qdpo import (
     cli_collect,
     cli_data,
     cli_export,
+    cli_judge,
     cli_look,
     cli_measure,
     cli_report,
-    cli_sample,
     cli_ship,
     presets,
 )
@@ -117,9 +117,10 @@ SETTINGS = {"ignore_unknown_options": True}
 app.command(context_settings=SETTINGS)(cli_measure.plan)
 app.command()(cli_measure.fit)
 app.command(context_settings=SETTINGS)(cli_measure.bench)
-app.command()(cli_report.report)
-app.command(context_settings=SETTINGS)(cli_sample.sample)
+app.command(context_settings=SETTINGS)(cli_collect.sample)
 app.command()(cli_collect.label)
+app.command()(cli_judge.judge)
+app.command()(cli_report.report)
 app.command(context_settings=SETTINGS)(cli_look.compare)
 app.command(context_settings=SETTINGS)(cli_look.chat)
 app.command(context_settings=SETTINGS)(cli_look.sweep)

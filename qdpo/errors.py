@@ -8,6 +8,7 @@ QdpoError
 ├── DiskError            6   no space, read-only, gone
 ├── VerificationError    7   a check of our own failed: reference cache, adapter, export
 ├── StoppedByFinding     8   a finding named in train.stop_when, after saving
+├── ServerError          9   a server that was asked gives no usable answer
 ├── Interrupted        130   Ctrl-C (130) or SIGTERM (143), after saving
 └── ShapeError           1   our own bug: tensors that do not belong together
 
@@ -71,6 +72,12 @@ class StoppedByFinding(QdpoError):
     """The run shows what train.stop_when named; everything needed to continue is on disk."""
 
     exit_code = 8
+
+
+class ServerError(QdpoError):
+    """A server that qdpo asks, such as a judge's, gives no usable answer, after all retries."""
+
+    exit_code = 9
 
 
 class Interrupted(QdpoError):

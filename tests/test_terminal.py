@@ -28,6 +28,11 @@ def test_answers_are_shown_as_they_are(tmp_path: Path) -> None:
     assert "0.500" in text and "0.900" in text and f"qdpo eval {tmp_path}" in text.replace("\n", "")
 
 
+def test_a_line_is_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().say("openai:m: [bold]1 pairs")
+    assert capsys.readouterr().out == "openai:m: [bold]1 pairs\n"
+
+
 def test_without_a_terminal_every_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Terminal()
     terminal.begin("training", 4, "step")

@@ -128,25 +128,10 @@ def load_base(
     Raises: ConfigError for a model that transformers cannot load, or not with that attention.
     """
     attention.register()
-    disable_progress_bar()
     compute = DTYPES[dtype]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    arguments: dict[str, Any] = {}
-    if "quantization_config" in config:
-        announce("quantisation: as stored in the folder (already 4-bit)")
-    elif quantization != "none":
-        arguments["quantization_config"] = quant.four_bit_config(quantization, double_quant, compute)
+    arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute,
-            device_map={"": device},
-            attn_implementation=attention_name,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            **arguments,
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention_name, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"transformers cannot load the model in {folder}: {error}") from error
     model.requires_grad_(False)
@@ -157,6 +142,28 @@ def load_base(
             f"No linear layer of {folder} became 4-bit. Use model.quantization=none for this architecture."
         )
     return model
+
+
+def loading(
+    folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Announce
+) -> dict[str, Any]:
+    """What transformers is told when it loads a model of any kind: safetensors of this folder, and no code of its own.
+
+    A folder that is already 4-bit keeps its own settings.
+    """
+    disable_progress_bar()
+    arguments: dict[str, Any] = {}
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        announce("quantisation: as stored in the folder (already 4-bit)")
+    elif quantization != "none":
+        arguments["quantization_config"] = quant.four_bit_config(quantization, double_quant, DTYPES[dtype])
+    return arguments | {
+        "dtype": DTYPES[dtype],
+        "device_map": {"": device},
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "use_safetensors": True,
+    }
 
 
 def embeddings_to_host(model: Any) -> None:

@@ -43,7 +43,7 @@ class Terminal:
     """A Watcher that draws a bar with the newest metrics, or prints one line a step when there is no terminal."""
 
     def __init__(self, *, stderr: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr, emoji=False)  # openai:m: is no Ⓜ
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._live: Live | None = None

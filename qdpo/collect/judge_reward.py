@@ -1,0 +1,135 @@
+"""A local reward model as a judge: it scores every answer, and the highest is preferred to the lowest."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from qdpo import rundir
+from qdpo.collect.candidates import Answer, Candidates
+from qdpo.collect.judge import Judge, Outcome, left_open, picked
+from qdpo.data.turns import excerpt
+from qdpo.errors import ConfigError, OutOfMemoryError
+from qdpo.model import base, fetch, reward
+from qdpo.model.folder import read_json
+from qdpo.train.meters import give_back_memory
+
+Say = Callable[[str], None]
+Rows = dict[str, list[int]]
+"""Token ids of prompt and answer, by the answer's id."""
+
+PROMPTS_AT_A_TIME = 16
+"""Prompts whose answers are sorted by length into batches: decisions come after each of these groups."""
+TOKENS_AT_A_TIME = 8192
+"""Longest batch in tokens, padding counted; halved where the device has too little memory."""
+
+
+class RewardJudge(Judge):
+    """Leaves open what differs by less than `margin`, and what the model or its template cannot take."""
+
+    def __init__(self, name: str, load: Callable[[], tuple[Any, Any]], *, margin: float, say: Say):
+        """`load` gives model and tokenizer; it is called where there is something to score."""
+        self.name = f"reward-model:{name} margin={margin:g}"
+        self._load, self._margin, self._say = load, margin, say
+        self._budget = TOKENS_AT_A_TIME
+
+    def opening(self, items: Sequence[Candidates]) -> list[str]:
+        self._model, self._tokenizer = self._load()
+        self._longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        answers = sum(len(item.answers) for item in items)
+        return [f"{answers:,} answers to {len(items):,} prompts are scored; the highest is preferred to the lowest"]
+
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+        for place in range(0, len(items), PROMPTS_AT_A_TIME):
+            group = items[place : place + PROMPTS_AT_A_TIME]
+            rows = {item.id: self._rows(item) for item in group}
+            wanted = [row for found in rows.values() if isinstance(found, dict) for row in found.values()]
+            scores = self._scores(wanted)
+            for item in group:
+                found = rows[item.id]
+                if isinstance(found, str):
+                    yield left_open(self.name, item, found)
+                else:
+                    yield self._decision(item, {id_: scores[tuple(row)] for id_, row in found.items()})
+
+    def _rows(self, item: Candidates) -> Rows | str:
+        """Token ids, or why there are none."""
+        try:
+            rows = {answer.id: self._row(item, answer) for answer in item.answers}
+        except (TemplateError, TypeError, ValueError) as error:  # a template meets turns that it does not take
+            return f"the model's template refuses the prompt: {excerpt(error, 200)}"
+        if (tokens := max(map(len, rows.values()))) > self._longest:
+            return f"longer than the {self._longest:,} tokens that the model reads: {tokens:,}"
+        return rows
+
+    def _row(self, item: Candidates, answer: Answer) -> list[int]:
+        turns = [*item.turns, {"role": "assistant", "content": answer.text}]
+        return list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+
+    def _decision(self, item: Candidates, scores: dict[str, float]) -> Outcome:
+        if not all(map(math.isfinite, scores.values())):
+            return left_open(self.name, item, "a score is not a number")
+        answers = sorted(item.answers, key=lambda answer: scores[answer.id])
+        difference = scores[answers[-1].id] - scores[answers[0].id]
+        if difference == 0 or difference < self._margin:
+            return left_open(self.name, item, f"scores differ by less than {self._margin:g}", scores=scores)
+        return picked(self.name, item, answers[-1], answers[0], scores=scores)
+
+    def _scores(self, rows: Sequence[list[int]]) -> dict[tuple[int, ...], float]:
+        """The reward of each row, known by its ids; rows of like length share a batch.
+
+        Raises: OutOfMemoryError where not even one row fits.
+        """
+        waiting = sorted({tuple(row) for row in rows}, key=len)
+        found: dict[tuple[int, ...], float] = {}
+        while waiting:
+            count = max(1, min(len(waiting), self._budget // len(waiting[-1])))  # the longest first, and it pads
+            batch = waiting[-count:]
+            try:
+                scores = reward.rewards(self._model, batch)
+            except torch.cuda.OutOfMemoryError:
+                give_back_memory(self._model.device)
+                if count == 1:
+                    raise OutOfMemoryError(
+                        f"The reward model cannot read {len(batch[0]):,} tokens in the memory that is free. Close "
+                        "other programs, or leave long answers out; what was decided stays."
+                    ) from None
+                self._budget = count * len(waiting[-1]) // 2
+                self._say(f"out of memory: {self._budget:,} tokens at a time from here on")
+                continue
+            del waiting[-count:]
+            found |= dict(zip(batch, scores, strict=True))
+        return found
+
+
+def reward_judge(path: str, *, quantization: str, device: str, margin: float, say: Say) -> RewardJudge:
+    """The judge of a folder or a hub id. Raises: ConfigError for files of other kinds."""
+    if path.endswith(".gguf") or path.startswith("pypi:"):
+        raise ConfigError(f"--by reward-model:{path}: a reward model is a folder or a hub id; GGUF files hold no head.")
+    name = Path(path).resolve().name if Path(path).exists() else path
+    load = partial(_load, path, quantization, device, say)
+    return RewardJudge(f"{name} {quantization}", load, margin=margin, say=say)
+
+
+def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises: ConfigError for what is no reward model, if possible before it is downloaded."""
+    place = base.choose_device(device, say)
+    owner = f"The model {path!r} (from --by)"
+    try:
+        folder = fetch.locate_base(
+            path, revision=None, cache_dir=rundir.cache_folder(None), announce=say,
+            refuse=lambda config: reward.check_reward_config(config, owner),
+        ).folder  # fmt: skip
+    except ConfigError as error:  # of the room that fetches what model.path names
+        raise ConfigError([problem.replace("model.path", "--by") for problem in error.problems]) from error
+    reward.check_reward_config(read_json(folder / "config.json"), owner)
+    tokenizer = base.load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"{owner} has no chat template, so nobody knows how it wants to read a dialogue.")
+    dtype = base.choose_dtype("auto", place, say)
+    model = reward.load_reward_model(folder, quantization=quantization, dtype=dtype, device=place, announce=say)
+    return model, tokenizer

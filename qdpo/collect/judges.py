@@ -1,0 +1,100 @@
+"""The judge that `--by` names, from its text and the options that belong to it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from qdpo.collect.candidates import Candidates
+from qdpo.collect.judge import Judge
+from qdpo.errors import ConfigError
+
+KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:URL"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be said beside --by; None is the judge's own default."""
+
+    margin: float | None = None
+    quantization: str | None = None
+    device: str | None = None
+    judge_model: str | None = None
+    rubric: Path | None = None
+    parallel: int | None = None
+    timeout: float | None = None
+    max_tokens: int | None = None
+
+
+BELONGS = {
+    "length": {"margin"},
+    "regex": set[str](),
+    "reward-model": {"margin", "quantization", "device"},
+    "openai": {"judge_model", "rubric", "parallel", "timeout", "max_tokens"},
+}
+"""The options of each kind of judge."""
+
+
+def make_judge(by: str, options: Options, items: Sequence[Candidates], say: Callable[[str], None]) -> Judge:
+    """Raises: ConfigError for a judge or an option that does not exist, or not with the other."""
+    kind, _, rest = by.partition(":")
+    if kind not in BELONGS:
+        raise ConfigError(f"--by {by} is no judge. There are: {KINDS}.")
+    given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
+    if odd := sorted(given - BELONGS[kind]):
+        raise ConfigError(f"--{odd[0].replace('_', '-')} means nothing to --by {kind}. Leave it out.")
+    if kind == "length":
+        return _length(rest or "shorter", options, items)
+    if not rest:
+        raise ConfigError(f"--by {by} lacks what stands after the colon. There are: {KINDS}.")
+    if kind == "regex":
+        from qdpo.collect.judge_rules import RegexJudge
+
+        return RegexJudge(rest)
+    return _openai(rest, options, say) if kind == "openai" else _reward(rest, options, say)
+
+
+def _length(direction: str, options: Options, items: Sequence[Candidates]) -> Judge:
+    from qdpo.collect.judge_rules import LengthJudge
+
+    if direction not in ("shorter", "longer"):
+        raise ConfigError(f"--by length:{direction} is neither length:shorter nor length:longer.")
+    margin = 0.1 if options.margin is None else options.margin
+    if not 0 <= margin < 1:
+        raise ConfigError(f"--margin {margin:g} is no share of a length. Give one from 0 to below 1.")
+    return LengthJudge(items, "longer" if direction == "longer" else "shorter", margin)
+
+
+def _reward(path: str, options: Options, say: Callable[[str], None]) -> Judge:
+    from qdpo.collect.judge_reward import reward_judge
+
+    quantization, device = options.quantization or "nf4", options.device or "auto"
+    for name, value, known in (
+        ("quantization", quantization, ("nf4", "fp4", "none")),
+        ("device", device, ("auto", "cuda", "cpu")),
+    ):
+        if value not in known:
+            raise ConfigError(f"--{name} {value} is none of {', '.join(known)}.")
+    return reward_judge(path, quantization=quantization, device=device, margin=options.margin or 0.0, say=say)
+
+
+def _openai(url: str, options: Options, say: Callable[[str], None]) -> Judge:
+    from qdpo.collect.judge_pairwise import RUBRIC, PairwiseJudge
+    from qdpo.collect.judge_server import Server, endpoint
+
+    where = endpoint(url)
+    if not options.judge_model:
+        raise ConfigError("--by openai:URL needs --judge-model NAME, as the server names the model.")
+    rubric = RUBRIC if options.rubric is None else _read(options.rubric)
+    server = Server(where, options.judge_model, timeout_s=options.timeout or 120, max_tokens=options.max_tokens or 2048)
+    server.say = say
+    return PairwiseJudge(server, rubric=rubric, parallel=options.parallel or 4)
+
+
+def _read(rubric: Path) -> str:
+    try:
+        text = rubric.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--rubric {rubric} cannot be read: {error}.") from None
+    if not text:
+        raise ConfigError(f"--rubric {rubric} is empty. Leave it out for qdpo's own.")
+    return text

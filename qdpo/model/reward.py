@@ -1,0 +1,77 @@
+"""A reward model: a sequence classifier with one label, in 4 bits but for its head, and the scores that it gives."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from qdpo.errors import ConfigError
+from qdpo.model import quant
+from qdpo.model.base import DTYPES, Announce, loading
+
+
+def check_reward_config(config: Mapping[str, Any], owner: str) -> None:
+    """Raises: ConfigError unless a config.json is that of a classifier with one label; `owner` opens the message."""
+    kinds = config.get("architectures") or []
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        raise ConfigError(
+            f"{owner} is {' and '.join(kinds) or 'of no named architecture'}, and a reward model is a "
+            "…ForSequenceClassification with one label. A chat model can judge on a server: --by openai:URL."
+        )
+    labels = config.get("num_labels", len(config.get("id2label") or "ab"))  # transformers takes two where none is named
+    if labels != 1:
+        raise ConfigError(f"{owner} has {labels} labels; a reward model has one, the reward.")
+
+
+def load_reward_model(
+    folder: Path, *, quantization: str, dtype: str, device: torch.device, announce: Announce
+) -> torch.nn.Module:
+    """The model on its device, in evaluation mode; its head computes in float32.
+
+    Raises: ConfigError for a folder whose weights hold no head: transformers would give it a random one.
+    """
+    arguments = loading(folder, quantization, double_quant=True, dtype=dtype, device=device, announce=announce)
+    try:
+        model, about = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"transformers cannot load the reward model in {folder}: {error}") from error
+    if about["missing_keys"]:
+        raise ConfigError(
+            f"The weights in {folder} lack {', '.join(sorted(about['missing_keys'])[:3])}, which would be random. It "
+            "is no trained reward model."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    if quant.settle(model, DTYPES[dtype]) == 0 and quantization != "none":
+        raise ConfigError(f"No linear layer of {folder} became 4-bit. Use --quantization none for this architecture.")
+    head = getattr(model, "score", None)
+    if type(head) is not torch.nn.Linear:  # 4-bit layers are a subclass
+        raise ConfigError(f"The reward model in {folder} ({type(model).__name__}) has no plain linear head `score`.")
+    # A bf16 product would round a reward of 10 to steps of 1/16, and tell close answers apart by chance.
+    head.float()
+    head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].float(),))
+    found: torch.nn.Module = model
+    return found
+
+
+def rewards(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
+    """The reward of each row of token ids, in one batch."""
+    config = model.config.get_text_config()
+    own = config.pad_token_id
+    width, ends = max(map(len, rows)), {row[-1] for row in rows}
+    # The classifier takes the last token that is not this one. Without one, any serves with which no row ends.
+    pad = own if own is not None else next(token for token in range(len(ends) + 1) if token not in ends)
+    token_BT = torch.full((len(rows), width), pad)
+    mask_BT = torch.zeros_like(token_BT)
+    for place, row in enumerate(rows):
+        token_BT[place, : len(row)] = torch.tensor(row)
+        mask_BT[place, : len(row)] = 1
+    config.pad_token_id = pad
+    try:
+        with torch.no_grad():
+            score_B1 = model(token_BT.to(model.device), attention_mask=mask_BT.to(model.device), use_cache=False).logits
+    finally:
+        config.pad_token_id = own
+    return [float(score) for score in score_B1[:, 0]]
