@@ -28,6 +28,7 @@ IS_SHARED_OUT = "PYTEST_XDIST_WORKER" in os.environ
 if IS_SHARED_OUT:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1 if IS_SHARED_OUT else 2)
+AS_USER = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
 
 
 class Quiet:
@@ -169,8 +170,16 @@ def qdpo(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-m", "qdpo.cli", *words],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT), **environment},
+        env={**AS_USER, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def start_qdpo(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """The same, not waited for, and in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qdpo.cli", *words], cwd=cwd, env=AS_USER, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip

@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from qdpo.rundir import RunDir
 from qdpo.train import reference
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
-from tests.conftest import ROOT, Quiet, arguments, qdpo, tiny_rows, write_jsonl
+from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
 
@@ -103,11 +101,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     words = arguments(settings, train__steps="30", train__optimizer=optimizer, model__quantization="nf4")
     golden = qdpo("run", *(w.replace("output.name=run", "output.name=golden") for w in words), cwd=tmp_path)
     assert golden.returncode == 0, golden.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", "run", *words],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start_qdpo("run", *words, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 4/30"):
@@ -130,11 +124,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
 
 def test_a_second_ctrl_c_leaves_at_once(settings: dict[str, str], tmp_path: Path) -> None:
     words = arguments(settings, train__steps="6", train__pairs_per_step="8", memory__tokens_per_row="0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", "run", *words],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start_qdpo("run", *words, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(("step 2/6", "stopping:")):
