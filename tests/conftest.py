@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo import presets
+from qdpo.config import RunConfig
+from qdpo.data.tokens import TokenPair
+from qdpo.model.adapter import Policy
 from qdpo.train.loop import run_training
+from qdpo.train.policy import load_policy, probe_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (
@@ -98,6 +102,13 @@ def save_tiny_base(folder: Path, **shape: Any) -> Path:
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def untouched_policy(base: Path, pairs: Sequence[TokenPair]) -> Policy:
+    """The base in fp32 on the CPU, nothing quantised, with a new adapter."""
+    config = RunConfig.model_validate({"model": {"quantization": "none"}})
+    device, probe = torch.device("cpu"), probe_pairs(pairs)
+    return load_policy(config, base, device=device, dtype="fp32", probe_with=probe, say=lambda line: None).policy
 
 
 def tiny_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

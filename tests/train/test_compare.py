@@ -22,8 +22,7 @@ from qdpo.model.logps import Head
 from qdpo.report.compare import print_comparison
 from qdpo.train import prepare
 from qdpo.train.compare import Drawing, compare, compare_run, repeated_share
-from qdpo.train.policy import load_policy, probe_pairs
-from tests.conftest import NOUNS, Quiet, qdpo, write_jsonl
+from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 
 QUESTIONS = [f"tell me about {one} {other}" for one, other in zip(NOUNS, NOUNS[3:], strict=False)]
 
@@ -39,15 +38,11 @@ def loaded(tiny_base: Path, pairs_file: Path) -> tuple[Policy, Any, list[list[in
     data = {"path": str(pairs_file)}
     config = RunConfig.model_validate({"model": {"quantization": "none"}, "data": data})
     pairs = prepare.read_pairs(config.data, tokenizer, Quiet())[1]
-    policy = load_policy(
-        config,
-        tiny_base,
-        device=torch.device("cpu"),
-        dtype="fp32",
-        probe_with=probe_pairs(pairs),
-        say=lambda line: None,
-    ).policy
-    return policy, tokenizer, encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data)
+    return (
+        untouched_policy(tiny_base, pairs),
+        tokenizer,
+        encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data),
+    )
 
 
 def tune(policy: Policy) -> None:
