@@ -135,7 +135,7 @@ WARNED = [  # rows, warning, tokenizer, settings
     case(
         "18 a template without system messages",
         rows_of("orca"),
-        r"does not take system messages \(System role not supported.*\): 60 were dealt with",
+        r"does not take system messages \(System role not supported.*\): 60 were put before",
         "gemma",
     ),
     case(

@@ -35,14 +35,10 @@ def asked(text: str) -> Prompt:
 def loaded(tiny_base: Path, pairs_file: Path) -> tuple[Policy, Any, list[list[int]]]:
     """The tiny policy with an untouched adapter, and prompts of several lengths."""
     tokenizer = load_tokenizer(tiny_base)
-    data = {"path": str(pairs_file)}
-    config = RunConfig.model_validate({"model": {"quantization": "none"}, "data": data})
+    config = RunConfig.model_validate({"data": {"path": str(pairs_file)}})
     pairs = prepare.read_pairs(config.data, tokenizer, Quiet())[1]
-    return (
-        untouched_policy(tiny_base, pairs),
-        tokenizer,
-        encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data),
-    )
+    prompts = encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data)
+    return untouched_policy(tiny_base, pairs), tokenizer, prompts
 
 
 def tune(policy: Policy) -> None:
