@@ -7,6 +7,8 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from qdpo import presets
 from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
 from qdpo.model import adapter
 from qdpo.rundir import RunDir
-from qdpo.train import reference
+from qdpo.train import record, reference
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
 from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
@@ -289,6 +291,25 @@ def test_two_processes_on_one_run(settings: dict[str, str], train: Train) -> Non
     run.path.parent.mkdir(parents=True)
     with FileLock(run.lock), pytest.raises(ConfigError, match="Another process works on"):
         train(train__steps="2")
+
+
+def test_never_two_at_once_work_on_a_run(tmp_path: Path) -> None:
+    """Many come and go, so that one takes the lock while another gives it back."""
+    run, inside, most, entered = RunDir(tmp_path / "run"), set[int](), 0, 0
+    until = time.monotonic() + 2
+
+    def come_and_go(number: int) -> None:
+        nonlocal most, entered
+        while time.monotonic() < until:
+            with suppress(ConfigError), record.alone(run):
+                inside.add(number)
+                most, entered = max(most, len(inside)), entered + 1
+                time.sleep(0.0003)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(come_and_go, range(6)))
+    assert most == 1 and entered > 6 and not list(tmp_path.iterdir())
 
 
 BAD_INPUT = {
