@@ -97,14 +97,13 @@ def sweep(settings: Settings = None) -> None:
     from qdpo.train.sweep import plan_sweep, run_sweep
 
     planned = plan_sweep(settings or [])
-    ended = run_sweep(planned, lambda line: typer.echo(line))
+    ended, exit_code = run_sweep(planned, typer.echo)
     print_sweep(ended, write_sweep(planned.folder, ended))
     done = [one.planned.run.path for one in ended if one.exit_code == 0]
     if len(done) > 1:
         typer.echo(_overlaid(done, planned.folder / "sweep.html"))
-    worst = max((one.exit_code or 0 for one in ended), default=0)
-    if worst:
-        raise typer.Exit(worst)
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 def _overlaid(runs: list[Path], out: Path) -> str:

@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo import presets
+from qdpo.config import RunConfig
+from qdpo.data.tokens import TokenPair
+from qdpo.model.adapter import Policy
 from qdpo.train.loop import run_training
+from qdpo.train.policy import load_policy, probe_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (
@@ -28,6 +32,7 @@ IS_SHARED_OUT = "PYTEST_XDIST_WORKER" in os.environ
 if IS_SHARED_OUT:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1 if IS_SHARED_OUT else 2)
+AS_USER = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
 
 
 class Quiet:
@@ -97,6 +102,13 @@ def save_tiny_base(folder: Path, **shape: Any) -> Path:
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def untouched_policy(base: Path, pairs: Sequence[TokenPair]) -> Policy:
+    """The base in fp32 on the CPU, nothing quantised, with a new adapter."""
+    config = RunConfig.model_validate({"model": {"quantization": "none"}})
+    device, probe = torch.device("cpu"), probe_pairs(pairs)
+    return load_policy(config, base, device=device, dtype="fp32", probe_with=probe, say=lambda line: None).policy
 
 
 def tiny_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -169,8 +181,16 @@ def qdpo(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
     return subprocess.run(
         [sys.executable, "-m", "qdpo.cli", *words],
         cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT), **environment},
+        env={**AS_USER, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def start_qdpo(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """The same, not waited for, and in a process group of its own, as a terminal starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "qdpo.cli", *words], cwd=cwd, env=AS_USER, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip

@@ -5,10 +5,10 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from qdpo import presets
 from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
 from qdpo.model import adapter
 from qdpo.rundir import RunDir
-from qdpo.train import reference
+from qdpo.train import record, reference
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
-from tests.conftest import ROOT, Quiet, arguments, qdpo, tiny_rows, write_jsonl
+from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
 
@@ -103,11 +103,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
     words = arguments(settings, train__steps="30", train__optimizer=optimizer, model__quantization="nf4")
     golden = qdpo("run", *(w.replace("output.name=run", "output.name=golden") for w in words), cwd=tmp_path)
     assert golden.returncode == 0, golden.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", "run", *words],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start_qdpo("run", *words, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 4/30"):
@@ -130,11 +126,7 @@ def test_interrupted_and_continued_equals_uninterrupted(
 
 def test_a_second_ctrl_c_leaves_at_once(settings: dict[str, str], tmp_path: Path) -> None:
     words = arguments(settings, train__steps="6", train__pairs_per_step="8", memory__tokens_per_row="0")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", "run", *words],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start_qdpo("run", *words, cwd=tmp_path)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(("step 2/6", "stopping:")):
@@ -299,6 +291,25 @@ def test_two_processes_on_one_run(settings: dict[str, str], train: Train) -> Non
     run.path.parent.mkdir(parents=True)
     with FileLock(run.lock), pytest.raises(ConfigError, match="Another process works on"):
         train(train__steps="2")
+
+
+def test_never_two_at_once_work_on_a_run(tmp_path: Path) -> None:
+    """Many come and go, so that one takes the lock while another gives it back."""
+    run, inside, most, entered = RunDir(tmp_path / "run"), set[int](), 0, 0
+    until = time.monotonic() + 2
+
+    def come_and_go(number: int) -> None:
+        nonlocal most, entered
+        while time.monotonic() < until:
+            with suppress(ConfigError), record.alone(run):
+                inside.add(number)
+                most, entered = max(most, len(inside)), entered + 1
+                time.sleep(0.0003)
+                inside.remove(number)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(come_and_go, range(6)))
+    assert most == 1 and entered > 6 and not list(tmp_path.iterdir())
 
 
 BAD_INPUT = {

@@ -35,8 +35,13 @@ FACTS = {
     "was kept as it is when the model is asked",
     "thinking_kept": "{count:,} answers hold a thought that the chat template would rewrite; they are trained on as "
     "they stand in the data (first: {example})",
-    "system_refused": "the chat template does not take system messages ({example}): {count:,} were dealt with as "
-    "data.refused_system says",
+    "system_folded": "the chat template does not take system messages ({example}): {count:,} were put before the first "
+    "question (data.refused_system=drop leaves them out)",
+    "system_left_out": "the chat template does not take system messages ({example}): {count:,} were left out, as "
+    "data.refused_system=drop says",
+    "system_unfoldable": "the chat template does not take system messages ({example}): {count:,} were left out, as "
+    "an answer follows them and no question that could begin with them. The data report names these rows "
+    "(system_unfoldable); begin them with a question, or remove them",
     "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought: it counts as "
     "prompt, as at inference with enable_thinking=false",
 }

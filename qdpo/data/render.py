@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 THOUGHT = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
 PLACE = "\uf8ff"  # stands for an answer: a character of the private use area, which no template looks at
 HIDDEN_FROM = 0xE000
-SYSTEM_FOLDED = ("system_folded", "the template takes no system message: it was put before the first question")
-SYSTEM_LEFT_OUT = ("system_left_out", "the template takes no system message: it was left out")
+# What became of a system message that the template does not take.
+REFUSED_SYSTEM = {
+    "system_folded": "the template takes no system message: it was put before the first question",
+    "system_left_out": "the template takes no system message: it was left out",
+    "system_unfoldable": "the template takes no system message: it was left out, as an answer and no question follows",
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Renderer:
     refused_system: str = "fold"
     merge_same_role: bool = False
     facts: dict[str, Fact] = field(default_factory=dict)
-    _takes_system: bool = True
+    _refusal: str | None = None
+    """Why the template does not take system messages, once one was refused."""
     _after_answers: set[str] = field(default_factory=set)
     """What the template was seen to write behind an answer."""
 
@@ -111,10 +116,9 @@ class Renderer:
 
     def _chat(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
         hidden, (turns, answers) = self._hide(turns, list(pair.answers()), mended=mended)
-        given = turns
-        turns, prompt = self._prompt(given, pair.tools)
-        if len(turns) < len(given):
-            mended.append(SYSTEM_LEFT_OUT if turns[0] == given[1] else SYSTEM_FOLDED)
+        turns, prompt, refused = self._prompt(turns, pair.tools)
+        if refused:
+            mended.append((refused, REFUSED_SYSTEM[refused]))
         self._note_thoughts(turns, prompt)
         (before, chosen), (other, rejected) = (self._response(prompt, turns, answer, pair.tools) for answer in answers)
         if before == other:
@@ -142,36 +146,37 @@ class Renderer:
 
         return {letter: text for text, letter in letter_of.items()}, tuple([hide(t) for t in turns] for turns in groups)
 
-    def _prompt(self, turns: list[Message], tools: list[Any] | None) -> tuple[list[Message], str]:
-        """The turns as the template takes them, and the prompt; a refused system message goes to the first question."""
+    def _prompt(self, turns: list[Message], tools: list[Any] | None) -> tuple[list[Message], str, str]:
+        """The turns as the template takes them, the prompt, and what became of a refused system message."""
         if turns[0]["role"] != "system" or not turns[0]["content"].strip():
-            return turns, self._apply(turns, tools, add_generation_prompt=True)
-        if self._takes_system:
+            return turns, self._apply(turns, tools, add_generation_prompt=True), ""
+        refusal = self._refusal
+        if refusal is None:
             try:
                 prompt = self._apply(turns, tools, add_generation_prompt=True)
                 if turns[0]["content"].strip() in prompt:
-                    return turns, prompt
+                    return turns, prompt, ""
                 refusal = "the template leaves it out"
             except RowProblem as problem:
                 refusal = problem.detail
-        else:
-            refusal = self.facts["system_refused"].example
-        others = self._without_system(turns)
+        others, what = self._without_system(turns)
         prompt = self._apply(others, tools, add_generation_prompt=True)  # another refusal is about something else
         if self.refused_system == "error":
             raise DataError(
                 f"The chat template does not take a system message ({refusal}), and data.refused_system=error. Use "
                 "data.refused_system=fold to put it before the first question, or drop."
             )
-        self._takes_system = False
-        self._note("system_refused", refusal)
-        return others, prompt
+        self._refusal = refusal
+        self._note(what, refusal)
+        return others, prompt, what
 
-    def _without_system(self, turns: list[Message]) -> list[Message]:
+    def _without_system(self, turns: list[Message]) -> tuple[list[Message], str]:
         system, first, *rest = turns
-        if self.refused_system == "drop" or first["role"] != "user":
-            return [first, *rest]
-        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+        if self.refused_system == "drop":
+            return [first, *rest], "system_left_out"
+        if first["role"] != "user":
+            return [first, *rest], "system_unfoldable"
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest], "system_folded"
 
     def _response(self, prompt: str, turns: list[Message], answer: Message, tools: list[Any] | None) -> tuple[str, str]:
         """What belongs to the prompt after all, and the response up to the token at which generation stops."""

@@ -101,7 +101,7 @@ def random_four_bit(
 
 
 def _empty_state(shape: tuple[int, int], quantization: str, double_quant: bool, dtype: torch.dtype) -> Any:
-    blocks = -(-shape[0] * shape[1] // 64)
+    blocks = -(-shape[0] * shape[1] // BLOCK)
     nested = None
     if double_quant:
         nested = bnb.functional.QuantState(
@@ -109,7 +109,7 @@ def _empty_state(shape: tuple[int, int], quantization: str, double_quant: bool, 
         )
     return bnb.functional.QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32), shape=torch.Size(shape),
-        code=torch.empty(16), blocksize=64, quant_type=quantization, dtype=dtype,
+        code=torch.empty(16), blocksize=BLOCK, quant_type=quantization, dtype=dtype,
         offset=torch.empty(()) if double_quant else None, state2=nested,
     )  # fmt: skip
 
@@ -232,6 +232,6 @@ def _bytes(tensor: Tensor) -> Any:
 def round_trip_error(device: torch.device) -> float:
     """Relative error, root mean square, of a normal matrix through NF4 and back on `device`; 0.09 for a sound build."""
     dense = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(device)
-    packed, state = bnb.functional.quantize_4bit(dense, blocksize=64, quant_type="nf4")
+    packed, state = bnb.functional.quantize_4bit(dense, blocksize=BLOCK, quant_type="nf4")
     error = bnb.functional.dequantize_4bit(packed, state) - dense
     return float(error.norm() / dense.norm())

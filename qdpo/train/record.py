@@ -6,7 +6,7 @@ Imports nothing heavy, so that a finished run, or a changed setting, is answered
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,11 @@ def alone(run: RunDir) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is held: a file that is removed after the release may be the one that another process holds by then.
+        # filelock does not take a file that has lost its name. Windows refuses, since the file is open.
+        with suppress(PermissionError):
+            run.lock.unlink(missing_ok=True)
         lock.release()
-        run.lock.unlink(missing_ok=True)
 
 
 def move_aside(run: RunDir) -> Path:

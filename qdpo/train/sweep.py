@@ -100,13 +100,16 @@ def _same_runs(runs: list[Planned]) -> Iterator[str]:
             )
 
 
-def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> list[Ended]:
-    """Runs what is not finished, in turn. A run that fails does not keep the others from running; a stop does."""
+def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> tuple[list[Ended], int]:
+    """Runs what is not finished, in turn: how each ended, and the exit code of all, which a stop decides.
+
+    A run that fails does not keep the others from running; a stop does.
+    """
     ended: list[Ended] = []
     with _passed_on() as stop:
         for number, planned in enumerate(sweep.runs, 1):
             if stop.code is not None:
-                ended.append(Ended(planned, stop.code if number == 1 else None))
+                ended.append(Ended(planned, None))
                 continue
             say(f"\nrun {number} of {len(sweep.runs)}: {words_of(planned.differs)} → {planned.run.path}")
             # -P: nothing in the user's folder may stand for a library.
@@ -116,7 +119,7 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> list[Ended]:
             if code in STOPPED:
                 stop.code = code
             ended.append(Ended(planned, code))
-    return ended
+    return ended, stop.code or max(one.exit_code or 0 for one in ended)
 
 
 def words_of(differs: dict[str, str]) -> str:

@@ -71,8 +71,9 @@ class Tracker:
         self._tracker = None
 
     def _open(self, is_new: bool) -> None:
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
 
+        PartialState()  # what accelerate's trackers say is said through it; only that of tensorboard makes it itself
         name, run_id = self._run.path.name, f"{self._run.path.name}-{self._handed['id']}"
         if self._to == "tensorboard":
             self._tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=self._run.path)

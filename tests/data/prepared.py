@@ -110,11 +110,25 @@ def rows_of(shape: str, odd: Row | None = None, at: Sequence[int] = ()) -> list[
     return rows
 
 
+def oddly(shape: str, cells: Any) -> list[Row]:
+    """A clean set of this shape whose odd rows have these cells, or those that `cells` makes of the row's number."""
+    rows = rows_of(shape)
+    for number in ODD:
+        rows[number - 1] |= cells(number) if callable(cells) else cells
+    return rows
+
+
+def with_rest(cases: Sequence[Any], named: int) -> list[Any]:
+    """Cases of which the first values have names of their own, and all that follow are one more, `rest`."""
+    return [pytest.param(*each.values[:named], each.values[named:], id=each.id) for each in cases]
+
+
 def lines(rows: list[Row]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def case(name: str, *values: Any) -> Any:
+    """A row of the table: its number, and a word to tell it from others of that number."""
     return pytest.param(*values, id=f"row {name}")
 
 

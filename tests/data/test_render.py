@@ -165,10 +165,18 @@ def test_a_refused_system_message_is_folded_dropped_or_an_error(with_template, t
     for _ in range(2):
         prompt = renderer.render(pair(talk)).prompt
         assert prompt == "<|im_start|>user\nBe kind.\n\nq<|im_end|>\n<|im_start|>assistant\n"
-    assert renderer.facts["system_refused"].count == 2
+    assert {name: fact.count for name, fact in renderer.facts.items()} == {"system_folded": 2}
     assert "Be kind" not in render(pair(talk), tokenizer, refused_system="drop")[0]
     with pytest.raises(DataError, match="does not take a system message .*data.refused_system=fold"):
         render(pair(talk), tokenizer, refused_system="error")
+
+
+def test_a_refused_system_message_before_an_answer_is_left_out_and_said(with_template):
+    begun = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}, *QUESTION]
+    renderer = Renderer(with_template(SKIPS))
+    rendered = renderer.render(pair(begun))
+    assert "Be kind" not in rendered.prompt and [name for name, _detail in rendered.mended] == ["system_unfoldable"]
+    assert {name: fact.count for name, fact in renderer.facts.items()} == {"system_unfoldable": 1}
 
 
 def test_turns_of_one_role_are_joined_on_demand(with_template):

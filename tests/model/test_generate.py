@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from qdpo.config import RunConfig
 from qdpo.data.files import Place
 from qdpo.data.limits import Limits
 from qdpo.data.pair import detect_layout
@@ -13,8 +11,7 @@ from qdpo.data.render import Renderer
 from qdpo.data.tokens import Preparation
 from qdpo.model.base import load_tokenizer
 from qdpo.model.generate import complete
-from qdpo.train.policy import load_policy, probe_pairs
-from tests.conftest import tiny_rows
+from tests.conftest import tiny_rows, untouched_policy
 
 
 @pytest.fixture
@@ -24,16 +21,7 @@ def loaded(tiny_base: Path) -> tuple:
     work = Preparation(tokenizer, Limits(256, 256), Renderer(tokenizer))
     work.add([(Place("rows", n), row) for n, row in enumerate(rows, 1)], detect_layout(rows, {}, "rows"))
     pairs = work.finish().pairs
-    config = RunConfig.model_validate({"model": {"quantization": "none"}})
-    policy = load_policy(
-        config,
-        tiny_base,
-        device=torch.device("cpu"),
-        dtype="fp32",
-        probe_with=probe_pairs(pairs),
-        say=lambda line: None,
-    ).policy
-    return policy, tokenizer, [p.prompt.tolist() for p in pairs]
+    return untouched_policy(tiny_base, pairs), tokenizer, [p.prompt.tolist() for p in pairs]
 
 
 def test_a_batch_answers_as_each_prompt_alone(loaded: tuple) -> None:

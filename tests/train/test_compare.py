@@ -22,8 +22,7 @@ from qdpo.model.logps import Head
 from qdpo.report.compare import print_comparison
 from qdpo.train import prepare
 from qdpo.train.compare import Drawing, compare, compare_run, repeated_share
-from qdpo.train.policy import load_policy, probe_pairs
-from tests.conftest import NOUNS, Quiet, qdpo, write_jsonl
+from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 
 QUESTIONS = [f"tell me about {one} {other}" for one, other in zip(NOUNS, NOUNS[3:], strict=False)]
 
@@ -36,18 +35,10 @@ def asked(text: str) -> Prompt:
 def loaded(tiny_base: Path, pairs_file: Path) -> tuple[Policy, Any, list[list[int]]]:
     """The tiny policy with an untouched adapter, and prompts of several lengths."""
     tokenizer = load_tokenizer(tiny_base)
-    data = {"path": str(pairs_file)}
-    config = RunConfig.model_validate({"model": {"quantization": "none"}, "data": data})
+    config = RunConfig.model_validate({"data": {"path": str(pairs_file)}})
     pairs = prepare.read_pairs(config.data, tokenizer, Quiet())[1]
-    policy = load_policy(
-        config,
-        tiny_base,
-        device=torch.device("cpu"),
-        dtype="fp32",
-        probe_with=probe_pairs(pairs),
-        say=lambda line: None,
-    ).policy
-    return policy, tokenizer, encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data)
+    prompts = encode_prompts([asked(text) for text in QUESTIONS], tokenizer, config.data)
+    return untouched_policy(tiny_base, pairs), tokenizer, prompts
 
 
 def tune(policy: Policy) -> None:

@@ -1,7 +1,10 @@
 """A sweep: every combination an ordinary run, one reference pass in all, and a failure that stops nothing else."""
 
 import json
+import os
 import re
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from qdpo import presets
 from qdpo.errors import ConfigError
 from qdpo.train.sweep import plan_sweep
-from tests.conftest import arguments, qdpo
+from tests.conftest import arguments, qdpo, start_qdpo
 
 TINY = ["model.path=m", "data.path=d"]
 
@@ -74,3 +77,33 @@ def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path)
     assert "v_proj" in (Path(settings["output.dir"]) / "sweep.html").read_text(encoding="utf-8")
     again = qdpo("sweep", *words, cwd=tmp_path)
     assert again.stdout.count("is finished") == 2 and "step 1/" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_is_continued_by_the_same_command(settings: dict[str, str], tmp_path: Path) -> None:
+    """First a signal to the sweep alone, whose run ends as if nothing were; then Ctrl-C, which its run gets as well."""
+    del settings["output.name"]
+    words = arguments(settings, train__steps="30", train__save_every="5", loss__beta="0.1,0.2")
+
+    def stopped(at: str, kill: Callable[[int, int], None]) -> list[str]:
+        process = start_qdpo("sweep", *words, cwd=tmp_path)
+        assert process.stdout is not None
+        run = ""
+        for line in process.stdout:
+            run = line[:10] if re.match(r"run \d of", line) else run
+            if f"{run}: {line}".startswith(at):
+                kill(process.pid, signal.SIGINT)
+                break
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 130 and "Traceback" not in errors, errors
+        return states()
+
+    def states() -> list[str]:
+        return [run["state"] for run in json.loads((Path(settings["output.dir"]) / "sweep.json").read_text())["runs"]]
+
+    assert stopped("run 1 of 2: step 4/30", os.kill) == ["finished", "not started"]
+    assert stopped("run 2 of 2: step 4/30", os.killpg) == ["finished", "exit code 130"]
+    again = qdpo("sweep", *words, cwd=tmp_path)
+    runs = re.split(r"\nrun \d of ", again.stdout)
+    assert again.returncode == 0 and "is finished" in runs[1] and "resuming after step" in runs[2], again.stderr
+    assert states() == ["finished", "finished"]

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from accelerate import tracking
 
 from qdpo import presets
 from qdpo.errors import ConfigError
+from qdpo.rundir import read_json
 from qdpo.train.meters import read_metrics
 from qdpo.train.record import run_folder
-from tests.conftest import Quiet, arguments
+from tests.conftest import Quiet, arguments, qdpo
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
 
@@ -69,6 +71,25 @@ def test_a_tracker_that_fails_is_left_alone(
     run = Path(settings["output.dir"]) / "run"
     assert [step for step, _ in events(run)["loss"]] == [1]
     assert {record["step"] for record in read_metrics(run / "metrics.jsonl")} == set(range(5))
+
+
+@pytest.mark.parametrize("to", ["wandb", "trackio"])
+def test_other_trackers_take_every_record(settings: dict[str, str], tmp_path: Path, to: str) -> None:
+    """In a process of its own, since a tracker of another test may have made what accelerate's trackers need."""
+    if find_spec(to) is None:
+        pytest.skip(f"{to} is not installed")
+    words = arguments(settings, train__steps="3", train__save_every="1", train__keep_checkpoints="3", track__to=to)
+    places = {"HOME": str(tmp_path), "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    first = qdpo("run", *words, cwd=tmp_path, **places)
+    assert first.returncode == 0 and "track.to" not in first.stdout, first.stdout + first.stderr
+    run = Path(settings["output.dir"]) / "run"
+    handed = read_json(run / "track.json")
+    assert (handed["train"], handed["eval"]) == (3, 3)
+    shutil.rmtree(run / "checkpoints" / "step-000003")  # as after a kill: a step is trained again
+    (run / "result.json").unlink()
+    again = qdpo("run", *words, cwd=tmp_path, **places)
+    assert "resuming after step 2" in again.stdout and "track.to" not in again.stdout, again.stdout + again.stderr
+    assert read_json(run / "track.json") == handed
 
 
 @pytest.mark.parametrize("to", ["tensorboard", "wandb", "trackio"])
