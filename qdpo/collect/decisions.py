@@ -180,6 +180,12 @@ class Decisions:
             raise DataError(f"{where} names one answer as best and as worst.")
         if decision.kind == "edit" and not (decision.text or "").strip():
             raise DataError(f"{where} puts nothing in the place of an answer. Write one, or skip the prompt.")
+        if (
+            decision.kind == "edit"
+            and (replaced := item.answer(str(decision.worst)))
+            and decision.text == replaced.text
+        ):
+            raise DataError(f"{where} puts the same text in the place of an answer. Change it, or skip the prompt.")
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def test_a_decision_that_cannot_be_written_is_not_taken(
         ({"prompt": "0" * 16}, "belongs to another candidates file"),
         ({"worst": "0" * 16}, "names an answer that is not among"),
         ({"kind": "edit", "text": " "}, "puts nothing in the place"),
+        ({"kind": "edit", "text": "bad 0"}, "puts the same text in the place"),
     ],
 )
 def test_a_decision_that_means_nothing_is_refused(
