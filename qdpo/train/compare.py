@@ -25,9 +25,8 @@ from qdpo.train import prepare
 from qdpo.train.feed import row_tensors
 from qdpo.train.meters import Watcher
 from qdpo.train.reopen import Reopened, reopen, tuned
+from qdpo.train.samples import repetition
 
-# Length of the token sequences whose repetition is counted.
-GRAM = 4
 # Means and medians of the summary are of these.
 MEASURES = ("tokens", "repeated", "base_logp", "tuned_logp")
 
@@ -198,19 +197,13 @@ def _compared(tokenizer: Any, pair: TokenPair, scores: _Scores, ends: set[int]) 
     def answer(name: str, ids: list[int]) -> Answer:
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         logps = [float(scores.logps[name, model].mean(dtype=np.float64)) for model in ("base", "tuned")]
-        return Answer(text, len(ids), ids[-1] in ends, repeated_share(ids), *logps)
+        return Answer(text, len(ids), ids[-1] in ends, repetition(ids), *logps)
 
     old, new = pair.chosen.tolist(), pair.rejected.tolist()
     return Compared(
         str(tokenizer.decode(pair.prompt)), answer("base", old), answer("tuned", new), old != new,
         float(scores.kl.mean(dtype=np.float64)), float(scores.kl.sum(dtype=np.float64)),
     )  # fmt: skip
-
-
-def repeated_share(ids: Sequence[int]) -> float:
-    """1 − distinct 4-grams / all 4-grams of tokens; 0 for answers of fewer than 4 tokens."""
-    grams = [tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _middle(values: Sequence[float]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from qdpo.model.generate import complete, stream
 from qdpo.model.logps import Head
 from qdpo.report.compare import print_comparison
 from qdpo.train import prepare
-from qdpo.train.compare import Drawing, compare, compare_run, repeated_share
+from qdpo.train.compare import Drawing, compare, compare_run
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 
 QUESTIONS = [f"tell me about {one} {other}" for one, other in zip(NOUNS, NOUNS[3:], strict=False)]
@@ -124,12 +124,6 @@ def test_a_streamed_answer_is_the_completed_one(loaded: tuple[Policy, Any, list[
     stream(policy.peft, tokenizer, prompts[0], pieces.append, max_new_tokens=16, temperature=0.0, top_p=0.9, seed=0)
     whole = complete(policy.peft, tokenizer, prompts[:1], max_new_tokens=16)[0]
     assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True) and len(pieces) > 1
-
-
-def test_repetition_counts_runs_of_four_tokens() -> None:
-    assert repeated_share([1, 2, 3]) == 0 and repeated_share(range(10)) == 0
-    assert repeated_share([7] * 13) == pytest.approx(9 / 10)
-    assert repeated_share([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
 
 
 def test_prompts_of_a_file_have_the_ids_of_training_rows(tiny_base: Path, tmp_path: Path, settings: Any) -> None:
