@@ -13,6 +13,7 @@ import typer
 from qdpo import (
     __version__,
     cli_cache,
+    cli_collect,
     cli_data,
     cli_export,
     cli_judge,
@@ -116,11 +117,13 @@ SETTINGS = {"ignore_unknown_options": True}
 app.command(context_settings=SETTINGS)(cli_measure.plan)
 app.command()(cli_measure.fit)
 app.command(context_settings=SETTINGS)(cli_measure.bench)
+app.command(context_settings=SETTINGS)(cli_collect.sample)
+app.command()(cli_collect.label)
+app.command()(cli_judge.judge)
 app.command()(cli_report.report)
 app.command(context_settings=SETTINGS)(cli_look.compare)
 app.command(context_settings=SETTINGS)(cli_look.chat)
 app.command(context_settings=SETTINGS)(cli_look.sweep)
-app.command()(cli_judge.judge)
 app.command()(cli_export.merge)
 app.command()(cli_ship.export)
 app.command()(cli_ship.push)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from qdpo.config import RunConfig, Section, problems_across
 from qdpo.errors import ConfigError
 from qdpo.loss_rules import RENAMED
+from qdpo.refusal import explain
 
 # Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
 # long.
@@ -254,56 +255,9 @@ def _validate(values: dict[str, Any], origins: dict[str, str], problems: list[st
             name = next(known for known in setting_names() if name == known or name.startswith(known + "."))
             if name not in reported:
                 reported.add(name)
-                problems.append(_explain(name, values[name], origins[name]))
+                field = setting_names()[name].model_fields[name.rpartition(".")[2]]
+                problems.append(explain(name, values[name], origins[name], field))
         return None
-
-
-def _explain(name: str, value: Any, origin: str) -> str:
-    field = setting_names()[name].model_fields[name.rpartition(".")[2]]
-    value = "+".join(map(str, value)) if isinstance(value, list) else value
-    choices = [choice for choice in _literal_choices(field.annotation)]
-    help_text = (field.description or "").split("\n")[0]
-    message = f"{name}={value} (from {origin}) is not {_kind(field)}."
-    if choices:
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        message = f"{name}={value} (from {origin}): allowed are {', '.join(choices)}{_and_numbers(field)}.{hint}"
-    return f"{message} {help_text}".strip()
-
-
-def _and_numbers(field: Any) -> str:
-    return " or a whole number" if "int" in str(field.annotation) else ""
-
-
-def _kind(field: Any) -> str:
-    text = str(field.annotation)
-    bounds = [str(item) for item in field.metadata] + ([text] if "Ge(" in text or "Gt(" in text else [])
-    joined = " ".join(bounds)
-    words = []
-    for sign, word in (("Gt(gt=", "above"), ("Ge(ge=", "at least"), ("Lt(lt=", "below")):
-        if sign in joined:
-            words.append(f"{word} {joined.split(sign)[1].split(')')[0]}")
-    if "list[float]" in text:
-        return "a list of numbers, as in 0.8+0.2+1"
-    kind = (
-        "a whole number"
-        if "int" in text
-        else "a number"
-        if "float" in text
-        else "true or false"
-        if "bool" in text
-        else "text"
-    )
-    return f"{kind} {' and '.join(words)}".strip()
-
-
-def _literal_choices(annotation: Any) -> Iterator[str]:
-    if getattr(annotation, "__origin__", None) is not None or get_args(annotation):
-        for argument in get_args(annotation):
-            if isinstance(argument, str):
-                yield argument
-            else:
-                yield from _literal_choices(argument)
 
 
 def _without_descriptions(tree: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The name of every file in a run folder, and atomic writing."""
 
+import contextlib
 import json
 import os
 import re
@@ -131,6 +132,33 @@ def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """The same for text, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds the whole text to the file's end, on disk when this returns, or nothing. Raises: DiskError."""
+    try:
+        with path.open("ab") as file:
+            size = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)  # no half a line
+                raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def cut_torn_line(path: Path) -> bool:
+    """Removes a last line that a crash has torn. True if there was one."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole == len(content):
+        return False
+    write_bytes(path, content[:whole])
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

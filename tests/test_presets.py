@@ -71,15 +71,17 @@ def test_steps_replace_the_presets_hours() -> None:
 
 
 def test_every_problem_is_reported_at_once() -> None:
-    found = problems("preset=7b-24g", "train.learningrate=3", "loss.beta=-1", "loss.name=sigmod", "foo", "beta=1")
+    settings = ["train.learningrate=3", "loss.beta=-1", "data.max_drop_fraction=2", "loss.name=sigmod"]
+    found = problems("preset=7b-24g", *settings, "foo", "beta=1")
     text = "\n".join(found)
     assert "Did you mean '7b-24gb'?" in text
     assert "Did you mean 'train.learning_rate'?" in text
     assert "loss.beta=-1 (from the command line) is not a number above 0" in text
+    assert "data.max_drop_fraction=2 (from the command line) is not a number at least 0.0 and at most 1.0" in text
     assert "loss.name=sigmod (from the command line): allowed are sigmoid, sigmoid_norm, hinge, " in text
     assert ", cpo. Did you mean 'sigmoid'?" in text
     assert "'foo'" in text and "Did you mean 'loss.beta'?" in text
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_settings_that_contradict_each_other() -> None:

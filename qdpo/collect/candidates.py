@@ -7,7 +7,7 @@ more lines, another order of lines, and files put together.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +55,8 @@ class Candidates:
     answers: tuple[Answer, ...]
     place: str
     """File and line, for messages."""
+    drawn: Mapping[str, Any] = field(default_factory=dict)
+    """How `qdpo sample` drew them."""
 
     @cached_property
     def id(self) -> str:
@@ -66,6 +68,11 @@ class Candidates:
     def turns(self) -> list[Message]:
         """The prompt as messages."""
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of the file."""
+        answers = [answer.to_json() for answer in self.answers]
+        return {"prompt": self.prompt, "answers": answers} | ({"drawn": dict(self.drawn)} if self.drawn else {})
 
     def answer(self, id_: str) -> Answer | None:
         """The answer of that id, if it is among these."""
@@ -143,7 +150,8 @@ def _read_line(line: str, place: str) -> Candidates:
         answers = [_read_answer(answer, f"answers[{n}]") for n, answer in enumerate(value["answers"])]
     except RowProblem as problem:
         raise DataError(f"{place} cannot be used: {problem.detail}. Mend or remove the line.") from None
-    return Candidates(prompt, tuple(answers), place)
+    drawn = value.get("drawn")
+    return Candidates(prompt, tuple(answers), place, drawn if isinstance(drawn, Mapping) else {})
 
 
 def _read_answer(cell: Any, column: str) -> Answer:

@@ -5,7 +5,6 @@ The pairs follow from it alone: after a crash they are made again.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,12 +95,12 @@ class Decisions:
         """
         self._check(decision, "this decision")
         before, was_decided = self.current(decision.prompt), self._is_decided(decision.prompt)
-        self._append(self.journal, _line(decision.to_json()))
+        rundir.append_text(self.journal, _line(decision.to_json()))
         self._apply(decision)
         after = self.current(decision.prompt)
         if after is decision and not was_decided:
             if pair := self._pair(decision):
-                self._append(self.out, _line(pair))
+                rundir.append_text(self.out, _line(pair))
         elif after is not before:
             rundir.write_text(self.out, "".join(map(_line, self.pairs())))
 
@@ -158,11 +157,8 @@ class Decisions:
                     "or `qdpo judge`. Give another --out."
                 )
             return
-        whole = self.journal.read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) < len(whole):  # torn by a crash, before anyone was told of it
-            rundir.write_bytes(self.journal, kept)
-        for number, line in enumerate(kept.decode().splitlines(), 1):
+        rundir.cut_torn_line(self.journal)  # nobody was told of it
+        for number, line in enumerate(self.journal.read_text(encoding="utf-8").split("\n")[:-1], 1):
             where = f"{self.journal} line {number}"
             try:
                 value = json.loads(line)
@@ -193,36 +189,27 @@ class Decisions:
         if decision.kind == "edit" and not (decision.text or "").strip():
             raise DataError(f"{where} puts nothing in the place of an answer. Write one, or skip the prompt.")
 
-    def _append(self, path: Path, line: str) -> None:
-        try:
-            with path.open("ab") as file:
-                size = file.tell()
-                try:
-                    file.write(line.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(size)
-                    raise
-        except OSError as error:
-            raise rundir.disk_error(error, path) from error
-
 
 @contextmanager
 def opened(out: Path, items: list[Candidates]) -> Iterator[Decisions]:
     """The decisions that make `out`, held by this process alone. Raises: ConfigError if another one holds them."""
+    with held(out):
+        yield Decisions(out, items)
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Inside, no other process writes this file. Raises: ConfigError if one does already; DiskError."""
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(
-            f"Another qdpo works on {out}: its page or judge is still open. Use that one, or stop it."
-        ) from None
+        raise ConfigError(f"Another qdpo works on {out}. Wait for it or stop it, or give another --out.") from None
     except OSError as error:
         raise rundir.disk_error(error, out) from error
     try:
-        yield Decisions(out, items)
+        yield
     finally:
         lock.release()
 

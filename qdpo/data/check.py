@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from qdpo.data.layout import Layout
+from qdpo.data.limits import Limits
+from qdpo.data.notes import RowNote
+from qdpo.data.origin import Origin
 from qdpo.data.render import Fact
 from qdpo.data.source import Source
 from qdpo.data.store import TokenPair
-from qdpo.data.tokens import Limits, Prepared, RowNote
+from qdpo.data.tokens import Prepared
 
 LENGTH_BIAS = 0.9
 """From this share of longer chosen answers on, length alone tells the answers apart."""
@@ -61,6 +64,10 @@ class DataReport:
     """Pearson's r between the length of an answer and its being the chosen one."""
     scores_disagree: int
     overlap: int | None
+    origins: dict[str, int]
+    """Answers by who wrote them; empty where no row says."""
+    on_policy: float | None
+    """Share of the answers that the model to be trained wrote; None where no row says who wrote them."""
     warnings: list[str]
     """In order of damage."""
     fit: bool
@@ -177,9 +184,13 @@ def make_report(
     *,
     max_drop_fraction: float,
     overlap: int | None,
+    policy: Origin,
     template_notes: Sequence[str],
 ) -> DataReport:
-    """All that can be said of a data set. `overlap` counts held-out pairs whose prompt is trained on."""
+    """All that can be said of a data set. `overlap` counts held-out pairs whose prompt is trained on.
+
+    `policy` is the model to be trained; the identity of its weights is not known without loading them.
+    """
     share, warnings = drop_fraction(prepared), data_warnings(prepared, layouts)
     if overlap:
         warnings.insert(0, f"{overlap:,} held-out prompts are also trained on, so held-out figures flatter")
@@ -206,9 +217,27 @@ def make_report(
         length_correlation=_correlation(lengths) if usable else 0.0,
         scores_disagree=prepared.scores_disagree,
         overlap=overlap,
+        origins=_by_name(prepared.origins),
+        on_policy=_on_policy(prepared.origins, policy),
         warnings=warnings + list(template_notes),
         fit=bool(usable) and share <= max_drop_fraction,
     )
+
+
+def _by_name(origins: Counter[Origin | None]) -> dict[str, int]:
+    if set(origins) <= {None}:
+        return {}
+    found = Counter[str]()
+    for origin, count in origins.items():
+        found["unknown" if origin is None else "a person, by editing" if origin.edited else origin.name] += count
+    return dict(found.most_common())
+
+
+def _on_policy(origins: Counter[Origin | None], policy: Origin) -> float | None:
+    if set(origins) <= {None}:
+        return None
+    own = sum(count for origin, count in origins.items() if origin is not None and origin.is_of(policy))
+    return own / origins.total()
 
 
 def too_many_dropped(prepared: Prepared, allowed: float) -> str:

@@ -1,6 +1,7 @@
 """Which columns of a data set are prompt, answers, winner, scores, system and tools: by name, or as the user says."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -206,8 +207,8 @@ def winner_sign(sample: Sample, found: Found, origin: str) -> Sign:
     """How the winner column says which of two answers is better. Raises DataError where it cannot be told."""
     column, one = found.named["winner"], found.named["chosen"]
     cells = [row.get(column) for row in sample.rows.values()]
-    values = {cell for cell in map(_number, cells) if cell is not None}
-    if not values:
+    values = {cell for cell in map(finite, cells) if cell is not None}
+    if not values or (values == {1} and one != "human_ref_A"):  # of 0/1, or of 1/2? The columns' names may tell
         names = {side_named(cell, found.named["chosen"], found.named["rejected"]) for cell in cells}
         if names & {"first", "second"}:
             return "names"
@@ -220,6 +221,7 @@ def winner_sign(sample: Sample, found: Found, origin: str) -> Sign:
     elif values <= {1, 2}:
         return "one is first"
     shown = ", ".join(sorted({excerpt(cell, 20) for cell in cells})[:5])
+    shown += " alone, of 0/1 or of 1/2" if values == {1} else ""
     raise DataError(
         f"{origin}: column {column!r} should say which of {one} and {found.named['rejected']} is better, but holds "
         f"{shown}. It may hold 0/1, 1/2, a/b, the names of the two columns, or a number that is negative where the "
@@ -228,14 +230,17 @@ def winner_sign(sample: Sample, found: Found, origin: str) -> Sign:
 
 
 def first_wins(cell: Any, sign: Sign, one: str, other: str) -> bool | None:
-    """Whether the first of two answers won; None for a tie or an empty cell."""
+    """Whether the first of two answers won; None for a tie, an empty cell or a verdict for neither of them."""
     if sign == "names":
         side = side_named(cell, one, other)
         return None if side is None else side == "first"
-    value = _number(cell)
-    if value is None or (sign == "negative is first" and value == 0):
+    value = finite(cell)
+    if value is None:
         return None
-    return {"zero is first": value == 0, "one is first": value == 1, "negative is first": value < 0}[sign]
+    if sign == "negative is first":
+        return value < 0 if value else None
+    first, second = {"zero is first": (0, 1), "one is first": (1, 0 if one == "human_ref_A" else 2)}[sign]
+    return value == first if value in (first, second) else None
 
 
 def side_named(cell: Any, one: str, other: str) -> Literal["first", "second"] | None:
@@ -248,8 +253,10 @@ def side_named(cell: Any, one: str, other: str) -> Literal["first", "second"] | 
     return None
 
 
-def _number(cell: Any) -> float | None:
+def finite(cell: Any) -> float | None:
+    """A cell as a number; None where it is empty, a word or not finite: NaN is how a gap in a table is written."""
     try:
-        return None if cell is None or cell == "" else float(cell)
+        value = float(cell)
     except (TypeError, ValueError):
         return None
+    return value if math.isfinite(value) else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdpo.data.files import SAMPLED_ROWS, Advance, Place, Sample
-from qdpo.data.readers import BadLine, Row
+from qdpo.data.reading import BadLine, Row
 from qdpo.errors import DataError
 
 HUB_NAME = re.compile(

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdpo.data.columns import Form, Found, Sign, find_columns, winner_sign
+from qdpo.data.columns import Form, Found, Sign, find_columns, finite, winner_sign
 from qdpo.data.files import SAMPLED_ROWS, Sample
-from qdpo.data.readers import Row as Row
+from qdpo.data.reading import Row as Row
 from qdpo.data.turns import Kind, excerpt, kind_of
 from qdpo.errors import DataError
 
@@ -40,6 +40,8 @@ class Layout:
     sign: Sign | None = None
     scores: tuple[str, str] | None = None
     list_scores: str | None = None
+    answers_scored: bool = False
+    """Each answer of a ranking bears its own score or rank."""
     many_rejected: bool = False
     """The rejected column holds a list of answers: a pair is made with each."""
     last_answer_only: bool = False
@@ -113,6 +115,7 @@ class _Look:
             "sign": winner_sign(self.sample, self.found, self.origin) if "winner" in named else None,
             "scores": self.found.scores,
             "list_scores": self.found.list_scores,
+            "answers_scored": form == "ranked" and self.found.list_scores is None and self._answers_scored(chosen),
             "many_rejected": many,
         }
 
@@ -120,7 +123,10 @@ class _Look:
         """The layout's name and what it means, for the screen."""
         if details["form"] == "ranked":
             by = details["list_scores"]
-            order = f"the best is the one with the highest of {by}" if by else "the first is the best"
+            if by or details["answers_scored"]:
+                order = f"the best is the one with {f'the highest of {by}' if by else 'the highest score (or rank 1)'}"
+            else:
+                order = "the first is the best"
             return "ranked", f"a list of answers a row: {order}, and a pair is made with each worse one"
         if details["form"] == "winner":
             if details["winner"] is None:
@@ -172,6 +178,10 @@ class _Look:
         cells = [row.get(column) for row in self.sample.rows.values()]
         lists = [cell for cell in cells if isinstance(cell, list) and cell and kind_of(cell) != "turns"]
         return 2 * len(lists) > len(cells)
+
+    def _answers_scored(self, column: str) -> bool:
+        cells = [row.get(column) for row in self.sample.rows.values()]
+        return any(answer_score(answer) is not None for cell in cells if isinstance(cell, list) for answer in cell)
 
     def _answer_kind(self, chosen: str, rejected: str) -> Kind:
         kinds = {column: self._column_kind(column) for column in (chosen, rejected)}
@@ -239,6 +249,16 @@ class _Look:
             return bool(prompt) and all(answer.startswith(prompt) for answer in answers)
 
         return all(repeats(row) for row in self.sample.rows.values())
+
+
+def answer_score(answer: Any) -> float | None:
+    """The score that an answer of a ranking bears, the higher the better; None where it bears none."""
+    if not isinstance(answer, Mapping):
+        return None
+    rank = finite(answer.get("rank"))
+    if rank is not None:
+        return -rank
+    return next((score for key in SCORE_KEYS if (score := finite(answer.get(key))) is not None), None)
 
 
 def _words(kind: Kind) -> str:

@@ -28,9 +28,23 @@ class Origin:
         """For the reader."""
         return self.model if self.run is None else f"{self.model} with {self.run}"
 
+    def is_of(self, policy: "Origin") -> bool:
+        """Whether this model wrote the answer, as far as names tell: same base, same adapter, not edited."""
+        return (self.model, self.adapter, self.edited) == (policy.model, policy.adapter, False)
+
     def to_json(self) -> dict[str, Any]:
         """What is set, as plain values."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
+
+
+Origins = tuple[Origin | None, Origin | None]
+"""Of the chosen and the rejected answer."""
+
+
+def origins_of(row: Mapping[str, Any]) -> Origins:
+    """Where both answers of a row came from, as far as the row says."""
+    chosen, rejected = (read_origin(row.get(column)) for column in COLUMNS)
+    return chosen, rejected
 
 
 def read_origin(cell: Any) -> Origin | None:

@@ -5,17 +5,16 @@ A pair is one decision: one prompt, and two different final answers of the assis
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdpo.data.columns import first_wins
 from qdpo.data.files import Sample
-from qdpo.data.layout import SCORE_KEYS, TEXT_KEYS, Row
 from qdpo.data.layout import Layout as Layout
+from qdpo.data.layout import Row
 from qdpo.data.layout import detect_layout as detect_layout
 from qdpo.data.turns import Message as Message
 from qdpo.data.turns import RowProblem, excerpt, read_dialogue, read_text, read_turns, same_turn
+from qdpo.data.winner import RANKED_REJECTED, two_answers
 from qdpo.errors import DataError
 
 
@@ -86,8 +85,7 @@ def to_pairs(row: Row, index: int, layout: Layout, *, keep_empty_rejected: bool 
     One pair, but for rows with several worse answers: then one with each.
     """
     try:
-        _refuse_tie(row, layout)
-        rows = list(_two_answers(row, layout))
+        rows = list(two_answers(row, layout))
     except RowProblem as problem:
         return [Rejection(index, problem.reason, problem.detail)]
     return [_to_pair(two, index, layout, keep_empty_rejected) for two in rows]
@@ -111,87 +109,10 @@ def _to_pair(row: Row, index: int, layout: Layout, keep_empty_rejected: bool) ->
     return Pair(prompt, chosen["content"], rejected["content"], index, layout.is_chat, turns, tools, tuple(mended))
 
 
-def scores_disagree(row: Row, layout: Layout) -> bool:
-    """True where the score columns rate the rejected answer above the chosen one."""
-    scores = _scores(row, layout) if layout.form == "pairs" else None
-    return scores is not None and scores[0] < scores[1]
-
-
-def _two_answers(row: Row, layout: Layout) -> Iterator[Row]:
-    """The row with one answer in each of the two columns; several rows where one answer beats several others."""
-    if layout.form == "ranked":
-        best, worse = _ranked(row, layout)
-        yield from ({**row, layout.chosen: best, _REJECTED: text} for text in worse)
-    elif layout.form == "winner":
-        one, other = row.get(layout.chosen), row.get(layout.rejected)
-        chosen, rejected = (one, other) if _first_wins(row, layout) else (other, one)
-        yield {**row, layout.chosen: chosen, layout.rejected: rejected}
-    elif layout.many_rejected:
-        cell = row.get(layout.rejected)
-        if not cell:
-            raise RowProblem("null_field", f"{layout.rejected} is empty")
-        yield from ({**row, layout.rejected: text} for text in (cell if isinstance(cell, list) else [cell]))
-    else:
-        yield row
-
-
-_REJECTED = "\0rejected"  # the second column of a ranking, whose answers share one
-
-
-def _first_wins(row: Row, layout: Layout) -> bool:
-    if layout.winner is None:
-        scores = _scores(row, layout)
-        if scores is None:
-            raise RowProblem("null_field", f"{' or '.join(layout.scores or ())} is not a number")
-        return scores[0] > scores[1]
-    assert layout.sign is not None
-    first = first_wins(row.get(layout.winner), layout.sign, layout.chosen, layout.rejected)
-    if first is None:
-        raise RowProblem("tie", f"{layout.winner} is {row.get(layout.winner)!r}: neither answer won")
-    return first
-
-
-def _ranked(row: Row, layout: Layout) -> tuple[str, list[str]]:
-    cells = row.get(layout.chosen)
-    if not isinstance(cells, list):
-        read_text(cells, layout.chosen)  # null, or a number
-    if not isinstance(cells, list) or len(cells) < 2:
-        raise RowProblem("one_answer", f"{layout.chosen} holds no two answers: {excerpt(cells)}")
-    texts = [_text_of(cell, layout.chosen) for cell in cells]
-    scores: Any = row.get(layout.list_scores) if layout.list_scores else [_score_of(cell) for cell in cells]
-    if not isinstance(scores, list) or len(scores) != len(texts) or any(score is None for score in scores):
-        if layout.list_scores:
-            raise RowProblem("null_field", f"{layout.list_scores} has no score for each of {len(texts)} answers")
-        return texts[0], texts[1:]
-    best = max(range(len(texts)), key=lambda place: (float(scores[place]), -place))
-    worse = [text for text, score in zip(texts, scores, strict=True) if float(score) < float(scores[best])]
-    if not worse:
-        raise RowProblem("tie", f"all {len(texts)} answers have the score {float(scores[best]):g}")
-    return texts[best], worse
-
-
-def _text_of(cell: Any, column: str) -> str:
-    if isinstance(cell, Mapping):
-        cell = next((cell[key] for key in TEXT_KEYS if cell.get(key) is not None), None)
-    return read_text(cell, column)
-
-
-def _score_of(cell: Any) -> float | None:
-    if not isinstance(cell, Mapping):
-        return None
-    if isinstance(cell.get("rank"), int | float):
-        return -float(cell["rank"])
-    score = next((cell[key] for key in SCORE_KEYS if cell.get(key) is not None), None)
-    try:
-        return None if score is None else float(score)
-    except (TypeError, ValueError):
-        return None
-
-
 def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, list[tuple[str, str]]]:
     """Prompt turns and the two answers: the longest common run of whole turns is the prompt, never of letters."""
     given = _given_prompt(row, layout)
-    rejected_column = _REJECTED if layout.form == "ranked" else layout.rejected
+    rejected_column = RANKED_REJECTED if layout.form == "ranked" else layout.rejected
     chosen, rejected = (
         _whole_conversation(given, _answer_turns(row, column, given, layout), column, layout)
         for column in (layout.chosen, rejected_column)
@@ -244,7 +165,7 @@ def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -
         return read_turns(value, column)
     if layout.answer_kind == "dialogue":
         return read_dialogue(value, column)
-    text = read_text(value, layout.rejected if column == _REJECTED else column)
+    text = read_text(value, layout.rejected if column == RANKED_REJECTED else column)
     if layout.repeats_prompt:
         prompt = given[0]["content"]
         if not text.lstrip().startswith(prompt.strip()):
@@ -316,25 +237,6 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
             "identical_after_trim",
             f"chosen and rejected differ only in white space at the ends: {excerpt(chosen['content'])!r}",
         )
-
-
-def _refuse_tie(row: Row, layout: Layout) -> None:
-    scores = _scores(row, layout) if layout.winner is None else None
-    if scores is not None and layout.scores is not None and scores[0] == scores[1]:
-        raise RowProblem("tie", f"{layout.scores[0]} and {layout.scores[1]} are both {scores[0]:g}")
-    if row.get("status") == "tie":
-        raise RowProblem("tie", "the column status says 'tie'")
-
-
-def _scores(row: Mapping[str, Any], layout: Layout) -> tuple[float, float] | None:
-    if layout.scores is None:
-        return None
-    cells = [row.get(column) for column in layout.scores]
-    try:
-        chosen, rejected = (float(cell) for cell in cells if cell not in (None, ""))
-    except (TypeError, ValueError):  # fewer than two numbers: this row was not scored
-        return None
-    return chosen, rejected
 
 
 def without_oldest_turns(pair: Pair) -> Pair | None:

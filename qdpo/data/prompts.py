@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.config import DataConfig
+from qdpo.data.columns import PROMPTS
 from qdpo.data.encode import Encoder
 from qdpo.data.files import FileRows, data_files, missing_file
-from qdpo.data.pair import Message, Pair, Rejection
-from qdpo.data.readers import BadLine
+from qdpo.data.layout import detect_layout
+from qdpo.data.pair import Message, Pair, Rejection, to_pair
+from qdpo.data.reading import BadLine
 from qdpo.data.render import Renderer
-from qdpo.data.turns import RowProblem, read_text, read_turns
+from qdpo.data.source import open_source
+from qdpo.data.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
 from qdpo.errors import DataError
 
 TEXT_FILES = (".txt", ".md")
+COLUMNS = (*PROMPTS, "messages")
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,41 @@ def read_prompts(path: Path, asked_by: str = "--prompts") -> list[Prompt]:
     if not path.is_file():
         raise missing_file(path, asked_by)
     if path.suffix in TEXT_FILES:
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # read_text turns other line ends into that
         found = [Prompt(_question(line), False, f"{path} line {number}") for number, line in lines if line.strip()]
     else:
         rows = FileRows(data_files(path)).located()
-        found = [_prompt(row, f"{place.file} line {place.line}") for place, row in rows]
+        found = [_prompt(row, COLUMNS, f"{place.file} line {place.line}") for place, row in rows]
     if not found:
         raise DataError(f"{path} holds no prompts. Give one a line (.txt), or a column `prompt` (.jsonl).")
+    return found
+
+
+def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
+    """The prompts of a text with one a line, or of any data set: a file, a folder, a hub id, bundled:NAME.
+
+    `column` names the one that holds them. Of preference pairs without such a column, the prompts are what both
+    answers share. Raises: DataError naming the line of a prompt that cannot be used.
+    """
+    local = Path(path).expanduser()
+    if local.suffix in TEXT_FILES:
+        return read_prompts(local, "the prompts")
+    source = open_source(path, shipped=shipped)
+    sample = source.rows.look_over()
+    if column is not None and column not in sample.columns:
+        raise DataError(f"--column={column}: {path} has no such column. It has: {', '.join(sample.columns)}.")
+    names = [column] if column else [name for name in COLUMNS if name in sample.columns]
+    layout = None if names else detect_layout(sample, {}, source.name)
+    found = []
+    for number, (place, row) in enumerate(source.rows.located(), 1):
+        origin = f"{place.file} line {place.line}"
+        if layout is None:
+            found.append(_prompt(row, names, origin))
+        elif not isinstance(row, BadLine):
+            pair = to_pair(row, number, layout)
+            if isinstance(pair, Rejection):
+                raise DataError(f"{origin} cannot be used ({pair.reason}): {pair.detail}. Mend or remove the row.")
+            found.append(Prompt(pair.prompt, pair.is_chat, origin))
     return found
 
 
@@ -65,14 +97,21 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
     return [ids[0] for ids in encoded if ids is not None]
 
 
-def _prompt(row: Any, origin: str) -> Prompt:
+def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
     if isinstance(row, BadLine):
         raise DataError(f"{origin} cannot be read: {row.detail}.")
-    cell = row.get("prompt", row.get("messages"))
+    name = next((name for name in columns if name in row), "prompt")
+    cell = row.get(name)
     try:
-        if isinstance(cell, str):
-            return Prompt(_question(read_text(cell, "prompt")), False, origin)
-        turns = read_turns(cell, "prompt")
+        if isinstance(cell, str) and is_dialogue(cell):
+            turns = read_dialogue(cell, name)
+            turns = turns[:-1] if not turns[-1]["content"] else turns  # it ends with a bare "Assistant:"
+        elif isinstance(cell, str):
+            if not cell.strip():
+                raise RowProblem("null_field", f"{name} is empty")
+            return Prompt(_question(read_text(cell, name)), False, origin)
+        else:
+            turns = read_turns(cell, name)
     except RowProblem as problem:
         raise DataError(f"{origin}: {problem.detail}. Give `prompt` as text or as a list of messages.") from None
     if turns[-1]["role"] == "assistant":

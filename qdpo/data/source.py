@@ -9,7 +9,8 @@ from typing import Protocol
 
 from qdpo.data.files import Advance, FileRows, Place, Sample, data_files, missing_file, sha256_of
 from qdpo.data.hub import HUB_NAME, HubName, open_hub
-from qdpo.data.readers import READERS, BadLine, Row
+from qdpo.data.readers import READERS
+from qdpo.data.reading import BadLine, Row
 from qdpo.errors import ConfigError
 
 BUNDLED = "bundled:"

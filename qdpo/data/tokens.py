@@ -16,56 +16,25 @@ import numpy as np
 from qdpo.data.encode import Encoder, IdLists
 from qdpo.data.files import Place
 from qdpo.data.layout import Layout, Row
-from qdpo.data.pair import Pair, Rejection, scores_disagree, to_pairs, without_oldest_turns
-from qdpo.data.readers import BadLine
+from qdpo.data.limits import Limits, fit
+from qdpo.data.notes import RowNote, Where
+from qdpo.data.origin import Origin, Origins, origins_of
+from qdpo.data.pair import Pair, Rejection, to_pairs, without_oldest_turns
+from qdpo.data.reading import BadLine
 from qdpo.data.render import Fact, Rendered, Renderer
 from qdpo.data.store import Ids as Ids
 from qdpo.data.store import PairStore, Spool, digest_of
 from qdpo.data.store import TokenPair as TokenPair
 from qdpo.data.store import load_pairs as load_pairs
 from qdpo.data.store import save_pairs as save_pairs
+from qdpo.data.winner import scores_disagree
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
-MIN_KEPT_SHARE = 0.5
-MIN_KEPT_TOKENS = 32
-"""A cut answer must keep at least this much: less is another answer, and its preference another preference."""
-
 Located = tuple[Place, Row | BadLine]
-Outcome = Literal["whole", "cut", "prompt_too_long", "response_cut_too_much"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The length rule. `max_tokens` bounds prompt + longer response, `max_prompt_tokens` the prompt."""
-
-    max_tokens: int
-    max_prompt_tokens: int
-    long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
-
-    def outcome(self, prompt: int, chosen: int, rejected: int) -> Outcome:
-        """What becomes of a pair of these lengths."""
-        if prompt > self.max_prompt_tokens or prompt >= self.max_tokens:
-            return "prompt_too_long"
-        room, longer = self.max_tokens - prompt, max(chosen, rejected)
-        if longer <= room:
-            return "whole"
-        return "cut" if room >= max(MIN_KEPT_SHARE * longer, MIN_KEPT_TOKENS) else "response_cut_too_much"
-
-
-@dataclass(frozen=True)
-class RowNote:
-    """What was done to a row, for the data report."""
-
-    row: int
-    action: Literal["dropped", "cut", "mended"]
-    reason: str
-    detail: str
-    source: str = ""
-    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +49,8 @@ class Prepared:
     """Pairs that these rows would have made; more than `seen` where rows hold several."""
     scores_disagree: int
     """Usable pairs whose score columns rate the rejected answer higher."""
+    origins: Counter[Origin | None]
+    """Answers of usable pairs by who wrote them; None where the row does not say."""
     source_of: np.ndarray
     """Number of the source of each usable pair, from 0."""
     full_lengths: np.ndarray
@@ -132,9 +103,12 @@ class Preparation:
         self._limits, self._renderer, self._keep_empty = limits, renderer, keep_empty_rejected
         self._encoder = Encoder(tokenizer, renderer.template)
         self._spool, self._sieve = Spool(scratch), _Sieve()
-        self._notes: list[RowNote] = []
-        self._places: list[tuple[str, Place | None]] = []
+        self._notes: dict[int, list[RowNote]] = {}
+        """By the number of the outcome: what was done to a pair goes when the pair is dropped afterwards."""
+        self._places: list[tuple[int, str, Place | None]] = []
         self._source_of, self._against, self._full = array("H"), array("b"), array("i")
+        self._origins: dict[Origins, int] = {}
+        self._origin_of = array("i")
         self._dead = set[int]()
         self._sources, self._seen, self._outcomes = 0, 0, 0
 
@@ -161,7 +135,7 @@ class Preparation:
                     if full():
                         break
                     seen = number
-                self._take(result, row, _Where(number, source, place), layout)
+                self._take(result, row, Where(number, source, place), layout)
             if progress:
                 progress(seen)
             if full():
@@ -171,9 +145,10 @@ class Preparation:
     def finish(self) -> Prepared:
         """All that was found. The pairs may be none."""
         alive = [n for n in range(len(self._spool)) if n not in self._dead]
+        notes = [note for number in sorted(self._notes) for note in self._notes[number]]
         return Prepared(
-            self._spool.store(alive), _settled(self._notes), self._seen, self._outcomes,
-            sum(self._against[n] for n in alive), np.array(self._source_of, np.int32)[alive],
+            self._spool.store(alive), notes, self._seen, self._outcomes,
+            sum(self._against[n] for n in alive), self._written_by(alive), np.array(self._source_of, np.int32)[alive],
             np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
         )  # fmt: skip
 
@@ -205,44 +180,53 @@ class Preparation:
             else:
                 yield number, place, row, _Encoded(pair, text, ids)
 
-    def _take(self, result: "Rejection | _Encoded", row: Row, where: "_Where", layout: Layout) -> None:
+    def _take(self, result: "Rejection | _Encoded", row: Row, where: Where, layout: Layout) -> None:
         self._outcomes += 1
         if isinstance(result, Rejection):
-            self._notes.append(where.note("dropped", result.reason, result.detail))
+            self._drop(self._outcomes, where, result.reason, result.detail)
             return
         if self._limits.long_prompt == "drop_oldest_turns":
             result = self._shortened(result)
-        self._notes += [where.note("mended", reason, detail) for reason, detail in result.text.mended]
         self._full.extend(map(len, result.ids))
-        pair, notes = _fit(where, result.ids, self._limits)
-        self._notes += notes
+        pair, notes = fit(where, result.ids, self._limits)
+        if pair is not None:
+            notes = [where.note("mended", reason, detail) for reason, detail in result.text.mended] + notes
+        if notes:
+            self._notes[self._outcomes] = notes
         if pair is None:
             return
         what, other = self._sieve.meet(pair)
         if what == "duplicate":
-            detail = f"the same pair as {self._name(other, where)}"
-            self._notes.append(where.note("dropped", "duplicate", detail))
+            self._drop(self._outcomes, where, "duplicate", f"the same pair as {self._name(other, where)}")
         elif what == "contradiction":
             self._contradict(other, where)
         else:
             index = self._spool.add(pair)
             self._sieve.kept[digest_of(pair.prompt, pair.chosen, pair.rejected)] = index
-            self._places.append((where.source, where.place))
+            self._places.append((self._outcomes, where.source, where.place))
             self._source_of.append(self._sources - 1)
             self._against.append(scores_disagree(row, layout))
+            self._origin_of.append(self._origins.setdefault(origins_of(row), len(self._origins)))
 
-    def _contradict(self, other: int, where: "_Where") -> None:
+    def _written_by(self, pairs: list[int]) -> Counter[Origin | None]:
+        known = list(self._origins)
+        return Counter(origin for pair in pairs for origin in known[self._origin_of[pair]])
+
+    def _contradict(self, other: int, where: Where) -> None:
         said = "{} holds the same two answers with the labels swapped"
         if other not in self._dead:
             self._dead.add(other)
-            source, place = self._places[other]
-            then = _Where(self._spool.rows[other], source, place)
+            outcome, source, place = self._places[other]
+            then = Where(self._spool.rows[other], source, place)
             this = f"row {where.row}" if source == where.source else f"row {where.row} of {where.source}"
-            self._notes.append(then.note("dropped", "contradiction", said.format(this)))
-        self._notes.append(where.note("dropped", "contradiction", said.format(self._name(other, where))))
+            self._drop(outcome, then, "contradiction", said.format(this))
+        self._drop(self._outcomes, where, "contradiction", said.format(self._name(other, where)))
 
-    def _name(self, index: int, where: "_Where") -> str:
-        source = self._places[index][0]
+    def _drop(self, outcome: int, where: Where, reason: str, detail: str) -> None:
+        self._notes[outcome] = [where.note("dropped", reason, detail)]
+
+    def _name(self, index: int, where: Where) -> str:
+        source = self._places[index][1]
         return f"row {self._spool.rows[index]}" + ("" if source == where.source else f" of {source}")
 
     def _shortened(self, found: "_Encoded") -> "_Encoded":
@@ -271,59 +255,10 @@ class _Encoded:
     ids: IdLists
 
 
-@dataclass(frozen=True)
-class _Where:
-    row: int
-    source: str
-    place: Place | None
-
-    def note(self, action: Literal["dropped", "cut", "mended"], reason: str, detail: str) -> RowNote:
-        return RowNote(self.row, action, reason, detail, self.source, self.place)
-
-
 def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _fit(where: _Where, ids: IdLists, limits: Limits) -> tuple[TokenPair | None, list[RowNote]]:
-    """The one length rule: a pair stays whole if it fits, a prompt is never cut, a response loses only its end.
-
-    A cut response has no end token: the model must not learn to stop there.
-    """
-    prompt, *responses = ids
-    outcome = limits.outcome(*map(len, ids))
-    if outcome == "prompt_too_long":
-        allowed = min(limits.max_prompt_tokens, limits.max_tokens - 1)
-        detail = f"the prompt has {len(prompt)} tokens, {allowed} are allowed"
-        return None, [where.note("dropped", outcome, detail)]
-    room = limits.max_tokens - len(prompt)
-    cuts = [
-        f"{side} from {len(response)} to {room} tokens"
-        for side, response in zip(("chosen", "rejected"), responses, strict=True)
-        if len(response) > room
-    ]
-    if outcome == "response_cut_too_much":
-        return None, [where.note("dropped", outcome, f"would cut {'; '.join(cuts)}")]
-    chosen, rejected = (response[:room] for response in responses)
-    if chosen == rejected:
-        reason = "identical_after_cut" if cuts else "identical_tokens"
-        return None, [where.note("dropped", reason, f"chosen and rejected are the same {len(chosen)} tokens")]
-    if not (prompt and chosen and rejected):
-        reason = "empty_response" if prompt else "empty_prompt"
-        return None, [where.note("dropped", reason, "the tokenizer makes no token of it")]
-    arrays = [np.array(part, np.int32) for part in (prompt, chosen, rejected)]
-    pair = TokenPair(arrays[0], arrays[1], arrays[2], where.row)
-    return pair, [where.note("cut", "response_cut", "; ".join(cuts))] if cuts else []
-
-
-def _settled(notes: list[RowNote]) -> list[RowNote]:
-    """By source and row, and without what was done to rows that were dropped afterwards."""
-    order = {source: n for n, source in enumerate(dict.fromkeys(note.source for note in notes))}
-    dropped = {(note.source, note.row) for note in notes if note.action == "dropped"}
-    standing = (note for note in notes if note.action == "dropped" or (note.source, note.row) not in dropped)
-    return sorted(standing, key=lambda note: (order[note.source], note.row))
 
 
 def nothing_usable(prepared: Prepared) -> DataError:

@@ -12,6 +12,7 @@ import numpy as np
 from qdpo.choice import Lengths
 from qdpo.config import RunConfig
 from qdpo.data import pair, source, tokens
+from qdpo.data.limits import Limits
 from qdpo.data.pair import Pair
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
@@ -134,7 +135,7 @@ def _counted(pairs: Sequence[Pair], count: Count, config: RunConfig) -> list[tup
 def _size(counted: tuple[int, int, int], config: RunConfig) -> tuple[int, int] | None:
     """Tokens of the prompt and of the pair after the length rule of `data.tokens`; None if it drops the pair."""
     prompt, *answers = counted
-    limits = tokens.Limits(config.data.max_tokens, config.data.max_prompt_tokens or config.data.max_tokens)
+    limits = Limits(config.data.max_tokens, config.data.max_prompt_tokens or config.data.max_tokens)
     if limits.outcome(*counted) not in ("whole", "cut"):
         return None
     room = config.data.max_tokens - prompt

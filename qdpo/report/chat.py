@@ -67,7 +67,7 @@ class Chat:
 
         try:
             with self.policy.reference() if side == "base" else nullcontext():
-                stream(self.policy, self.tokenizer, ids, take, **self.drawing, seed=self.seed + self.turns)
+                stream(self.policy.peft, self.tokenizer, ids, take, **self.drawing, seed=self.seed + self.turns)
         finally:
             if text := "".join(pieces).strip():
                 self.said[side] = [*turns, {"role": "assistant", "content": text}]

@@ -34,6 +34,9 @@ def print_report(report: DataReport, console: Console) -> None:
             f"{report.chosen_longer:.0%} of pairs · correlation of length with being chosen: "
             f"{report.length_correlation:+.2f}"
         )
+    if report.on_policy is not None:
+        written = ", ".join(f"{name} {count:,}" for name, count in report.origins.items())
+        console.print(f"on-policy: {report.on_policy:.0%} of the answers · written by: {written}", markup=False)
     if report.overlap is not None:
         console.print(f"held-out prompts that are also trained on: {report.overlap:,}")
 

@@ -8,6 +8,8 @@ from qdpo import rundir
 from qdpo.config import RunConfig
 from qdpo.data import check, tokens
 from qdpo.data.check import DataReport
+from qdpo.data.notes import RowNote
+from qdpo.data.origin import Origin
 from qdpo.data.store import TokenPair
 from qdpo.errors import DataError
 from qdpo.model import fetch
@@ -53,13 +55,26 @@ def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checke
         prepare.limits_of(config.data),
         max_drop_fraction=config.data.max_drop_fraction,
         overlap=overlap,
+        policy=_policy(config),
         template_notes=found.template_notes,
     )
     places = sorted({0, len(pairs) // 2, len(pairs) - 1})[:SHOWN]
     return Checked(report, [pairs[place] for place in places], tokenizer)
 
 
-def _write(path: Path, notes: list[tokens.RowNote]) -> None:
+def _policy(config: RunConfig) -> Origin:
+    """The model to be trained, by name; peft is needed only where it starts from an adapter."""
+    if config.adapter.start is None:
+        return Origin(str(config.model.path))
+    from qdpo.model.adapter import WEIGHTS, check_adapter_folder
+    from qdpo.train.record import file_record
+
+    folder = Path(config.adapter.start)
+    check_adapter_folder(folder)
+    return Origin(str(config.model.path), adapter=file_record(folder / WEIGHTS)["sha256"])
+
+
+def _write(path: Path, notes: list[RowNote]) -> None:
     try:
         path.write_text("", encoding="utf-8")
         check.write_report(path, notes)

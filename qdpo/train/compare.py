@@ -137,15 +137,15 @@ def compare(
     """Answers by the base and by the tuned model, then both scored by both in rows of that many tokens."""
     watcher.begin("answering", 2 * len(prompts), "answer")
     with policy.reference():
-        before = complete(policy, tokenizer, prompts, **asdict(drawing))
+        before = complete(policy.peft, tokenizer, prompts, **asdict(drawing))
     watcher.advance(len(prompts))
-    after = complete(policy, tokenizer, prompts, **asdict(drawing))
+    after = complete(policy.peft, tokenizer, prompts, **asdict(drawing))
     watcher.finish()
     pairs = [
         TokenPair(np.array(prompt, np.int32), np.array(old, np.int32), np.array(new, np.int32), number)
         for number, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True))
     ]
-    ends, found = set(end_tokens(policy, tokenizer)), {}
+    ends, found = set(end_tokens(policy.peft, tokenizer)), {}
     watcher.begin("scoring both answers by both models", len(pairs), "prompt")
     for row in pack_rows(pairs, tokens_per_row):
         for pair, scores in zip(row.pairs, _scores(policy, row), strict=True):

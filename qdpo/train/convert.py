@@ -11,7 +11,7 @@ from qdpo import rundir
 from qdpo.config import RunConfig
 from qdpo.data import pair
 from qdpo.data.pair import Pair, Rejection
-from qdpo.data.readers import BadLine
+from qdpo.data.reading import BadLine
 from qdpo.data.split import chosen_prompts
 from qdpo.errors import ConfigError, DataError
 from qdpo.train.meters import Watcher

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qdpo import rundir
+from qdpo.errors import DiskError
 from qdpo.train.track import Tracker
 
 SCHEMA = 1
@@ -59,16 +59,11 @@ class Metrics:
         if self._tracker is not None:
             self._tracker.record(record)
         self._waiting += json.dumps({"schema": SCHEMA, **record}) + "\n"
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self._waiting)
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint must not be ahead of its steps after a power cut
+        with contextlib.suppress(DiskError):
+            rundir.append_text(
+                self.path, self._waiting
+            )  # a checkpoint must not be ahead of its steps after a power cut
             self._waiting = ""
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, size)  # no half a line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

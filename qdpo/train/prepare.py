@@ -9,10 +9,12 @@ from qdpo import rundir
 from qdpo.config import DataConfig
 from qdpo.data import check, pair, source, split, templates, tokens
 from qdpo.data.layout import Layout
+from qdpo.data.limits import Limits
+from qdpo.data.notes import RowNote
 from qdpo.data.render import Renderer
 from qdpo.data.source import Source
 from qdpo.data.store import PairStore, TokenPair
-from qdpo.data.tokens import Limits, Prepared, RowNote
+from qdpo.data.tokens import Prepared
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
 from qdpo.rundir import RunDir

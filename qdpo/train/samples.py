@@ -109,7 +109,7 @@ class Samples:
     def _complete(self, batch: int, *, off: bool) -> list[list[int]]:
         def answers() -> list[list[int]]:
             return complete(
-                self._policy, self._tokenizer, [prompt.ids for prompt in self._prompts], batch=batch,
+                self._policy.peft, self._tokenizer, [prompt.ids for prompt in self._prompts], batch=batch,
                 max_new_tokens=self._config.max_new_tokens, repetition_penalty=self._config.repetition_penalty,
             )  # fmt: skip
 

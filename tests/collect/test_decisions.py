@@ -33,7 +33,7 @@ def pick(item: Any, best: int = 0, worst: int = 2, **others: Any) -> Decision:
 
 
 def written(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_lines_of_one_prompt_become_one_and_answers_are_distinct(tmp_path: Path) -> None:
@@ -141,6 +141,18 @@ def test_the_journal_alone_makes_the_pairs_again(tmp_path: Path, items: list[Any
         assert out.read_bytes() == whole and len(decisions.history) == 3
         decisions.add(Decision(items[0].id, "undo"))
     assert len(written(out)) == 2
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    r"""A text may hold what Python calls line ends: U+2028, a form feed, U+0085."""
+    odd = "one\u2028two\x0cthree\x85four"
+    items = read_candidates([write_jsonl(tmp_path / "c.jsonl", [{"prompt": odd, "answers": [odd, "b"]}])]).items
+    out = tmp_path / "pairs.jsonl"
+    for _start in range(2):
+        with opened(out, items) as decisions:
+            decisions.add(pick(items[0], 0, 1, note=odd))
+    with opened(out, items) as decisions:
+        assert len(decisions.history) == 2 and written(out)[0]["note"] == odd == written(out)[0]["chosen"]
 
 
 def test_the_pairs_of_other_candidates_are_refused(tmp_path: Path, items: list[Any]) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from qdpo.data.encode import Encoder, IdLists
 from qdpo.data.files import Place
+from qdpo.data.limits import Limits
 from qdpo.data.pair import Message, Pair, Rejection, detect_layout
 from qdpo.data.render import Renderer
-from qdpo.data.tokens import Limits, Preparation, Prepared
+from qdpo.data.tokens import Preparation, Prepared
 
 
 def ids_of(prompt: list[Message], chosen: str, rejected: str, tokenizer) -> IdLists | Rejection:

@@ -1,6 +1,7 @@
 """Preferences in other forms than a better and a worse text: contests, rankings, several rejected answers, tools."""
 
 import json
+import math
 
 import pytest
 
@@ -77,6 +78,14 @@ def test_a_winner_that_cannot_be_read_is_refused():
         detect_layout(rows, {}, "test data")
 
 
+def test_a_verdict_that_is_always_1_is_read_by_the_columns_names_or_refused():
+    both = {"prompt": "q", "response_1": "one", "response_2": "two", "label": 1}
+    assert answers(both, detect_layout([both], {}, "test data")) == [("one", "two")]
+    both = {"prompt": "q", "response_a": "one", "response_b": "two", "label": 1}
+    with pytest.raises(DataError, match="'label' should say .* but holds 1 alone, of 0/1 or"):
+        detect_layout([both], {}, "test data")
+
+
 def test_a_contest_can_be_named_by_its_columns():
     rows = [{"q": "?", "x": "one", "y": "two", "best": 1}, {"q": "?", "x": "one", "y": "two", "best": 0}]
     columns = {"prompt": "q", "chosen": "x", "rejected": "y", "winner": "best"}
@@ -110,6 +119,8 @@ def test_ranked_rows_that_cannot_be_used_have_a_reason():
         ({"scores": [2, 2]}, "tie"),
         ({"scores": None}, "null_field"),
         ({"scores": [1]}, "null_field"),
+        ({"scores": [1, "n/a"]}, "null_field"),
+        ({"scores": [1, math.nan]}, "null_field"),
         ({"responses": ["a"]}, "one_answer"),
         ({"responses": None}, "null_field"),
         ({"responses": 17}, "not_text"),
@@ -118,6 +129,32 @@ def test_ranked_rows_that_cannot_be_used_have_a_reason():
     for change, reason in cases:
         found = to_pair({**row, **change}, 1, layout)
         assert isinstance(found, Rejection) and found.reason == reason, (change, found)
+
+
+def test_a_ranking_whose_answers_bear_scores_is_said_to_go_by_them():
+    row = {"prompt": "q", "completions": [{"response": "a", "rating": 4}, {"response": "b", "rating": "7"}]}
+    layout = detect_layout([row], {}, "test data")
+    assert "the highest score" in layout.why and answers(row, layout) == [("b", "a")]
+    for rating in (None, "N/A", math.nan):
+        torn = {**row, "completions": [{"response": "a", "rating": rating}, {"response": "b", "rating": 7}]}
+        found = to_pair(torn, 1, layout)
+        assert isinstance(found, Rejection) and found.reason == "null_field", rating
+
+
+@pytest.mark.parametrize("case", ["ids", "numbers", "csv", "human preferences", "signed"])
+def test_a_verdict_that_names_neither_answer_makes_no_pair(case):
+    both, ends = CONTESTS[case]
+    layout = detect_layout([{**both, **end} for end in ends], {}, "test data")
+    (column,) = ends[0]
+    for verdict in (math.nan, "nan", math.inf) if case == "signed" else (-1, 3, 0.5, math.nan, "nan"):
+        found = to_pair({**both, column: verdict}, 1, layout)
+        assert isinstance(found, Rejection) and found.reason == "tie", verdict
+
+
+def test_a_score_that_is_no_number_decides_no_contest():
+    rows = [{"prompt": "q", "response_a": "x", "response_b": "y", "score_a": 2, "score_b": b} for b in (1, math.nan)]
+    found = to_pair(rows[1], 2, detect_layout(rows, {}, "test data"))
+    assert isinstance(found, Rejection) and found.reason == "null_field"
 
 
 def test_several_rejected_answers_make_a_pair_each():

@@ -13,7 +13,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qdpo.data.readers import BadLine
+from qdpo.data.reading import BadLine
 from qdpo.data.source import open_source
 from qdpo.errors import DataError
 from tests.data.prepared import Row, rows_of

@@ -1,13 +1,16 @@
 import copy
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from qdpo.data.encode import Encoder
 from qdpo.data.pair import Pair, Rejection
 from qdpo.data.render import Renderer
 from qdpo.data.templates import settle_template, template_warnings
 from qdpo.errors import ConfigError, DataError
+from tests.data.chat import prepare_rows
 from tests.data.conftest import CHATML
+from tests.data.template_tokenizers import tokenizer_of
 
 QUESTION = [{"role": "user", "content": "q"}]
 
@@ -184,3 +187,22 @@ def test_turns_of_one_role_are_joined_on_demand(with_template):
 def test_a_tokenizer_without_end_token_is_refused(with_template):
     with pytest.raises(DataError, match="no end-of-text token"):
         render(pair(is_chat=False), with_template(None, eos=None))
+
+
+def test_special_text_that_a_tokenizer_cannot_read_as_text_drops_its_row():
+    rows = [{"prompt": f"q{n}", "chosen": chosen, "rejected": "no"} for n, chosen in enumerate(("a [INST] b", "yes"))]
+    settings = {"max_tokens": 200, "max_prompt_tokens": 100, "template": "auto"}
+    tokenizer = copy.deepcopy(tokenizer_of("mistral"))
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{{ '[INST]' if m.role == 'user' }}{{ m.content }}"
+        "{{ '[/INST]' if m.role == 'user' else '</s>' }}{% endfor %}"
+    )
+    assert len(prepare_rows(rows, tokenizer, **settings).pairs) == 2
+    # Its words get a space before a text, but not behind a special token; now no switch keeps it from a part alone.
+    words = pre_tokenizers.Sequence([pre_tokenizers.Digits(), tokenizer.backend_tokenizer.pre_tokenizer])
+    tokenizer.backend_tokenizer.pre_tokenizer = words
+    prepared = prepare_rows(rows, tokenizer, **settings)
+    assert [(note.row, note.action, note.reason) for note in prepared.notes] == [
+        (1, "dropped", "special_token_in_text")
+    ]
+    assert "'[INST]' stands in a message" in prepared.notes[0].detail and [pair.row for pair in prepared.pairs] == [2]

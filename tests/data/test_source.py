@@ -8,7 +8,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qdpo.data import readers
+from qdpo.data import filetext
 from qdpo.data.source import HUB_NAME, open_source
 from qdpo.errors import ConfigError, DataError
 
@@ -189,7 +189,7 @@ def test_arrow_files_and_folders_saved_by_datasets_are_read(tmp_path):
 def test_an_array_is_read_item_by_item_over_any_border(tmp_path, monkeypatch):
     rows = [{"prompt": "é😀" * n, "n": {"deep": [n, "] , {"]}} for n in range(50)]
     for chunk in (1, 2, 7, 64, 10_000):
-        monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(filetext, "CHUNK_BYTES", chunk)
         for number, text in enumerate((json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False))):
             path = tmp_path / f"{chunk}-{number}.json"
             path.write_text("\ufeff\n " + text + "\n", encoding="utf-8")

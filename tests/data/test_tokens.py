@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from qdpo.data.files import Place
+from qdpo.data.limits import Limits
 from qdpo.data.pair import detect_layout
 from qdpo.data.render import Renderer
 from qdpo.data.source import open_source
 from qdpo.data.split import held_out_places
-from qdpo.data.tokens import Limits, Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
+from qdpo.data.tokens import Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
 from qdpo.errors import DataError, DiskError
 
 HH = Path("/work/shared/data/hh-harmless-1600.jsonl.gz")
@@ -182,6 +183,20 @@ def test_duplicates_and_contradictions(base_tokenizer):
 def test_a_cut_row_that_is_dropped_in_the_end_is_noted_once(base_tokenizer):
     rows = [row("q", "\x01" * 60, "b")] * 2
     assert noted(run(rows, base_tokenizer, max_tokens=51)) == [(1, "cut", "response_cut"), (2, "dropped", "duplicate")]
+
+
+def test_what_was_done_to_a_pair_is_noted_whatever_became_of_the_others_of_its_row(base_tokenizer):
+    long = " ".join(["seven bright harbours"] * 30)
+    rows = [{"prompt": "where", "chosen": long, "rejected": ["no", "no", ""]}]
+    prepared = run(rows, base_tokenizer, max_tokens=count(base_tokenizer, long))
+    assert [(note.action, note.reason) for note in prepared.notes] == [
+        ("cut", "response_cut"), ("dropped", "duplicate"), ("dropped", "empty_response")
+    ]  # fmt: skip
+    swapped = [*rows, {"prompt": "where", "chosen": "no", "rejected": [long]}]
+    prepared = run(swapped, base_tokenizer, max_tokens=count(base_tokenizer, long))
+    assert [(note.row, note.reason) for note in prepared.notes] == [
+        (1, "contradiction"), (1, "duplicate"), (1, "empty_response"), (2, "contradiction")
+    ]  # fmt: skip
 
 
 def test_the_limit_counts_usable_rows_and_stops_early(base_tokenizer):

@@ -343,7 +343,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny-Q8_0.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġa"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġa", "12"]
     writer.add_license("apache-2.0")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -354,9 +354,10 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ a"])
+    writer.add_token_merges(["Ġ a", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
@@ -407,6 +408,13 @@ def test_a_converted_folder_holds_the_weights_of_the_file(tiny_gguf: Path, tmp_p
         assert torch.equal(parameter.weight, torch.tensor(stored[f"{name}.weight"]).bfloat16())
     assert (tokenizer.eos_token, model.generation_config.eos_token_id) == ("<|im_end|>", 2)
     assert tokenizer.apply_chat_template([{"role": "user", "content": " a"}])["input_ids"] == [1, 259, 2]
+
+
+def test_digits_are_split_where_the_file_says_so(tiny_gguf: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(locate(tiny_gguf, tmp_path)[0].folder)
+    assert "12" in tokenizer.get_vocab() and tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    assert tokenizer.tokenize("no 12 a") == ["n", "o", "Ġ", "1", "2", "Ġa"]
+    assert tokenizer.decode(tokenizer("no 12 a").input_ids) == "no 12 a"
 
 
 def test_what_is_not_a_whole_gguf_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import torch
 
 from qdpo.config import RunConfig
 from qdpo.data.files import Place
+from qdpo.data.limits import Limits
 from qdpo.data.pair import detect_layout
 from qdpo.data.render import Renderer
-from qdpo.data.tokens import Limits, Preparation
+from qdpo.data.tokens import Preparation
 from qdpo.model.base import load_tokenizer
 from qdpo.model.generate import complete
 from qdpo.train.policy import load_policy, probe_pairs
@@ -38,20 +39,20 @@ def loaded(tiny_base: Path) -> tuple:
 def test_a_batch_answers_as_each_prompt_alone(loaded: tuple) -> None:
     policy, tokenizer, prompts = loaded
     assert len({len(prompt) for prompt in prompts}) > 2
-    together = complete(policy, tokenizer, prompts, max_new_tokens=12, batch=4)
-    alone = [complete(policy, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    together = complete(policy.peft, tokenizer, prompts, max_new_tokens=12, batch=4)
+    alone = [complete(policy.peft, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
     assert together == alone and len({tuple(answer) for answer in alone}) > 1
 
 
 def test_the_adapter_is_used_or_not_as_it_is_switched(loaded: tuple) -> None:
     policy, tokenizer, prompts = loaded
-    untouched = complete(policy, tokenizer, prompts, max_new_tokens=12)
+    untouched = complete(policy.peft, tokenizer, prompts, max_new_tokens=12)
     for name, parameter in policy.adapter_parameters().items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.5)
     with policy.reference():
-        assert complete(policy, tokenizer, prompts, max_new_tokens=12) == untouched
-    assert complete(policy, tokenizer, prompts, max_new_tokens=12) != untouched
+        assert complete(policy.peft, tokenizer, prompts, max_new_tokens=12) == untouched
+    assert complete(policy.peft, tokenizer, prompts, max_new_tokens=12) != untouched
 
 
 def test_the_head_gets_contiguous_input(loaded: tuple) -> None:
@@ -59,5 +60,5 @@ def test_the_head_gets_contiguous_input(loaded: tuple) -> None:
     head, seen = policy.peft.get_base_model().get_output_embeddings(), []
     plain = head.forward
     head.forward = lambda hidden: (seen.append(hidden.is_contiguous()), plain(hidden))[1]
-    complete(policy, tokenizer, prompts, max_new_tokens=3)
+    complete(policy.peft, tokenizer, prompts, max_new_tokens=3)
     assert seen and all(seen)

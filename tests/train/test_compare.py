@@ -82,8 +82,8 @@ def test_log_probs_and_kl_are_those_of_full_softmax(
     tune(policy)
     found = compare(policy, tokenizer, prompts, Drawing(16, 1.0), Quiet(), tokens_per_row=tokens_per_row)
     with policy.reference():
-        before = complete(policy, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
-    after = complete(policy, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
+        before = complete(policy.peft, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
+    after = complete(policy.peft, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
     assert any(one.changed for one in found) and any(one.kl > 0.01 for one in found)
     for one, prompt, old, new in zip(found, prompts, before, after, strict=True):
         for answer, ids in ((one.base, old), (one.tuned, new)):
@@ -120,18 +120,18 @@ def test_kl_in_tiles_is_that_of_full_distributions(softcap: float | None, monkey
 def test_a_drawn_answer_depends_on_its_seed(loaded: tuple[Policy, Any, list[list[int]]]) -> None:
     policy, tokenizer, prompts = loaded
     one, same, other = (
-        complete(policy, tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=seed) for seed in (3, 3, 4)
+        complete(policy.peft, tokenizer, prompts, max_new_tokens=8, temperature=1.0, seed=seed) for seed in (3, 3, 4)
     )
     assert one == same != other
-    cold = complete(policy, tokenizer, prompts, max_new_tokens=8, temperature=1e-4)
-    assert cold == complete(policy, tokenizer, prompts, max_new_tokens=8)
+    cold = complete(policy.peft, tokenizer, prompts, max_new_tokens=8, temperature=1e-4)
+    assert cold == complete(policy.peft, tokenizer, prompts, max_new_tokens=8)
 
 
 def test_a_streamed_answer_is_the_completed_one(loaded: tuple[Policy, Any, list[list[int]]]) -> None:
     policy, tokenizer, prompts = loaded
     pieces: list[str] = []
-    stream(policy, tokenizer, prompts[0], pieces.append, max_new_tokens=16, temperature=0.0, top_p=0.9, seed=0)
-    whole = complete(policy, tokenizer, prompts[:1], max_new_tokens=16)[0]
+    stream(policy.peft, tokenizer, prompts[0], pieces.append, max_new_tokens=16, temperature=0.0, top_p=0.9, seed=0)
+    whole = complete(policy.peft, tokenizer, prompts[:1], max_new_tokens=16)[0]
     assert "".join(pieces) == tokenizer.decode(whole, skip_special_tokens=True) and len(pieces) > 1
 
 
@@ -155,7 +155,7 @@ def test_prompts_of_a_file_have_the_ids_of_training_rows(tiny_base: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [({"question": "x"}, "line 1: prompt is empty"), ({"prompt": [{"role": "user", "content": "a"},
+    [({"text": "x"}, "line 1: prompt is empty"), ({"prompt": [{"role": "user", "content": "a"},
       {"role": "assistant", "content": "b"}]}, "ends with an answer"), ({"prompt": 3}, "not a list of messages")],
 )  # fmt: skip
 def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:

@@ -112,14 +112,17 @@ def test_metrics_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         def __exit__(self, *_: object) -> None:
             self.file.close()
 
-        def write(self, text: str) -> None:
-            self.file.write(text[: len(text) // 2])
+        def tell(self) -> int:
+            return int(self.file.tell())
+
+        def write(self, content: bytes) -> None:
+            self.file.write(content[: len(content) // 2])
             self.file.flush()
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def opened(self: Path, *arguments: Any, **more: Any) -> Any:
         file = whole(self, *arguments, **more)
-        return Half(file) if broken[0] and self == path and arguments[:1] == ("a",) else file
+        return Half(file) if broken[0] and self == path and arguments[:1] == ("ab",) else file
 
     monkeypatch.setattr(Path, "open", opened)
     metrics.write({"step": 2})

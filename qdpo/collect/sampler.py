@@ -1,0 +1,69 @@
+"""The model that answers: a base as the settings name it, or a finished run's with its adapter on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdpo import presets
+from qdpo.config import DataConfig
+from qdpo.data.origin import Origin
+from qdpo.data.templates import settle_template
+from qdpo.errors import OutOfMemoryError
+from qdpo.model import base, fetch, quant
+from qdpo.model.adapter import WEIGHTS
+from qdpo.rundir import cache_folder
+from qdpo.train.meters import Watcher
+from qdpo.train.record import file_record
+from qdpo.train.reopen import reopen, tuned
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A loaded model, how prompts are written for it, and what its answers are said to come from."""
+
+    model: Any
+    tokenizer: Any
+    data: DataConfig
+    device: torch.device
+    origin: Origin
+
+
+def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
+    """The base that the settings name, in 4 bits unless they say otherwise.
+
+    Raises: ConfigError for settings or a model that cannot be used; OutOfMemoryError if it does not fit.
+    """
+    given = any(argument.removeprefix("--").startswith("data.path=") for argument in arguments)
+    config = presets.resolve(arguments if given else [*arguments, "data.path=none-needed"]).config
+    settings, say = config.model, watcher.say
+    device = base.choose_device(settings.device, say)
+    place = fetch.locate_base(
+        str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say
+    )
+    tokenizer = base.load_tokenizer(place.folder)
+    if note := settle_template(tokenizer, config.data.template):
+        say(note)
+    watcher.begin("loading the model", 1, "model")
+    try:
+        model = base.load_base(
+            place.folder, quantization=settings.quantization, double_quant=settings.double_quant,
+            dtype=base.choose_dtype(settings.dtype, device, say), device=device,
+            attention_name=None if settings.attention == "auto" else settings.attention, announce=say,
+        )  # fmt: skip
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"The base in {place.folder} does not fit on {device}. Choose a smaller model or preset."
+        ) from error
+    watcher.finish()
+    return Sampler(model, tokenizer, config.data, device, Origin(str(settings.path), quant.weights_checksum(model)))
+
+
+def run_sampler(run: Path, arguments: list[str], watcher: Watcher) -> Sampler:
+    """The model that a finished run has trained. Raises: ConfigError if `run` is none."""
+    opened = reopen(run, arguments, watcher)
+    policy, tokenizer = tuned(opened, watcher)
+    adapter = file_record(opened.run.adapter / WEIGHTS)["sha256"]
+    origin = Origin(str(opened.config.model.path), opened.kept["weights"], run.resolve().name, adapter)
+    return Sampler(policy.peft, tokenizer, opened.config.data, opened.device, origin)

@@ -1,0 +1,149 @@
+"""Rows of a JSON file: one array of objects, or one object a line.
+
+An array is read item by item, so that none is held in memory, however it is broken into lines.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from qdpo.data.filetext import chunks, lines, opened
+from qdpo.data.reading import BadLine, Numbered, Reading, Row
+from qdpo.errors import DataError
+
+SHOWN_BEFORE = 25
+"""Characters before a damaged place that a message shows."""
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_json(reading: Reading) -> Iterator[Numbered]:
+    """An array of objects, or one object a line; the content says which, not the name."""
+    with opened(reading) as file:
+        start = b""
+        while not start.strip(b"\xef\xbb\xbf \t\r\n") and (more := file.read(4096)):
+            start += more
+    if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from _read_array(reading)
+        return
+    for number, line in lines(reading):
+        if isinstance(line, BadLine):
+            yield number, line
+        elif line.strip():
+            yield number, _read_object(reading, number, line)
+
+
+def _read_object(reading: Reading, number: int, line: str) -> Row | BadLine:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return reading.bad_line(number, _not_json(error, line))
+    if not isinstance(row, dict):
+        return reading.bad_line(number, f": {type(row).__name__} where an object {{…}} with columns should be.")
+    return row
+
+
+def _not_json(error: Exception, line: str) -> str:
+    line = line.strip()
+    shown = line if len(line) <= 80 else f"{line[:50]} … {line[-25:]}"
+    problem = getattr(error, "msg", None) or str(error)
+    return (
+        f" is not JSON ({problem}): {shown!r}. Mend or remove the line (data.skip_bad_lines=true leaves such lines "
+        "out); the file must be one object a line, or one array of objects."
+    )
+
+
+def _read_array(reading: Reading) -> Iterator[Numbered]:
+    """The objects of one JSON array, however it is broken into lines; an item at a time is held."""
+    for item, (line, row) in enumerate(_array_items(reading), 1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{reading.path}, line {line}: item {item} of the array is {type(row).__name__}, not an object {{…}} "
+                "with columns."
+            )
+        yield line, row
+
+
+def _array_items(reading: Reading) -> Iterator[tuple[int, Any]]:
+    with closing(chunks(reading)) as texts:  # an error may leave them in the middle of the file
+        yield from _items(_Window(reading.path, texts))
+
+
+def _items(text: "_Window") -> Iterator[tuple[int, Any]]:
+    text.skip("[")
+    is_first = True
+    while True:
+        mark = text.peek()
+        if mark == "]":
+            text.skip("]")
+            if text.peek():
+                raise text.error("something stands after the end of the array")
+            return
+        if not is_first:
+            if mark != ",":
+                raise text.error("the array is not closed" if not mark else "a comma is missing between two items")
+            text.skip(",")
+            text.peek()
+        yield text.line, text.item()
+        is_first = False
+
+
+class _Window:
+    """The part of a JSON text that is being looked at."""
+
+    def __init__(self, path: Path, texts: Iterator[str]):
+        self.path, self.line, self._text, self._place, self._texts = path, 1, "", 0, texts
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end of the file."""
+        while True:
+            match = SPACE.match(self._text, self._place)
+            assert match is not None
+            self._go_to(match.end())
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._read():
+                return ""
+
+    def skip(self, mark: str) -> None:
+        assert self.peek() == mark
+        self._place += 1
+
+    def item(self) -> Any:
+        """The value that begins here."""
+        decoder, wanted = json.JSONDecoder(), 1
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._place)
+            except json.JSONDecodeError as error:
+                is_torn = error.pos >= len(self._text) - 16 or error.msg.startswith("Unterminated string")
+                if is_torn and any([self._read() for _ in range(wanted)]):
+                    wanted *= 2
+                    continue
+                self._go_to(error.pos)
+                raise self.error(error.msg) from None
+            except (ValueError, RecursionError) as error:
+                raise self.error(str(error)) from None
+            self._go_to(end)
+            return value
+
+    def error(self, problem: str) -> DataError:
+        shown = self._text[max(0, self._place - SHOWN_BEFORE) : self._place + 50]
+        return DataError(
+            f"{self.path}, line {self.line} is not JSON ({problem}): {shown!r}. Mend it there; the file must be one "
+            "object a line, or one array of objects."
+        )
+
+    def _go_to(self, place: int) -> None:
+        self.line += self._text.count("\n", self._place, place)
+        self._place = place
+
+    def _read(self) -> bool:
+        more = next(self._texts, "")
+        if more:
+            seen = max(0, self._place - SHOWN_BEFORE)
+            self._text, self._place = self._text[seen:] + more, self._place - seen
+        return bool(more)

@@ -1,0 +1,49 @@
+"""One local file that is being read: how far it is, and what becomes of a line that cannot be read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qdpo.errors import DataError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that could not be read, where `data.skip_bad_lines` lets the others be used."""
+
+    detail: str
+
+
+Numbered = tuple[int, Row | BadLine]
+"""The line of the file where a row begins (in an array its item, in a table its row), counted from 1."""
+
+
+class Gauge:
+    """How many bytes of a file have been read, for a progress bar."""
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] | None = None
+        self.share = 0.0
+
+    def bytes_read(self, size: int) -> int:
+        """Bytes of a file of `size` bytes; a closed file was read to its end."""
+        if self.file is None:
+            return round(self.share * size)
+        return size if self.file.closed else self.file.tell()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One file being read; `skip_bad` turns errors of single lines into BadLine."""
+
+    path: Path
+    gauge: Gauge
+    skip_bad: bool = False
+
+    def bad_line(self, number: int, problem: str) -> BadLine:
+        """The line as BadLine, or the error. `problem` goes on after "line N"."""
+        if self.skip_bad:
+            return BadLine(f"line {number}{problem}")
+        raise DataError(f"{self.path}, line {number}{problem}")
