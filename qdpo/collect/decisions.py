@@ -94,18 +94,21 @@ class Decisions:
         Raises: DataError for ids that are not among the candidates; DiskError (what the journal took stands).
         """
         self._check(decision, "this decision")
-        before = self.current(decision.prompt)
+        before, was_decided = self.current(decision.prompt), self._is_decided(decision.prompt)
         rundir.append_text(self.journal, _line(decision.to_json()))
         self._apply(decision)
         after = self.current(decision.prompt)
-        if after is decision and before is None:
+        if after is decision and not was_decided:
             if pair := self._pair(decision):
                 rundir.append_text(self.out, _line(pair))
         elif after is not before:
             rundir.write_text(self.out, "".join(map(_line, self.pairs())))
 
     def pairs(self) -> Iterator[dict[str, Any]]:
-        """The pairs of the decisions that stand, in the order in which their prompts were first decided."""
+        """The pairs of the decisions that stand, in the order in which their prompts were first decided.
+
+        What a judge left open was not decided by that. So a new pair is a line more, and not the whole file again.
+        """
         for taken in self._standing.values():
             if taken and (pair := self._pair(taken[-1])):
                 yield pair
@@ -139,7 +142,12 @@ class Decisions:
             if taken:
                 taken.pop()
         elif not decision.again:
+            if not self._is_decided(decision.prompt):
+                self._standing[decision.prompt] = self._standing.pop(decision.prompt)  # the last place
             taken.append(decision)
+
+    def _is_decided(self, prompt: str) -> bool:
+        return any(taken.kind != "open" for taken in self._standing.get(prompt, ()))
 
     def _read(self) -> None:
         if not self.journal.exists():

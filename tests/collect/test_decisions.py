@@ -97,6 +97,28 @@ def test_undo_brings_back_what_stood_before(tmp_path: Path, items: list[Any]) ->
         assert written(out) == [] and not decisions.is_settled(items[0].id) and len(decisions.history) == 4
 
 
+def test_what_was_open_or_undone_is_a_line_more_when_it_is_decided(
+    tmp_path: Path, items: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of prompts that one judge left open would else write the whole file for each that the next decides."""
+    out = tmp_path / "pairs.jsonl"
+    with opened(out, items) as decisions:
+        decisions.add(Decision(items[0].id, "open", by="judge", note="tie"))
+        decisions.add(pick(items[1]))
+        decisions.add(pick(items[2]))
+        decisions.add(Decision(items[1].id, "undo"))
+        with monkeypatch.context() as changed:
+            changed.setattr("qdpo.rundir.write_text", None)
+            decisions.add(Decision(items[0].id, "open", by="another", note="tie"))
+            decisions.add(pick(items[0]))
+            decisions.add(pick(items[1]))
+    whole = out.read_bytes()
+    assert [pair["prompt"] for pair in written(out)] == ["question 2", "question 0", "question 1"]
+    monkeypatch.setattr("qdpo.rundir.write_text", None)  # the journal makes the very same file
+    with opened(out, items):
+        assert out.read_bytes() == whole
+
+
 def test_asking_again_changes_no_pair(tmp_path: Path, items: list[Any]) -> None:
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:
