@@ -69,6 +69,8 @@ class Decisions:
         """Every decision in the order of taking, undone ones too."""
         self._standing: dict[str, list[Decision]] = {}
         self._entries = Counter[str]()
+        self._lags = False
+        """True after a failure between the two files: then the next decision writes all pairs."""
         self._read()
         pairs = "".join(map(_line, self.pairs()))
         if not out.exists() or out.read_text(encoding="utf-8") != pairs:
@@ -98,11 +100,13 @@ class Decisions:
         rundir.append_text(self.journal, _line(decision.to_json()))
         self._apply(decision)
         after = self.current(decision.prompt)
-        if after is decision and not was_decided:
+        lagged, self._lags = self._lags, True
+        if after is decision and not was_decided and not lagged:
             if pair := self._pair(decision):
                 rundir.append_text(self.out, _line(pair))
-        elif after is not before:
+        elif after is not before or lagged:
             rundir.write_text(self.out, "".join(map(_line, self.pairs())))
+        self._lags = False
 
     def pairs(self) -> Iterator[dict[str, Any]]:
         """The pairs of the decisions that stand, in the order in which their prompts were first decided.
