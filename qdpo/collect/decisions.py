@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from qdpo import rundir
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.data.origin import COLUMNS, Origin
+from qdpo.data.origin import COLUMNS
 from qdpo.errors import ConfigError, DataError
 
 Kind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
@@ -124,8 +124,7 @@ class Decisions:
         worst = item.answer(str(decision.worst))
         assert worst is not None  # checked when the decision was read or taken
         if decision.kind == "edit":
-            was = worst.origin
-            rewritten = Origin(was.model, was.weights, was.run, was.adapter, edited=True) if was else None
+            rewritten = replace(worst.origin, edited=True) if worst.origin else None
             best: Answer | None = Answer(str(decision.text), rewritten)
         else:
             best = item.answer(str(decision.best))
@@ -133,7 +132,7 @@ class Decisions:
         pair: dict[str, Any] = {"prompt": item.prompt, "chosen": best.text, "rejected": worst.text}
         for column, answer in zip(COLUMNS, (best, worst), strict=True):
             if answer.origin:
-                pair[column] = answer.origin.to_json()
+                pair[column] = replace(answer.origin, cut=answer.cut).to_json()
         if {best.id, worst.id} <= set(decision.scores):
             pair |= {"score_chosen": decision.scores[best.id], "score_rejected": decision.scores[worst.id]}
         return pair | {"judged_by": decision.by} | ({"note": decision.note} if decision.note else {})

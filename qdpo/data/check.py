@@ -166,6 +166,11 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
     warnings += [_fact(name, prepared.facts[name]) for name in FACTS if name in prepared.facts]
     if len(prepared.pairs) and chosen_longer(prepared) >= LENGTH_BIAS:
         warnings.append("length alone tells chosen from rejected here, so the model may only learn to write more")
+    if prepared.chosen_cut:
+        warnings.append(
+            f"{prepared.chosen_cut:,} chosen answers ended at the length limit when they were drawn: they teach to "
+            "stop in mid-sentence. Draw with a higher --max-new-tokens, or choose others"
+        )
     cut = sum(note.action == "cut" for note in prepared.notes)
     if cut > MUCH_CUT * pairs:
         warnings.append(f"answers are cut at their end in {cut:,} pairs; a higher data.max_tokens keeps them whole")

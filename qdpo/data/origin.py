@@ -22,6 +22,8 @@ class Origin:
     """SHA-256 of that adapter's weights."""
     edited: bool = False
     """True where a person rewrote the answer: then no model wrote it."""
+    cut: bool = False
+    """True where the answer ends at the length limit of its drawing, and not by itself."""
 
     @property
     def name(self) -> str:
@@ -54,4 +56,4 @@ def read_origin(cell: Any) -> Origin | None:
     texts = {name: cell.get(name) for name in ("weights", "run", "adapter")}
     if not all(value is None or isinstance(value, str) for value in texts.values()):
         return None
-    return Origin(cell["model"], **texts, edited=cell.get("edited") is True)
+    return Origin(cell["model"], **texts, edited=cell.get("edited") is True, cut=cell.get("cut") is True)

@@ -51,6 +51,8 @@ class Prepared:
     """Usable pairs whose score columns rate the rejected answer higher."""
     origins: Counter[Origin | None]
     """Answers of usable pairs by who wrote them; None where the row does not say."""
+    chosen_cut: int
+    """Usable pairs whose chosen answer ended at the length limit when it was drawn."""
     source_of: np.ndarray
     """Number of the source of each usable pair, from 0."""
     full_lengths: np.ndarray
@@ -148,7 +150,7 @@ class Preparation:
         notes = [note for number in sorted(self._notes) for note in self._notes[number]]
         return Prepared(
             self._spool.store(alive), notes, self._seen, self._outcomes,
-            sum(self._against[n] for n in alive), self._written_by(alive), np.array(self._source_of, np.int32)[alive],
+            sum(self._against[n] for n in alive), *self._written_by(alive), np.array(self._source_of, np.int32)[alive],
             np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
         )  # fmt: skip
 
@@ -208,9 +210,12 @@ class Preparation:
             self._against.append(scores_disagree(row, layout))
             self._origin_of.append(self._origins.setdefault(origins_of(row), len(self._origins)))
 
-    def _written_by(self, pairs: list[int]) -> Counter[Origin | None]:
+    def _written_by(self, pairs: list[int]) -> tuple[Counter[Origin | None], int]:
+        """Answers by origin, and pairs whose chosen one was cut when it was drawn."""
         known = list(self._origins)
-        return Counter(origin for pair in pairs for origin in known[self._origin_of[pair]])
+        found = [known[self._origin_of[pair]] for pair in pairs]
+        chosen_cut = sum(chosen is not None and chosen.cut for chosen, _rejected in found)
+        return Counter(origin for both in found for origin in both), chosen_cut
 
     def _contradict(self, other: int, where: Where) -> None:
         said = "{} holds the same two answers with the labels swapped"

@@ -85,6 +85,17 @@ def test_decisions_make_pairs_that_carry_where_they_came_from(tmp_path: Path, it
     ]  # fmt: skip
 
 
+def test_a_pair_says_which_answer_was_cut(tmp_path: Path) -> None:
+    answers = [{"text": "a", "cut": True, "from": BASE}, {"text": "b", "from": BASE}]
+    items = read_candidates([write_jsonl(tmp_path / "c.jsonl", [{"prompt": "p", "answers": answers}])]).items
+    with opened(tmp_path / "pairs.jsonl", items) as decisions:
+        decisions.add(pick(items[0], 0, 1))
+        assert next(decisions.pairs())["chosen_from"] == {**BASE, "cut": True}
+        decisions.add(Decision(items[0].id, "edit", worst=items[0].answers[0].id, text="whole"))
+        pair = next(decisions.pairs())
+    assert pair["chosen_from"] == {**BASE, "edited": True} and pair["rejected_from"] == {**BASE, "cut": True}
+
+
 def test_undo_brings_back_what_stood_before(tmp_path: Path, items: list[Any]) -> None:
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:

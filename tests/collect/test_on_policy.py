@@ -51,6 +51,16 @@ def test_only_pairs_that_are_used_count(check: Any, tiny_base: Path, tmp_path: P
     assert report.usable == 1 and report.origins == {str(tiny_base): 2}
 
 
+def test_chosen_answers_that_were_cut_are_warned_of(check: Any, tiny_base: Path, tmp_path: Path) -> None:
+    own = {"model": str(tiny_base)}
+    cut = {**own, "cut": True}
+    report = check(write_jsonl(tmp_path / "p.jsonl", written_by((cut, own), (own, cut), (cut, cut))))
+    assert any("2 chosen answers ended at the length limit" in warning for warning in report.warnings)
+    assert report.on_policy == 1.0 and report.origins == {str(tiny_base): 6}
+    fine = check(write_jsonl(tmp_path / "q.jsonl", written_by((own, cut))))
+    assert not any("length limit" in warning for warning in fine.warnings)
+
+
 def test_answers_of_a_run_are_on_policy_where_training_goes_on_from_it(
     train: Any, check: Any, tiny_base: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from qdpo import presets
 from qdpo.data import check
+from qdpo.data.origin import Origin
 from qdpo.data.store import Spool, TokenPair, load_pairs, save_pairs
 from qdpo.errors import ConfigError, DataError
 from qdpo.train import prepare
@@ -122,8 +123,9 @@ def test_the_report_counts_what_each_length_would_drop(chat_tokenizer, tmp_path)
     found = prepare.read_data(config, chat_tokenizer, Quiet())
     limits = prepare.limits_of(config)
     report = check.make_report(
-        found.prepared, found.layouts, found.sources, limits, max_drop_fraction=0.1, overlap=None, template_notes=[]
-    )
+        found.prepared, found.layouts, found.sources, limits, max_drop_fraction=0.1, overlap=None,
+        policy=Origin("given"), template_notes=[],
+    )  # fmt: skip
     at = {row["max_tokens"]: row for row in report.what_if}
     assert at[1024]["dropped"] == sum(report.dropped.values()) and at[1024]["cut"] == report.cut
     assert at[16384] == {"max_tokens": 16384, "whole": 1499, "cut": 0, "dropped": 0}
