@@ -8,6 +8,7 @@ device that waits) is "rest".
 from collections.abc import Iterable
 from typing import Any
 
+from torch.autograd import DeviceType
 from torch.profiler import profile
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flash_attn", "varlen")
@@ -32,7 +33,9 @@ def shares(profiled: profile, wall_s: float, *, vocabulary: int, rank: int, cuda
 
 
 def _roots(events: Iterable[Any]) -> list[Any]:
-    return [event for event in events if event.cpu_parent is None]
+    """Operators that no other called. Kernels and the device's own annotations are events of their own, without a
+    parent; an operator's time holds that of its kernels already."""
+    return [event for event in events if event.cpu_parent is None and event.device_type == DeviceType.CPU]
 
 
 def _kind(event: Any, vocabulary: int, rank: int) -> str | None:
