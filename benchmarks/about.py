@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import ROOT
+from qdpo import __version__
 
-PACKAGES = ("qdpo", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def about(words: list[str], device: torch.device) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def about(words: list[str], device: torch.device) -> dict[str, Any]:
         "command": " ".join(without_folder(word) for word in words),
         "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }

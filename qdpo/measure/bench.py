@@ -9,14 +9,13 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qdpo import choice, memory, presets, shapes
+from qdpo import __version__, choice, memory, presets, shapes
 from qdpo.choice import Choice, Lengths
 from qdpo.data.pack import pack_rows
 from qdpo.data.tokens import TokenPair
@@ -261,8 +260,8 @@ def _commit() -> str:
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     except OSError:
-        return f"qdpo {metadata.version('qdpo')}"
-    return found.stdout.strip() if found.returncode == 0 else f"qdpo {metadata.version('qdpo')}"
+        return f"qdpo {__version__}"
+    return found.stdout.strip() if found.returncode == 0 else f"qdpo {__version__}"
 
 
 def print_measured(measured: Measured, say: Say) -> None:
