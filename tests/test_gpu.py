@@ -175,7 +175,7 @@ def test_the_forecast_is_the_measured_peak(tmp_path: Path, kept: int, offload: b
     ]  # fmt: skip
     torch.cuda.empty_cache()
     measured = run_bench(
-        presets.resolve(words), limit_gib=None, others_gib=None, steps=2, longest=4096, say=lambda line: None
+        presets.resolve(words), limit_gib=None, others_gib=None, number=2, longest=4096, say=lambda line: None
     )
     assert -0.03 <= measured.forecast_gib / measured.peak_gib - 1 <= 0.08, measured
 
