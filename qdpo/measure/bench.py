@@ -160,8 +160,13 @@ def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torc
     return (max(memory.peak(shape, run, row) for row in sizes) - outside) / GIB
 
 
-def write_measured(preset: str, measured: Measured, folder: Path) -> Path:
-    """Puts the figures into the preset's [measured] table. Raises: ConfigError if its file cannot be written."""
+def write_measured(
+    preset: str, measured: Measured, folder: Path, *, commit: str | None = None, date: str | None = None
+) -> Path:
+    """Puts the figures into the preset's [measured] table; `commit` and `date`, if they were not measured just now.
+
+    Raises: ConfigError if its file cannot be written.
+    """
     path = folder / f"{preset}.toml"
     head = path.read_text(encoding="utf-8").partition("[measured]")[0]
     values = {
@@ -170,10 +175,10 @@ def write_measured(preset: str, measured: Measured, folder: Path) -> Path:
         "tokens_per_row": measured.tokens_per_row, "kept_layers": measured.kept_layers, "offload": measured.offload,
         "embeddings": measured.embeddings, "tokens_per_s": round(measured.tokens_per_s, 1),
         "pairs_per_s": round(measured.pairs_per_s, 3), "utilisation": round(measured.utilisation, 3),
-        "commit": _commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit or _commit(), "date": date or datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-    text = head + "[measured]  # written by `qdpo bench --write`\n" + "\n".join(lines) + "\n"
+    text = head + "[measured]  # written by `qdpo bench --write` or scripts/gpu_proof\n" + "\n".join(lines) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
