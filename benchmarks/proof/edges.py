@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.proof import settings
-from benchmarks.proof.worker import Failed
+from benchmarks.proof.items import Failed
 from qdpo import choice, memory, presets, shapes
 from qdpo.choice import Given, Lengths
 from qdpo.data.tokens import TokenPair

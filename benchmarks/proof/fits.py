@@ -12,6 +12,7 @@ from qdpo import presets
 
 # The project's own bounds: forecast over measured peak, less one.
 LOWEST, HIGHEST = -0.03, 0.08
+EDGES = "benchmarks.proof.edges"
 RUNTIME = "what CUDA itself takes"
 # Model, card in GiB: the longest pair that `qdpo fit` promises.
 LONGEST = (
@@ -26,17 +27,17 @@ STEPS = 5
 
 def items(options: Options, records: Records) -> Iterator[Item]:
     """Lazily: what the runtime takes, once measured, goes into the jobs that follow."""
-    yield Item(2, RUNTIME, "runtime", "runtime", options.job, expected_s=30)
+    yield Item(2, RUNTIME, "benchmarks.proof.runtime", "runtime", options.job, expected_s=30)
     found = records.now(2, RUNTIME)
     context = found.values["context_gib"] if found is not None and found.status == OK else None
 
     def bench(name: str, card: float | None, *words: str, steps: int = STEPS, longest: int | None = None) -> Item:
         job = {"words": list(words), "card_gib": card, "steps": steps, "longest": longest, "context_gib": context}
-        return Item(2, name, "bench_job", "bench", {**options.job, **job}, expected_s=75)
+        return Item(2, name, "benchmarks.proof.bench_job", "bench", {**options.job, **job}, expected_s=75)
 
     for title, model, card in LONGEST:
         job = {"model": model, "card_gib": card, "context_gib": context}
-        yield Item(2, longest_name(title, card), "edges", "longest", {**options.job, **job}, expected_s=100)
+        yield Item(2, longest_name(title, card), EDGES, "longest", {**options.job, **job}, expected_s=100)
     seven = "model.path=Qwen/Qwen2.5-7B"
     yield bench(
         ALL_KEPT, 24, seven, "memory.kept_layers=all", f"memory.tokens_per_row={ROWS}", "train.pairs_per_step=16",
@@ -46,7 +47,7 @@ def items(options: Options, records: Records) -> Iterator[Item]:
         if (card_gib := presets.card_gib(name)) is not None:
             yield bench(f"preset {name}", card_gib, f"preset={name}")
     job = {"model": "Qwen/Qwen2.5-14B", "card_gib": 24, "context_gib": context, "rows": ROWS}
-    yield Item(2, KEPT_EDGE, "edges", "kept", {**options.job, **job}, expected_s=100)
+    yield Item(2, KEPT_EDGE, EDGES, "kept", {**options.job, **job}, expected_s=100)
     for offload in ("true", "false"):
         yield bench(
             f"7B on 12 GiB, nothing kept, offload {offload}", 12, seven, "memory.kept_layers=0",

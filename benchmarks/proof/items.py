@@ -8,6 +8,22 @@ OK, OUT_OF_MEMORY, FAILED, CRASHED = "ok", "out of memory", "failed", "crashed"
 TIMED_OUT, NOT_APPLICABLE, NOT_MEASURED = "timed out", "not applicable", "not measured"
 
 
+class NotApplicable(Exception):
+    """An item that only a GPU can measure, asked for on a CPU."""
+
+
+class NotMeasured(Exception):
+    """Something is missing here, which the message names."""
+
+
+class Failed(Exception):
+    """It ran, and what it found is wrong; `values` say what."""
+
+    def __init__(self, message: str, values: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.values = values
+
+
 @dataclass(frozen=True)
 class Options:
     """How the proof runs. `tiny` takes shapes and lengths that a CPU can do in seconds: to try the script out."""
@@ -32,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Item:
-    """One measurement in a process of its own: `function` of `benchmarks.proof.MODULE`, called with `job`."""
+    """One measurement in a process of its own: `function` of `module`, called with `job`."""
 
     stage: int
     name: str

@@ -1,8 +1,9 @@
 """The stages in order: what is left of each, its table, its verdicts, and an exit code."""
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def parse(words: list[str], help_text: str | None) -> argparse.Namespace:
 def run(stage: int, given: argparse.Namespace, options: Options, records: Records, words: list[str]) -> int:
     """Measures what is missing, prints the stage's table and verdicts, and keeps the verdicts beside the results."""
     module = STAGES[stage]
-    wanted: Iterator[Item] = (item for item in module.items(options, records) if given.only in item.name)
+    wanted: Iterator[Item] = (item for item in module.items(options, records) if re.search(given.only, item.name))
     head = {**about(["scripts/gpu_proof", *words], torch.device(given.device)), "commit": records.commit}
     left = run_stage(
         wanted, options, records, head, budget_s=given.budget_s, retry=given.retry,
@@ -82,6 +83,10 @@ def run(stage: int, given: argparse.Namespace, options: Options, records: Record
         print(f"{ {True: 'met', False: 'MISSED', None: 'not measured'}[verdict.met]:13}{verdict.goal}: {verdict.found}")
     if left:
         print(f"left for the next call: {'; '.join(left)}")
+    return exit_code(verdicts, left)
+
+
+def exit_code(verdicts: Sequence[Verdict], left: Sequence[str]) -> int:
     if any(verdict.met is False for verdict in verdicts):
         return MISSED
     return LEFT if left else MET

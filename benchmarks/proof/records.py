@@ -54,7 +54,9 @@ class Records:
         same = [one for one in self._results if (one.stage, one.item) == (result.stage, result.item)]
         commits = list(dict.fromkeys(one.commit for one in same if one.commit != result.commit))
         gone = {*commits[: max(0, len(commits) - KEPT_COMMITS + 1)], result.commit}
-        self._results = [one for one in self._results if one not in same or one.commit not in gone] + [result]
+        place = next((self._results.index(one) for one in same if one.commit == result.commit), len(self._results))
+        self._results.insert(place, result)
+        self._results = [one for one in self._results if one is result or one not in same or one.commit not in gone]
         self._about = about
         self._write()
 

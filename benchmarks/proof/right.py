@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.proof.fits import met_or_unknown, said
-from benchmarks.proof.items import NOT_APPLICABLE, OK, Item, Options, Result, Verdict
+from benchmarks.proof.items import NOT_APPLICABLE, OK, Failed, Item, NotApplicable, Options, Result, Verdict
 from benchmarks.proof.records import Records
-from benchmarks.proof.worker import Failed, NotApplicable
 from benchmarks.rounds import ROOT
 
 # What is shown, and the functions of tests/test_gpu.py that show it; a test sees to it that none is left out.
@@ -39,6 +38,7 @@ GROUPS = {
         "test_a_deterministic_run_repeats_itself_and_resumes_exactly",
     ),
 }  # fmt: skip
+HERE = "benchmarks.proof.right"
 KILLS = 5
 COST = "steps of 7B, {}"
 PLAIN, DETERMINISTIC = COST.format("as they come"), COST.format("deterministic")
@@ -50,14 +50,14 @@ WORDS = (
 
 def items(options: Options, records: Records) -> Iterator[Item]:
     for shows, tests in GROUPS.items():
-        yield Item(1, shows, "right", "tests", {**options.job, "tests": list(tests)}, expected_s=45)
-    yield Item(1, "killed, and resumed to the same bytes", "right", "kills", options.job, expected_s=120, limit_s=400)
+        yield Item(1, shows, HERE, "tests", {**options.job, "tests": list(tests)}, expected_s=45)
+    yield Item(1, "killed, and resumed to the same bytes", HERE, "kills", options.job, expected_s=120, limit_s=400)
     for name, deterministic in ((PLAIN, False), (DETERMINISTIC, True)):
         job = {
             "words": list(WORDS), "card_gib": None, "steps": 3, "longest": 4096, "context_gib": None,
             "deterministic": deterministic,
         }  # fmt: skip
-        yield Item(1, name, "bench_job", "bench", {**options.job, **job}, expected_s=60)
+        yield Item(1, name, "benchmarks.proof.bench_job", "bench", {**options.job, **job}, expected_s=60)
 
 
 def tests(job: dict[str, Any]) -> dict[str, Any]:

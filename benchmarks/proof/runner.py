@@ -42,12 +42,13 @@ def run_stage(
         if known is not None and not (retry and known.status in RETRIED):
             continue
         room = end - time.monotonic()
-        if room < min(item.expected_s, budget_s):
+        whole = room > budget_s - 1
+        if room < item.expected_s and not whole:
             left.append(item.name)
             continue
         begun = time.monotonic()
         answer = run_process(item, min(item.limit_s, room))
-        if answer is None and room < item.limit_s and room < budget_s - 1:
+        if answer is None and room < item.limit_s and not whole:
             left.append(item.name)  # it had less time than it may take: no result
             continue
         answer = answer or Answer(TIMED_OUT, {}, f"no answer within {min(item.limit_s, room):.0f} s")
@@ -69,16 +70,16 @@ def run_process(item: Item, limit_s: float) -> Answer | None:
         tempfile.TemporaryDirectory(prefix="qdpo-proof-") as work,
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
     ):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "benchmarks.proof.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=log, text=True, cwd=ROOT, env={**os.environ, **ENVIRONMENT, "TMPDIR": work}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            answer, _ = process.communicate(job + "\n", timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            _end(process)
+        ) as process:  # fmt: skip
+            try:
+                answer, _ = process.communicate(job + "\n", timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                _end(process)
         if answer.strip():
             return Answer(**json.loads(answer))
         log.seek(0)

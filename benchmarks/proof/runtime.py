@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.proof import settings
-from benchmarks.proof.worker import NotApplicable, NotMeasured
+from benchmarks.proof.items import NotApplicable, NotMeasured
 from qdpo import memory
 from qdpo.measure.bench import run_bench
 from qdpo.memory import GIB

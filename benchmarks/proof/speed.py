@@ -24,6 +24,7 @@ from qdpo.train import meters, optim
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
 from qdpo.train.step import RowTooLarge
 
+HERE = "benchmarks.proof.speed"
 MODELS = {"7B": "Qwen/Qwen2.5-7B", "13B": "meta-llama/Llama-2-13b-hf"}
 KEPT = ("all", "half", "none")
 ROWS = (1024, 2048, 4096, 8192)
@@ -35,10 +36,10 @@ PROFILED = (("7B", "chat-like", "all"), ("7B", "HH-like", "none"))
 def items(options: Options, records: Records) -> Iterator[Item]:
     for model, kept, lengths in ((m, k, n) for m in MODELS for k in KEPT for n in PROFILES):
         job = {"model": MODELS[model], "lengths": lengths, "kept": kept}
-        yield Item(3, name(model, lengths, kept), "speed", "speed", {**options.job, **job}, expected_s=60)
+        yield Item(3, name(model, lengths, kept), HERE, "speed", {**options.job, **job}, expected_s=60)
         if (model, lengths, kept) in PROFILED:
             title = f"profile: {name(model, lengths, kept)}, rows of {GOAL_ROWS:,}"
-            yield Item(3, title, "speed", "profile", {**options.job, **job}, expected_s=45)
+            yield Item(3, title, HERE, "profile", {**options.job, **job}, expected_s=45)
 
 
 def name(model: str, lengths: str, kept: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.environment import CannotInstall, trl_python
 from benchmarks.proof import settings
+from benchmarks.proof.items import Failed, NotMeasured
 from benchmarks.proof.lengths import PROFILES, lengths_of, tiny
-from benchmarks.proof.worker import Failed, NotMeasured
 from benchmarks.rounds import Side, SideFailed
 from benchmarks.tiny import save_tiny_base
 from qdpo import memory, rundir

@@ -5,53 +5,44 @@ traceback is on standard error.
 """
 
 import importlib
+import sys
 from typing import Any
 
-import torch
-
-from benchmarks.proof.items import FAILED, NOT_APPLICABLE, NOT_MEASURED, OK, OUT_OF_MEMORY
+from benchmarks.proof import items
 from benchmarks.rounds import Parent
 from qdpo import errors
 from qdpo.cli_measure import quiet_libraries
-from qdpo.train.step import RowTooLarge
-
-
-class NotApplicable(Exception):
-    """Something that only exists on CUDA, asked for on the CPU."""
-
-
-class NotMeasured(Exception):
-    """Something that is missing here, and that the message names."""
-
-
-class Failed(Exception):
-    """It ran, and what it found is wrong; `values` say what."""
-
-    def __init__(self, message: str, values: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.values = values
 
 
 def main() -> None:
     quiet_libraries()
     parent = Parent()
-    module = importlib.import_module(f"benchmarks.proof.{parent.job['module']}")
-    # Raised by modules that import this one under its own name.
-    here = importlib.import_module("benchmarks.proof.worker")
-    status, values, said = OK, dict[str, Any](), ""
+    function = getattr(importlib.import_module(parent.job["module"]), parent.job["function"])
+    status, values, said = items.OK, dict[str, Any](), ""
     try:
-        values = getattr(module, parent.job["function"])(parent.job["job"])
-    except (torch.cuda.OutOfMemoryError, errors.OutOfMemoryError, RowTooLarge) as error:
-        status, said = OUT_OF_MEMORY, str(error).splitlines()[0]
-    except here.NotApplicable as error:
-        status, said = NOT_APPLICABLE, str(error)
-    except here.NotMeasured as error:
-        status, said = NOT_MEASURED, str(error)
-    except here.Failed as error:
-        status, said, values = FAILED, str(error), error.values
+        values = function(parent.job["job"])
+    except ran_out() as error:
+        status, said = items.OUT_OF_MEMORY, str(error).splitlines()[0]
+    except items.NotApplicable as error:
+        status, said = items.NOT_APPLICABLE, str(error)
+    except items.NotMeasured as error:
+        status, said = items.NOT_MEASURED, str(error)
+    except items.Failed as error:
+        status, said, values = items.FAILED, str(error), error.values
     except errors.QdpoError as error:
-        status, said = FAILED, str(error)
+        status, said = items.FAILED, str(error)
     parent.answer(status=status, values=values, said=said[:1500])
+
+
+def ran_out() -> tuple[type[Exception], ...]:
+    """What says that memory ran out; looked up once something was raised, for not every item needs torch."""
+    if "torch" not in sys.modules:
+        return (errors.OutOfMemoryError,)
+    import torch
+
+    from qdpo.train.step import RowTooLarge
+
+    return errors.OutOfMemoryError, torch.cuda.OutOfMemoryError, RowTooLarge
 
 
 if __name__ == "__main__":
