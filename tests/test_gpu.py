@@ -194,7 +194,7 @@ def test_the_longest_row_is_tried_under_a_cap(settings: dict[str, str]) -> None:
     try:
         with pytest.raises(OutOfMemoryError, match="Nothing was trained"):
             fit.try_worst_row(
-                loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**22,
+                loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**30,
                 say=lambda line: None,
             )  # fmt: skip
     finally:
