@@ -150,14 +150,13 @@ def _build(
 
 
 def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
-    """GiB forecast for the fullest row that these pairs make; on CUDA of torch's allocator alone."""
+    """GiB forecast for the fullest row of these pairs; on CUDA in torch's allocator, which holds workspaces too."""
     rows = fit.worst_rows(pairs, chosen.tokens_per_row)
     run: Settings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)
     sizes = [
         memory.Row(row.tokens, sum(len(pair.prompt) for pair in row.pairs), len(row.pairs)) for row in rows
     ]  # fmt: skip
-    outside = memory.WORKSPACES if device.type == "cuda" else 0.0
-    return (max(memory.peak(shape, run, row) for row in sizes) - outside) / GIB
+    return max(memory.peak(shape, run, row) for row in sizes) / GIB
 
 
 def write_measured(
