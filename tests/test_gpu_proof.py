@@ -19,6 +19,7 @@ from benchmarks.proof.items import Item, Options, Result
 from benchmarks.proof.main import LEFT, MET, MISSED, exit_code, main
 from benchmarks.proof.records import Records
 from benchmarks.proof.runner import run_stage
+from benchmarks.proof.turns import QDPO
 from qdpo import presets
 from qdpo.measure.table import preset_table
 from tests.conftest import ROOT
@@ -223,5 +224,5 @@ def test_stage_4_runs(tmp_path: Path) -> None:
     if found["status"] == "not measured":
         pytest.skip(found["said"])
     assert found["status"] == "ok" and found["values"]["ratio"] > 0
-    tokens = [side["computed_tokens_per_pair"] for side in found["values"]["sides"].values()]
-    assert tokens[0] < min(tokens[1:])
+    tokens = {name: side["computed_tokens_per_pair"] for name, side in found["values"]["sides"].items()}
+    assert len(tokens) == 4 and tokens.pop(QDPO) < min(tokens.values())

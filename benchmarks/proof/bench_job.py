@@ -10,6 +10,7 @@ from qdpo.model import base
 def bench(job: dict[str, Any]) -> dict[str, Any]:
     """The figures of `Measured`. The job: words, card_gib, steps, longest, context_gib; deterministic."""
     resolved = settings.resolve(job, *job["words"])
+    settings.check_card(job)
     if job.get("deterministic"):
         base.repeat_rounding()
     longest = 2 * settings.TINY_TOKENS if job["tiny"] else job["longest"]

@@ -91,6 +91,7 @@ class Stand:
         )  # fmt: skip
         config = resolved.config
         self.device = base.choose_device(config.model.device, print)
+        settings.check_card(job)
         dtype = base.choose_dtype(config.model.dtype, self.device, print)
         architecture = build.config_for(str(config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(config.model.path))
@@ -140,7 +141,6 @@ class Stand:
         return fitted
 
     def peaks(self, row: Row) -> dict[str, float]:
-        """The last try's peak, and the forecast of its row; on CUDA of torch's allocator alone."""
-        outside = memory.WORKSPACES if self.device.type == "cuda" else 0.0
-        forecast = memory.peak(self.shape, self.run, row) - outside
+        """The last try's peak, and the forecast of its row; on CUDA of torch's allocator."""
+        forecast = memory.peak(self.shape, self.run, row)
         return {"peak_gib": meters.peak_gib(self.device), "forecast_gib": forecast / GIB}

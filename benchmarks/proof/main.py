@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.about import about
 from benchmarks.proof import figures, fits, others, right, speed
-from benchmarks.proof.items import Item, Options, Verdict
+from benchmarks.proof.items import OK, Item, Options, Verdict
 from benchmarks.proof.records import Records, source_mark
-from benchmarks.proof.runner import run_stage
+from benchmarks.proof.runner import run_process, run_stage
 from benchmarks.rounds import ROOT
 from qdpo import presets
 
@@ -43,7 +42,7 @@ def main(words: list[str], help_text: str | None) -> int:
     for stage in [given.stage] if given.stage else sorted(TITLES):
         print(f"stage {stage}, {TITLES[stage]}: {records.commit}", flush=True)
         codes.append(figures.run(options, records) if stage == 5 else run(stage, given, options, records, words))
-    return next((code for code in (MISSED, LEFT) if code in codes), MET)
+    return next((code for code in (CANNOT, MISSED, LEFT) if code in codes), MET)
 
 
 def parse(words: list[str], help_text: str | None) -> argparse.Namespace:
@@ -65,7 +64,13 @@ def run(stage: int, given: argparse.Namespace, options: Options, records: Record
     """Measures what is missing, prints the stage's table and verdicts, and keeps the verdicts beside the results."""
     module = STAGES[stage]
     wanted: Iterator[Item] = (item for item in module.items(options, records) if re.search(given.only, item.name))
-    head = {**about(["scripts/gpu_proof", *words], torch.device(given.device)), "commit": records.commit}
+    # In a process of its own: a CUDA context here would take memory from every measurement.
+    asked = Item(stage, "about", "benchmarks.about", "about_job", {"words": words, "device": given.device})
+    answer = run_process(asked, asked.limit_s)
+    if answer is None or answer.status != OK:
+        print(f"gpu_proof: the device does not answer: {answer}", file=sys.stderr)
+        return CANNOT
+    head = {**answer.values, "commit": records.commit}
     left = run_stage(
         wanted, options, records, head, budget_s=given.budget_s, retry=given.retry,
         say=lambda line: print(f"  {line}", flush=True),

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.proof.items import NotApplicable
 from qdpo import presets
+from qdpo.memory import GIB
 from qdpo.presets import Resolved
 
 TINY_TOKENS = 64
@@ -35,6 +37,14 @@ def tiny_shape() -> Path:
         vocab_size=1000, tie_word_embeddings=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def check_card(job: dict[str, Any]) -> None:
+    """Raises: NotApplicable if this GPU is smaller than the card that it is to stand for."""
+    if job["device"] == "cuda" and job["card_gib"] is not None:
+        total = torch.cuda.get_device_properties(device_of(job)).total_memory / GIB
+        if total < 0.95 * job["card_gib"]:  # a card's full size is not all torch's to see
+            raise NotApplicable(f"this GPU has {total:.1f} GiB, and cannot stand for one of {job['card_gib']:g}")
 
 
 def device_of(job: dict[str, Any]) -> torch.device:

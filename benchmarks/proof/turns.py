@@ -15,6 +15,7 @@ from benchmarks.environment import CannotInstall, trl_python
 from benchmarks.proof import settings
 from benchmarks.proof.items import Failed, NotMeasured
 from benchmarks.proof.lengths import PROFILES, lengths_of, tiny
+from benchmarks.proof.runtime import driver_says
 from benchmarks.rounds import Side, SideFailed
 from benchmarks.tiny import save_tiny_base
 from qdpo import memory, rundir
@@ -59,10 +60,13 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     with Side("TRL's ids", python, "benchmarks.trl_side", {**common, "arguments": arguments}, work / "ids.log") as side:
         ids = side.opening["ids"]
     allowed = allowed_gib(job)
+    others = trl_sides(size)
+    if allowed is not None and (total := driver_says("memory.total") / GIB) < (needed := allowed * (1 + len(others))):
+        raise NotMeasured(f"all sides together take {needed:.0f} GiB, and this GPU has {total:.0f}")
     ours = {"words": _words(job, size), "shape": str(shape), "ids": ids, "allowed_gib": allowed, "rounds": ROUNDS}
     starts: dict[str, tuple[str, str, dict[str, Any]]] = {QDPO: (sys.executable, "benchmarks.proof.random_side", ours)}
     cuda = job["device"] == "cuda"
-    for title, flags in trl_sides(size).items():
+    for title, flags in others.items():
         theirs = {
             **common, "shape": str(shape), "adapter": None, "dtype": "bfloat16" if cuda else "float32", "nf4": True,
             "response_head": False, "rounds": ROUNDS, "allowed_gib": allowed,
