@@ -10,18 +10,40 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import ROOT
+from qdpo import __version__
 
-PACKAGES = ("qdpo", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def about(words: list[str], device: torch.device) -> dict[str, Any]:
     """The head of a record; `words` are the command that made it."""
-    changed = _git("status", "--porcelain", "--untracked-files=no", "qdpo", "benchmarks", "scripts")
+    try:
+        changed = _git("status", "--porcelain", "--untracked-files=no", "qdpo", "benchmarks", "scripts")
+        commit = _git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "not known: git does not answer"
     return {
         "command": " ".join(without_folder(word) for word in words),
-        "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
+        "commit": commit,
+        **machine(device),
+    }
+
+
+def about_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The head of scripts/gpu_proof's records: commits are told there, and git may not be at hand."""
+    device = torch.device(job["device"])
+    found = {"command": " ".join(map(without_folder, ["scripts/gpu_proof", *job["words"]])), **machine(device)}
+    if device.type == "cuda":
+        found["gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Date, versions and device."""
+    return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }

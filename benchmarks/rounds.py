@@ -22,7 +22,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
     "LRU_CACHE_CAPACITY": "16",
-    "PYTHONPATH": str(ROOT),
+    # Packages that were brought along may be on it.
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
 }
 
 

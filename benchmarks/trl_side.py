@@ -1,9 +1,12 @@
-"""TRL's side of scripts/compare_trl, run by the Python of TRL's own environment; it does not import qdpo.
+"""TRL's side of scripts/compare_trl and scripts/gpu_proof, run by the Python of TRL's own environment.
 
 The job: `folder` of the base · `pairs`, each [prompt, chosen, rejected] as text, in the order of training · `arguments`
 of DPOConfig. To train, also: `adapter`, a PEFT folder with the initial weights · `dtype` · `nf4`, whether the base is
 quantised · `rounds`, the number of steps of each · `response_head`, whether only response positions go through the
 output head: TRL does that on CUDA, and has no switch for it on the CPU. Without `adapter` the answer is TRL's ids.
+Optional: `device`, cpu by default · `shape`, a folder with the config of which a base with random weights is built (the
+one use of qdpo here; `folder` then holds the tokenizer alone, and the adapter is PEFT's own fresh one) · `allowed_gib`,
+what torch's allocator may take.
 """
 
 import resource
@@ -18,6 +21,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -56,10 +60,14 @@ class Rounds(TrainerCallback):
     def __init__(self, parent: Parent, trainer: Counting, rounds: list[int]):
         self.parent, self.trainer, self.left = parent, trainer, [*rounds]
         self.logged: list[dict[str, float]] = []
+        self.answered = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if not self.logged:
             self.parent.wait()
+            if torch.cuda.is_available() and not self.answered:
+                torch.cuda.reset_peak_memory_stats()
+            wait_for_device()
             self.begun, self.trainer.positions = time.monotonic(), 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **others: Any) -> None:
@@ -67,7 +75,9 @@ class Rounds(TrainerCallback):
             return
         self.logged.append(logs)
         if len(self.logged) == self.left[0]:
+            wait_for_device()
             seconds = time.monotonic() - self.begun
+            self.answered = True
             self.parent.answer(
                 seconds=seconds, positions=self.trainer.positions, records=self.logged, peak_gib=peak_gib()
             )
@@ -75,8 +85,15 @@ class Rounds(TrainerCallback):
             self.left.pop(0)
 
 
+def wait_for_device() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def peak_gib() -> float:
-    """Peak resident memory of the process so far, in GiB."""
+    """Peak memory so far, in GiB: of torch's allocator since training began, or resident memory of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     if sys.platform == "linux":  # getrusage would hand on the peak of the parent
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
@@ -88,7 +105,7 @@ def make_trainer(kind: type[DPOTrainer], job: dict[str, Any], model: Any, lora: 
         model=model,
         args=DPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=job.get("device", "cpu") == "cpu",
             report_to="none",
             save_strategy="no",
             logging_steps=1,
@@ -113,16 +130,32 @@ def tokenise(parent: Parent, folder: str) -> None:
     parent.answer(ids=[[row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in rows])
 
 
-def train(parent: Parent, folder: str) -> None:
-    job = parent.job
+def load(job: dict[str, Any]) -> Any:
+    """The base: from its folder, or of a shape with random weights."""
     dtype = getattr(torch, job["dtype"])
+    if "shape" in job:
+        from qdpo.measure import build
+
+        torch.manual_seed(0)
+        return build.random_base(
+            AutoConfig.from_pretrained(job["shape"], local_files_only=True), quantization="nf4", double_quant=True,
+            dtype=dtype, device=torch.device(job["device"]),
+        )  # fmt: skip
     quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         job["folder"], dtype=dtype, device_map={"": "cpu"}, local_files_only=True,
         **({"quantization_config": quantised} if job["nf4"] else {}),
     )  # fmt: skip
+
+
+def train(parent: Parent, folder: str) -> None:
+    job = parent.job
+    if job.get("allowed_gib") is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(job["allowed_gib"] * 2**30 / total, 0)
+    model = load(job)
     for layer in model.modules():
         # Otherwise the reference pass repacks 4-bit weights on some CPUs, and training gets no gradient (bitsandbytes
         # 0.50, AVX512-BF16).
@@ -130,10 +163,14 @@ def train(parent: Parent, folder: str) -> None:
             layer.support_avx512bf16_for_cpu = False
     if job["response_head"]:
         utils._use_triton = lambda device: True
-    lora = LoraConfig.from_pretrained(job["adapter"])
-    lora.inference_mode = False
+    if job["adapter"] is None:
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    else:
+        lora = LoraConfig.from_pretrained(job["adapter"])
+        lora.inference_mode = False
     trainer = make_trainer(Counting, job, model, lora, folder)
-    set_peft_model_state_dict(trainer.model, load_peft_weights(job["adapter"], device="cpu"))
+    if job["adapter"] is not None:
+        set_peft_model_state_dict(trainer.model, load_peft_weights(job["adapter"], device="cpu"))
     trainer.add_callback(Rounds(parent, trainer, job["rounds"]))
     trained = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     parent.answer(

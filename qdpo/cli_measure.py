@@ -87,7 +87,7 @@ def bench(
     from qdpo.measure.bench import print_measured, run_bench, write_measured
 
     say = lambda line: typer.echo(line, err=json_)  # noqa: E731
-    found = run_bench(resolved, limit_gib=limit_gib, others_gib=others_gib, steps=steps, longest=longest, say=say)
+    found = run_bench(resolved, limit_gib=limit_gib, others_gib=others_gib, number=steps, longest=longest, say=say)
     if json_:
         typer.echo(json.dumps(vars(found), indent=1))
     else:

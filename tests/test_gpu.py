@@ -1,27 +1,30 @@
 """What only a CUDA device can show: the same numbers as on the CPU, and a run in bf16 with a paged optimizer."""
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qdpo import presets
 from qdpo.config import LossConfig
-from qdpo.data.pack import pack_rows
+from qdpo.data.pack import PairRow, pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.measure.bench import run_bench
 from qdpo.measure.build import config_of, random_base
-from qdpo.model import attention
+from qdpo.model import attention, fast
 from qdpo.model.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
 from qdpo.model.base import embeddings_to_host
 from qdpo.model.logps import Head, plain_logps, response_logps
 from qdpo.train import fit, optim
 from qdpo.train.feed import ready
 from qdpo.train.policy import load_policy
-from qdpo.train.step import train_step
+from qdpo.train.step import score, train_step
 from tests.conftest import Quiet, arguments
 from tests.model.test_attention import POSITION_T, SPANS, dense
 from tests.train.test_step import make
@@ -59,11 +62,11 @@ def test_a_4_bit_run_learns_and_starts_at_its_reference(train: Train, dtype: str
 def loaded_policy(settings: dict[str, str], **changes: str) -> tuple[Any, list[Any]]:
     """A 4-bit bf16 policy on the card, whose adapter does something, and pairs of ids."""
     _, pairs = make(settings)
-    words = arguments(settings, model__quantization="nf4", model__dtype="bf16", model__device="cuda", **changes)
-    config = presets.resolve(words).config
+    four_bit = {"model__quantization": "nf4", "model__dtype": "bf16", "model__device": "cuda", **changes}
+    config = presets.resolve(arguments(settings, **four_bit)).config
     loaded = load_policy(
-        config, Path(str(config.model.path)), device=torch.device("cuda"), dtype="bf16", probe_with=pairs[:2],
-        say=lambda line: None,
+        config, Path(str(config.model.path)), device=torch.device("cuda"), dtype=four_bit["model__dtype"],
+        probe_with=pairs[:2], say=lambda line: None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(2)
     for parameter in loaded.policy.adapter_parameters().values():
@@ -84,6 +87,81 @@ def step(loaded: Any, pairs: list[Any]) -> dict[str, torch.Tensor]:
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     train_step(loaded.policy, list(parameters.values()), optimizer, scaler, rows, LossConfig(), max_grad_norm=1e9)
     return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+@pytest.fixture
+def rounded(settings: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The settings with a base whose weights are bf16 numbers, so that bf16 and fp32 make the same 4-bit weights."""
+    folder = shutil.copytree(settings["model.path"], tmp_path / "rounded")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return {**settings, "model.path": str(folder)}
+
+
+def truth(settings: dict[str, str], pairs: list[Any], loaded: Any) -> torch.Tensor:
+    """Log-probs of these pairs by plain fp32 products over the same 4-bit weights, on the CPU, each answer alone."""
+    words = arguments(settings, model__quantization="nf4", model__dtype="fp32")
+    config = presets.resolve(words).config
+    plain = load_policy(
+        config, Path(str(config.model.path)), device=torch.device("cpu"), dtype="fp32", probe_with=pairs[:2],
+        say=lambda line: None,
+    ).policy  # fmt: skip
+    for name, parameter in plain.adapter_parameters().items():
+        parameter.data.copy_(loaded.policy.adapter_parameters()[name].data.cpu())
+    separate = replace(plain, layout="separate")
+    with torch.no_grad():
+        return torch.cat([score(separate, PairRow([pair]), metrics=False).logp for pair in pairs])
+
+
+def test_packed_rows_are_as_exact_as_separate_sequences(rounded: dict[str, str]) -> None:
+    """Against fp32, never against each other: log-probs of one packed row, and of each answer alone."""
+    loaded, pairs = loaded_policy(rounded)
+    assert loaded.policy.shared
+    expected = truth(rounded, pairs, loaded)
+    with torch.no_grad():
+        packed = score(loaded.policy, PairRow(pairs), metrics=False).logp.cpu()
+        separate = replace(loaded.policy, layout="separate")
+        alone = torch.cat([score(separate, PairRow([pair]), metrics=False).logp.cpu() for pair in pairs])
+    errors = [(found - expected).square().mean().sqrt().item() for found in (packed, alone)]
+    assert errors[0] <= 1.5 * errors[1] + 1e-3 and errors[1] < 0.1, errors
+
+
+def test_fast_parts_are_as_exact_as_plain_ones(rounded: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of a step in bf16, with and without the fast parts, against those in fp32 over the same weights."""
+
+    def gradients(dtype: str) -> dict[str, torch.Tensor]:
+        loaded, pairs = loaded_policy(rounded, model__dtype=dtype)
+        return step(loaded, pairs)
+
+    quick = gradients("bf16")
+    monkeypatch.setattr(fast, "install", lambda peft, device: fast.Installed())
+    plain, exact = gradients("bf16"), gradients("fp32")
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        squares = [((found[name] - exact[name]).square().sum(), exact[name].square().sum()) for name in exact]
+        return float((sum(part[0] for part in squares) / sum(part[1] for part in squares)) ** 0.5)
+
+    assert exact.keys() == quick.keys() == plain.keys()
+    assert error(quick) <= 1.5 * error(plain) + 1e-3 and error(plain) < 0.2, (error(quick), error(plain))
+
+
+def test_an_evaluation_changes_no_gradient(settings: dict[str, str]) -> None:
+    """A reference pass and a batch of completions between two equal steps."""
+    loaded, pairs = loaded_policy(settings, memory__kept_layers="1")
+    expected = step(loaded, pairs)
+    with torch.no_grad(), loaded.policy.reference():
+        before = score(loaded.policy, PairRow(pairs), metrics=False).logp
+    token = torch.tensor([pairs[0].prompt.tolist()], device="cuda")
+    with torch.no_grad():
+        loaded.policy.peft.generate(
+            input_ids=token, attention_mask=torch.ones_like(token), pad_token_id=0, max_new_tokens=4, do_sample=False
+        )
+    found = step(loaded, pairs)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0 and torch.allclose(found[name], gradient, rtol=1e-2, atol=1e-6), name
+    with torch.no_grad(), loaded.policy.reference():
+        after = score(loaded.policy, PairRow(pairs), metrics=False).logp
+    assert torch.equal(before, after)
 
 
 def test_inputs_on_the_host_change_nothing(settings: dict[str, str]) -> None:
@@ -116,7 +194,7 @@ def test_the_longest_row_is_tried_under_a_cap(settings: dict[str, str]) -> None:
     try:
         with pytest.raises(OutOfMemoryError, match="Nothing was trained"):
             fit.try_worst_row(
-                loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**22,
+                loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**30,
                 say=lambda line: None,
             )  # fmt: skip
     finally:
@@ -175,7 +253,7 @@ def test_the_forecast_is_the_measured_peak(tmp_path: Path, kept: int, offload: b
     ]  # fmt: skip
     torch.cuda.empty_cache()
     measured = run_bench(
-        presets.resolve(words), limit_gib=None, others_gib=None, steps=2, longest=4096, say=lambda line: None
+        presets.resolve(words), limit_gib=None, others_gib=None, number=2, longest=4096, say=lambda line: None
     )
     assert -0.03 <= measured.forecast_gib / measured.peak_gib - 1 <= 0.08, measured
 

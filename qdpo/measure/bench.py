@@ -4,34 +4,27 @@ Nothing is downloaded. The base is built in 4 bits on the device, layer by layer
 """
 
 import datetime
-import math
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from qdpo import choice, memory, presets, shapes
+from qdpo import __version__, choice, memory, presets, shapes
 from qdpo.choice import Choice, Lengths
-from qdpo.data.pack import pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.loss_rules import needs_reference
-from qdpo.measure import build
-from qdpo.measure.plan import OTHERS_GIB
+from qdpo.measure import build, steps
 from qdpo.memory import GIB, Settings
 from qdpo.model import base
 from qdpo.presets import Resolved
 from qdpo.shapes import Shape
 from qdpo.train import fit, meters, optim
-from qdpo.train.feed import ReadyRow, ready
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
-from qdpo.train.step import train_step
 
 Say = Callable[[str], None]
 WARM_UP = 1
@@ -61,12 +54,14 @@ class Measured:
 
 
 def run_bench(
-    resolved: Resolved, *, limit_gib: float | None, others_gib: float | None, steps: int, longest: int | None, say: Say
-) -> Measured:
-    """Builds the model, tries its longest row, and times `steps` steps after one to warm up.
+    resolved: Resolved, *, limit_gib: float | None, others_gib: float | None, number: int, longest: int | None,
+    say: Say, context_gib: float | None = None,
+) -> Measured:  # fmt: skip
+    """Builds the model, tries its longest row, and times `number` steps after one to warm up.
 
-    `limit_gib` is a card's memory, of which `others_gib` and the CUDA context are taken off. Pairs are random ids, the
-    first one `longest` tokens long (default: what data.max_tokens allows), on average a quarter of that.
+    `limit_gib` is a card's memory, of which `others_gib` and the CUDA context (default: what the forecast assumes) are
+    taken off. Pairs are random ids, the first one `longest` tokens long (default: what data.max_tokens allows), on
+    average a quarter of that.
     Raises: OutOfMemoryError if the forecast says it cannot fit, or the device says so.
     """
     config = resolved.config
@@ -74,7 +69,7 @@ def run_bench(
     dtype = base.choose_dtype(config.model.dtype, device, say)
     settings = build.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
-    free, allowed = _cap(device, limit_gib, others_gib)
+    free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optim.choose_optimizer(config.train.optimizer, device, say)
     values = presets.flat(config)
     run = choice.settings_of(
@@ -91,35 +86,25 @@ def run_bench(
             "use. Nothing was built. `qdpo plan` says what would fit."
         )
     say(f"memory: {chosen.peak / GIB:.2f} GiB forecast, {allowed / GIB:.2f} of {free / GIB:.1f} GiB free may be used")
-    rate = _matrix_rate(device, base.DTYPES[dtype])
+    rate = steps.matrix_rate(device, base.DTYPES[dtype])
+    meters.give_back_memory(device)  # what that product left is in nobody's forecast
     begun = time.monotonic()
-    loaded, pairs = _build(resolved, settings, shape, chosen, lengths, steps, device, dtype, say)
+    loaded, pairs = _build(resolved, settings, shape, chosen, lengths, number, device, dtype, say)
     build_s = time.monotonic() - begun
-    seconds, tokens, responses = _steps(resolved, loaded, pairs, chosen, optimizer_name, steps)
-    spent = sum(seconds)
-    useful = 4.0 * shape.linear_weights * tokens + 4.0 * shape.table_weights * responses
+    _first, *timed = steps.timed_steps(
+        config, loaded, pairs, tokens_per_row=chosen.tokens_per_row, optimizer_name=optimizer_name
+    )
+    seconds = [step.seconds for step in timed]
+    tokens, spent = sum(step.tokens for step in timed), sum(seconds)
+    useful = steps.useful_flops(shape, tokens, sum(step.responses for step in timed))
     return Measured(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", limit_gib, chosen.tokens_per_row,
         chosen.run.kept_layers, chosen.run.offload, "host" if chosen.run.host_embeddings else "device",
-        lengths.longest, tokens / spent, steps * config.train.pairs_per_step / spent,
+        lengths.longest, tokens / spent, number * config.train.pairs_per_step / spent,
         meters.peak_gib(device), _forecast(shape, chosen, pairs, device),
         torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None, rate / 1e12,
         useful / spent / rate, build_s, seconds,
     )  # fmt: skip
-
-
-def _cap(device: torch.device, limit_gib: float | None, others_gib: float | None) -> tuple[float, float]:
-    """Free bytes, and those that may be used; on CUDA the allocator is held to them."""
-    free = fit.available(device)
-    if device.type != "cuda" or limit_gib is None:
-        return free, free if limit_gib is None else min(free, limit_gib * GIB)
-    others = (OTHERS_GIB if others_gib is None else others_gib) * GIB
-    allowed = min(free, limit_gib * GIB - others - memory.CONTEXT)
-    if allowed <= 0:
-        raise ConfigError(f"--limit-gib={limit_gib:g} leaves nothing beside other programs and the CUDA context.")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
-    return free, allowed
 
 
 def _lengths(longest: int, pairs_per_step: int) -> Lengths:
@@ -134,14 +119,13 @@ def _pairs(lengths: Lengths, number: int, vocabulary: int) -> list[TokenPair]:
     for row, size in enumerate(sizes, 1):
         prompt = max(1, int(size * 0.4))
         answer = max(1, (int(size) - prompt) // 2)
-        ids = [generator.integers(0, vocabulary, length, dtype=np.int32) for length in (prompt, answer, answer)]
-        pairs.append(TokenPair(ids[0], ids[1], ids[2], row))
+        pairs.append(steps.random_pair(prompt, answer, answer, row, generator, vocabulary))
     return pairs
 
 
 def _build(
-    resolved: Resolved, settings: Any, shape: Shape, chosen: Choice, lengths: Lengths, steps: int, device: torch.device,
-    dtype: str, say: Say,
+    resolved: Resolved, settings: Any, shape: Shape, chosen: Choice, lengths: Lengths, number: int,
+    device: torch.device, dtype: str, say: Say,
 ) -> tuple[Loaded, list[TokenPair]]:  # fmt: skip
     """The policy with random weights and its pairs, after the longest row was tried."""
     config = resolved.config
@@ -153,8 +137,7 @@ def _build(
         settings, quantization=config.model.quantization, double_quant=config.model.double_quant,
         dtype=base.DTYPES[dtype], device=device,
     )  # fmt: skip
-    number = (steps + WARM_UP) * config.train.pairs_per_step
-    pairs = _pairs(lengths, number, shape.vocabulary)
+    pairs = _pairs(lengths, (number + WARM_UP) * config.train.pairs_per_step, shape.vocabulary)
     loaded = make_policy(config, model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=say)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -166,68 +149,23 @@ def _build(
     return loaded, pairs
 
 
-def _steps(
-    resolved: Resolved, loaded: Loaded, pairs: list[TokenPair], chosen: Choice, optimizer_name: str, steps: int
-) -> tuple[list[float], int, int]:
-    """Seconds of each timed step, and their tokens and response tokens. The first step holds the longest pair."""
-    config, device = resolved.config, loaded.policy.device
-    parameters = list(loaded.policy.adapter_parameters().values())
-    optimizer = optim.make_optimizer(optimizer_name, parameters, weight_decay=config.train.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    for group in optimizer.param_groups:
-        group["lr"] = config.train.learning_rate
-    reference = _reference if needs_reference(config.loss.name) else None
-    seconds, tokens, responses, size = [], 0, 0, config.train.pairs_per_step
-    for step in range(steps + WARM_UP):
-        packed = pack_rows(pairs[step * size : (step + 1) * size], chosen.tokens_per_row)
-        rows: Sequence[ReadyRow] = [ready(row, reference, pin=device.type == "cuda") for row in packed]
-        begun = time.monotonic()
-        report = train_step(
-            loaded.policy, parameters, optimizer, scaler, rows, config.loss, max_grad_norm=config.train.max_grad_norm
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if step >= WARM_UP:
-            seconds.append(time.monotonic() - begun)
-            tokens += report.tokens
-            responses += sum(len(pair.chosen) + len(pair.rejected) for row in packed for pair in row.pairs)
-    return seconds, tokens, responses
-
-
-def _reference(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs near those of random weights: their values decide nothing here."""
-    return np.full(len(pair.chosen), -10.0, np.float32), np.full(len(pair.rejected), -10.0, np.float32)
-
-
 def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
-    """GiB forecast for the fullest row that these pairs make; on CUDA of torch's allocator alone."""
+    """GiB forecast for the fullest row of these pairs; on CUDA in torch's allocator, which holds workspaces too."""
     rows = fit.worst_rows(pairs, chosen.tokens_per_row)
     run: Settings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)
     sizes = [
         memory.Row(row.tokens, sum(len(pair.prompt) for pair in row.pairs), len(row.pairs)) for row in rows
     ]  # fmt: skip
-    outside = memory.WORKSPACES if device.type == "cuda" else 0.0
-    return (max(memory.peak(shape, run, row) for row in sizes) - outside) / GIB
+    return max(memory.peak(shape, run, row) for row in sizes) / GIB
 
 
-def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device, the best of five."""
-    size = 8192 if device.type == "cuda" else 1024
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    best = math.inf
-    for _attempt in range(6):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2.0 * size**3 / best
+def write_measured(
+    preset: str, measured: Measured, folder: Path, *, commit: str | None = None, date: str | None = None
+) -> Path:
+    """Puts the figures into the preset's [measured] table; `commit` and `date`, if they were not measured just now.
 
-
-def write_measured(preset: str, measured: Measured, folder: Path) -> Path:
-    """Puts the figures into the preset's [measured] table. Raises: ConfigError if its file cannot be written."""
+    Raises: ConfigError if its file cannot be written.
+    """
     path = folder / f"{preset}.toml"
     head = path.read_text(encoding="utf-8").partition("[measured]")[0]
     values = {
@@ -236,10 +174,10 @@ def write_measured(preset: str, measured: Measured, folder: Path) -> Path:
         "tokens_per_row": measured.tokens_per_row, "kept_layers": measured.kept_layers, "offload": measured.offload,
         "embeddings": measured.embeddings, "tokens_per_s": round(measured.tokens_per_s, 1),
         "pairs_per_s": round(measured.pairs_per_s, 3), "utilisation": round(measured.utilisation, 3),
-        "commit": _commit(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit or _commit(), "date": date or datetime.datetime.now(datetime.UTC).date().isoformat(),
     }  # fmt: skip
     lines = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
-    text = head + "[measured]  # written by `qdpo bench --write`\n" + "\n".join(lines) + "\n"
+    text = head + "[measured]  # written by `qdpo bench --write` or scripts/gpu_proof\n" + "\n".join(lines) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -261,8 +199,8 @@ def _commit() -> str:
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     except OSError:
-        return f"qdpo {metadata.version('qdpo')}"
-    return found.stdout.strip() if found.returncode == 0 else f"qdpo {metadata.version('qdpo')}"
+        return f"qdpo {__version__}"
+    return found.stdout.strip() if found.returncode == 0 else f"qdpo {__version__}"
 
 
 def print_measured(measured: Measured, say: Say) -> None:

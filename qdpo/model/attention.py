@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qdpo.model.scored import scored_attention
+from qdpo.model.transfer import to_device
 
 NAME = "qdpo_shared"
 # What `path_name` and `PairSpans.paths` say.
@@ -84,8 +85,9 @@ class PairSpans(list[SpanLike]):
                 middle = span.start + span.prompt + span.chosen
                 parts += [torch.arange(span.start, middle), torch.arange(span.start, span.start + span.prompt)]
                 parts.append(torch.arange(middle, middle + span.rejected))
-            starts = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
-            self._sequences[device] = Sequences(queries, keys, torch.cat(parts).to(device), starts[0], starts[1])
+            starts = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
+            starts, key_G = to_device(starts, device), to_device(torch.cat(parts), device)
+            self._sequences[device] = Sequences(queries, keys, key_G, starts[0], starts[1])
         return self._sequences[device]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.model.logps import TokenScores
+from qdpo.model.transfer import to_device
 from qdpo.train.loss import rewards
 from qdpo.train.pairs import Pairs
 
@@ -53,7 +54,7 @@ def pair_sums(pairs: Pairs, losses_P: Tensor, loss: LossConfig) -> dict[str, Ten
 def token_sums(scores: TokenScores, reference_N: Tensor | None, row: PairRow) -> dict[str, Tensor]:
     """Sums over the row's response tokens of every other metric; `kl` only with a reference."""
     assert scores.mean_logit is not None and scores.entropy is not None and scores.hit is not None
-    chosen_N = torch.from_numpy(row.sequence_N % 2 == 0).to(scores.logp.device)
+    chosen_N = to_device(torch.from_numpy(row.sequence_N % 2 == 0), scores.logp.device)
     logp_N = scores.logp.double()
 
     def sides(value_N: Tensor) -> tuple[Tensor, Tensor]:

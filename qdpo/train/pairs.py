@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qdpo.config import LossConfig
+from qdpo.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def sum_pairs(
     reference_c, reference_r = (
         (None, None) if reference_N is None else over_answers(reference_N.double(), loss.ld_alpha)
     )
-    tokens = torch.tensor(lengths, dtype=logp_N.dtype, device=logp_N.device)
+    tokens = to_device(torch.tensor(lengths, dtype=logp_N.dtype), logp_N.device)
     weight = None
     if log_square_N is not None:
         # WPO, arXiv 2406.11827 eq. 2: the answer's probability relative to sampling it, a geometric mean over tokens.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qdpo import presets, rundir
+from qdpo import __version__, presets, rundir
 from qdpo.config import RunConfig
 from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.templates import settle_template
@@ -31,7 +31,7 @@ from qdpo.train.scoring import Scorer
 from qdpo.train.signals import StopRequest
 from qdpo.train.track import Tracker, check_package
 
-PACKAGES = ("qdpo", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Versions and device, for the record."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        # A clone that was never installed has no metadata.
+        "packages": {"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{device.type}: {name}",

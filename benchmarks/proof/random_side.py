@@ -1,0 +1,87 @@
+"""qdpo's side of stage 4, in rounds: the real step on a base with random weights, with settings that `auto` finds.
+
+The job: `words`, settings · `shape`, a folder with the model's config · `ids`, each [prompt, chosen, rejected], in the
+order of training · `allowed_gib`, what torch's allocator may take · `rounds`, the number of steps of each.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from benchmarks.rounds import Parent
+from qdpo import choice, memory, presets, shapes
+from qdpo.data.tokens import TokenPair
+from qdpo.measure import build, steps
+from qdpo.memory import GIB
+from qdpo.model import base
+from qdpo.train import fit, meters, optim
+from qdpo.train.policy import Loaded, make_policy, probe_pairs
+
+
+def main() -> None:
+    parent = Parent()
+    job = parent.job
+    config = presets.resolve(job["words"]).config
+    device = base.choose_device(config.model.device, print)
+    allowed = fit.available(device)
+    if job["allowed_gib"] is not None:
+        allowed = job["allowed_gib"] * GIB
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    pairs = [
+        TokenPair(*(np.array(part, dtype=np.int32) for part in ids), row) for row, ids in enumerate(job["ids"], 1)
+    ]  # fmt: skip
+    loaded, found = _load(job, config, device, allowed, pairs)
+    parent.answer(found=found)
+    running = steps.timed_steps(
+        fit.settled(config, found), loaded, pairs, tokens_per_row=found["memory.tokens_per_row"],
+        optimizer_name=found["optimizer"],
+    )  # fmt: skip
+    for number, size in enumerate(job["rounds"]):
+        parent.wait()
+        if number == 0 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        taken = [next(running) for _step in range(size)]
+        parent.answer(
+            seconds=sum(step.seconds for step in taken), positions=sum(step.tokens for step in taken),
+            peak_gib=meters.peak_gib(device),
+        )  # fmt: skip
+
+
+def _load(
+    job: dict[str, Any], config: Any, device: torch.device, allowed: float, pairs: list[TokenPair]
+) -> tuple[Loaded, dict[str, Any]]:
+    """The policy with what `auto` finds for these pairs and this memory, its longest row tried."""
+    dtype = base.choose_dtype(config.model.dtype, device, print)
+    architecture = AutoConfig.from_pretrained(job["shape"], local_files_only=True)
+    shape = shapes.from_config(architecture.to_dict(), job["shape"])
+    optimizer, values = optim.choose_optimizer("auto", device, print), presets.flat(config)
+    cuda = device.type == "cuda"
+    run = choice.settings_of(
+        values, optimizer=optimizer, element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda
+    )
+    chosen = choice.choose(
+        shape, run, fit.lengths_of(pairs, config.train.pairs_per_step), choice.given_of(values, shape),
+        limit=allowed * choice.PLANNED_SHARE, host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
+    )  # fmt: skip
+    place = "host" if chosen.run.host_embeddings else "device"
+    settings = (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place)
+    found = dict(zip(fit.SETTINGS, settings, strict=True))
+    torch.manual_seed(0)
+    model = build.random_base(
+        architecture, quantization="nf4", double_quant=True, dtype=base.DTYPES[dtype], device=device
+    )
+    loaded = make_policy(
+        fit.settled(config, found), model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=print
+    )
+    kept = fit.try_worst_row(
+        loaded, pairs, tokens_per_row=chosen.tokens_per_row, kept_layers=chosen.run.kept_layers, may_lower=True,
+        optimizer_bytes=memory.STATE_BYTES[optimizer] * memory.adapter_numbers(shape, run.rank), say=print,
+    )  # fmt: skip
+    return loaded, {**found, "memory.kept_layers": kept, "optimizer": optimizer}
+
+
+if __name__ == "__main__":
+    main()
