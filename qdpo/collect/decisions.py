@@ -154,7 +154,7 @@ class Decisions:
         kept = whole[: whole.rfind(b"\n") + 1]
         if len(kept) < len(whole):  # torn by a crash, before anyone was told of it
             rundir.write_bytes(self.journal, kept)
-        for number, line in enumerate(kept.decode().splitlines(), 1):
+        for number, line in enumerate(kept.decode().split("\n")[:-1], 1):  # a text may hold other breaks of lines
             where = f"{self.journal} line {number}"
             try:
                 value = json.loads(line)
@@ -184,6 +184,9 @@ class Decisions:
             raise DataError(f"{where} names one answer as best and as worst.")
         if decision.kind == "edit" and not (decision.text or "").strip():
             raise DataError(f"{where} puts nothing in the place of an answer. Write one, or skip the prompt.")
+        replaced = item.answer(str(decision.worst))
+        if decision.kind == "edit" and replaced is not None and decision.text == replaced.text:
+            raise DataError(f"{where} puts the same text in the place of an answer. Change it, or skip the prompt.")
 
     def _append(self, path: Path, line: str) -> None:
         try:

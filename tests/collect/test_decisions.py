@@ -121,6 +121,15 @@ def test_the_journal_alone_makes_the_pairs_again(tmp_path: Path, items: list[Any
     assert len(written(out)) == 2
 
 
+def test_any_break_of_lines_in_a_text_survives(tmp_path: Path, items: list[Any]) -> None:
+    """Some editors paste U+2028 and U+0085, at which Python splits lines and JSON does not."""
+    out, text = tmp_path / "pairs.jsonl", "one\u2028two\u0085three\x0bfour\r\nfive"
+    with opened(out, items) as decisions:
+        decisions.add(Decision(items[0].id, "edit", worst=items[0].answers[0].id, text=text, note="a\u2029b"))
+    with opened(out, items) as decisions:
+        assert decisions.history[0].text == text and next(decisions.pairs())["chosen"] == text
+
+
 def test_the_pairs_of_other_candidates_are_refused(tmp_path: Path, items: list[Any]) -> None:
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:
@@ -163,6 +172,7 @@ def test_a_decision_that_cannot_be_written_is_not_taken(
         ({"prompt": "0" * 16}, "belongs to another candidates file"),
         ({"worst": "0" * 16}, "names an answer that is not among"),
         ({"kind": "edit", "text": " "}, "puts nothing in the place"),
+        ({"kind": "edit", "text": "bad 0"}, "puts the same text in the place"),
     ],
 )
 def test_a_decision_that_means_nothing_is_refused(
