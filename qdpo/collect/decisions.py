@@ -70,6 +70,7 @@ class Decisions:
         """Every decision in the order of taking, undone ones too."""
         self._standing: dict[str, list[Decision]] = {}
         self._entries = Counter[str]()
+        self._out_lags = False  # True after a failure between the two files: the next decision writes all pairs
         self._read()
         pairs = "".join(map(_line, self.pairs()))
         if not out.exists() or out.read_text(encoding="utf-8") != pairs:
@@ -99,11 +100,13 @@ class Decisions:
         self._append(self.journal, _line(decision.to_json()))
         self._apply(decision)
         after = self.current(decision.prompt)
-        if after is decision and before is None:
+        lags, self._out_lags = self._out_lags, True
+        if after is decision and before is None and not lags:
             if pair := self._pair(decision):
                 self._append(self.out, _line(pair))
-        elif after is not before:
+        elif after is not before or lags:
             rundir.write_text(self.out, "".join(map(_line, self.pairs())))
+        self._out_lags = False
 
     def pairs(self) -> Iterator[dict[str, Any]]:
         """The pairs of the decisions that stand, in the order in which their prompts were first decided."""

@@ -165,6 +165,19 @@ def test_a_decision_that_cannot_be_written_is_not_taken(
     assert journal_of(out).read_bytes() == before and decisions.current(items[1].id) is None
 
 
+def test_a_pair_that_could_not_be_written_comes_with_the_next(tmp_path: Path, items: list[Any]) -> None:
+    """The disk was full between journal and pairs, and has room again."""
+    out = tmp_path / "pairs.jsonl"
+    decisions = Decisions(out, items)
+    out.unlink()
+    out.mkdir()
+    with pytest.raises(DiskError):
+        decisions.add(pick(items[0]))
+    out.rmdir()
+    decisions.add(pick(items[1]))
+    assert [pair["prompt"] for pair in written(out)] == ["question 0", "question 1"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
