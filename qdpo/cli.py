@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qdpo import __version__, cli_cache, cli_data, cli_export, cli_look, cli_measure, cli_report, cli_ship, presets
+from qdpo import (
+    __version__,
+    cli_cache,
+    cli_collect,
+    cli_data,
+    cli_export,
+    cli_look,
+    cli_measure,
+    cli_report,
+    cli_ship,
+    presets,
+)
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
 
@@ -109,6 +120,7 @@ app.command()(cli_report.report)
 app.command(context_settings=SETTINGS)(cli_look.compare)
 app.command(context_settings=SETTINGS)(cli_look.chat)
 app.command(context_settings=SETTINGS)(cli_look.sweep)
+app.command()(cli_collect.label)
 app.command()(cli_export.merge)
 app.command()(cli_ship.export)
 app.command()(cli_ship.push)

@@ -11,7 +11,7 @@ LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, 
 LAYER |= {"presets": 5, "rundir": 5, "data": 6, "model": 6, "train": 7}
 # What is pushed carries its card: export stands on report.
 LAYER |= {"report": 8, "collect": 8, "measure": 8, "export": 9, "cli_measure": 9, "cli": 11, "diagnose": 0}
-VERBS = ("cli_cache", "cli_data", "cli_export", "cli_look", "cli_report", "cli_ship")
+VERBS = ("cli_cache", "cli_collect", "cli_data", "cli_export", "cli_look", "cli_report", "cli_ship")
 LAYER |= dict.fromkeys(VERBS, 10)
 IMPORTERS = {
     "typer": {"cli", "cli_measure", *VERBS},
