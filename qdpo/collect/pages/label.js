@@ -85,7 +85,7 @@ async function open(id, again = false) {
 
 function showNothing() {
   view = null;
-  for (const part of document.querySelectorAll("main > section, .note, main > .actions")) part.hidden = true;
+  for (const part of document.querySelectorAll("main > section, .note, #dock .actions")) part.hidden = true;
   $("banner").hidden = true;
   $("nothing").hidden = false;
   showPlace(0, 0, false);
@@ -93,7 +93,7 @@ function showNothing() {
 
 function show(shown) {
   view = shown;
-  for (const part of document.querySelectorAll("main > section, .note, main > .actions")) part.hidden = false;
+  for (const part of document.querySelectorAll("main > section, .note, #dock .actions")) part.hidden = false;
   $("nothing").hidden = true;
   if (!view.again) {
     rowOf(view.id).count = view.count;
