@@ -85,6 +85,10 @@ def test_decisions_make_pairs_that_carry_where_they_came_from(tmp_path: Path, it
     ]  # fmt: skip
 
 
+def test_no_time_is_a_time_too(items: list[Any]) -> None:
+    assert pick(items[0], seconds=0.0).to_json()["seconds"] == 0.0 and "again" not in pick(items[0]).to_json()
+
+
 def test_undo_brings_back_what_stood_before(tmp_path: Path, items: list[Any]) -> None:
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:
