@@ -10,7 +10,7 @@ import typer
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import ConfigError
 
-Candidates = Annotated[list[Path], typer.Argument(metavar="CANDIDATES", help="Files of `qdpo sample`, or like them.")]
+Files = Annotated[list[Path], typer.Argument(metavar="CANDIDATES…", help="Prompts with answers, one a line (.jsonl).")]
 
 
 def sample(
@@ -65,41 +65,39 @@ def sample(
 
 
 def label(
-    candidates: Candidates,
-    out: Annotated[Path, typer.Option(help="The pairs; the same command again goes on.")] = Path("pairs.jsonl"),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1. Default: a free one.")] = 0,
-    blind: Annotated[bool, typer.Option("--blind", help="Do not say which model gave an answer.")] = False,
-    agreement: Annotated[bool, typer.Option("--agreement", help="Ask 5 % of the picks a second time.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Another number shows answers in another order.")] = 0,
-    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
+    candidates: Files,
+    out: Annotated[Path, typer.Option(help="The pairs; beside them lies the journal of decisions.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: the system chooses a free one.")] = 0,
+    blind: Annotated[bool, typer.Option("--blind", help="Hide which model wrote an answer.")] = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Ask 5 % of the picks again, and report how often you agree.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which answers are shown.")] = 0,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Pick the best and the worst answer, or edit one into a better one, on a page that this machine serves to itself.
+    """Choose between answers on a page of this machine, by keyboard; the same command again goes on where it stopped.
 
-    Every decision is on disk before the page says so. Several files of candidates are put together by prompt. A prompt
-    that a judge left open waits here too. Ctrl-C ends it.
+    Every decision is on disk before the page says so. Ctrl-C ends it. Candidates of several files are put together.
 
     Example: qdpo label candidates.jsonl --out pairs.jsonl
     """
     from qdpo.collect.candidates import read_candidates
     from qdpo.collect.decisions import opened
-    from qdpo.collect.labelling import Labelling
+    from qdpo.collect.labelling import Labelling, Options
     from qdpo.collect.server import LabelServer
 
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out={out}: pairs are JSON lines. Give a name that ends in .jsonl.")
     found = read_candidates(candidates)
     with opened(out, found.items) as decisions:
-        labelling = Labelling(decisions, seed, blind, agreement)
+        labelling = Labelling(decisions, Options(blind, agreement, seed))
         with LabelServer(labelling, port) as server:
             for note in found.notes:
                 typer.echo(note)
-            typer.echo(f"{len(found.items):,} prompts, decisions go to {decisions.journal}, pairs to {out}")
-            typer.echo(f"page: {server.address}\nCtrl-C ends it; the same command goes on.")
-            if open_:
-                webbrowser.open(server.address)
+            typer.echo(f"{len(found.items):,} prompts. The page, until Ctrl-C: {server.address}")
+            if open_ and not webbrowser.open(server.address):
+                typer.echo("No browser could be opened; open the address yourself.")
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                with server.lock:  # a decision that is being written is written to its end
-                    for line in labelling.summary():
-                        typer.echo(line)
+                typer.echo()
+        for line in labelling.summary():
+            typer.echo(line)

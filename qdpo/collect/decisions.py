@@ -52,7 +52,8 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """What is set, as plain values."""
-        return {name: value for name, value in vars(self).items() if value not in (None, "", False, (), {})}
+        unset: tuple[object, ...] = (None, "", (), {})
+        return {name: value for name, value in vars(self).items() if value not in unset and value is not False}
 
 
 class Decisions:

@@ -1,66 +1,83 @@
-"""Serves the page of `qdpo label` to this machine alone, and to nobody who does not know this start's token.
+"""The label page's server: this machine only, a token, and nothing for other sites.
 
-A browser runs other people's pages beside this one. They cannot read the token, and must not reach the data by another
-name (DNS rebinding: Host), from another page (cross-site requests: Origin) or with a form (content type).
+A page of any site can send requests to 127.0.0.1, also under a name of its own that it lets point there. So every
+request must name this host, every one for data must carry the token that only the printed address holds, and every
+one that writes must come from this page itself.
 """
 
-import hmac
 import json
+import os
 import secrets
+import socketserver
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-from qdpo.collect.labelling import Labelling, Stale
+from qdpo.collect.labelling import Labelling, Overtaken
 from qdpo.errors import ConfigError, DataError, QdpoError
 
 HOST = "127.0.0.1"
-TOKEN_HEADER = "X-Qdpo-Token"
-FILES = {
+PAGES = {
     "/": ("label.html", "text/html"),
     "/label.css": ("label.css", "text/css"),
     "/label.js": ("label.js", "text/javascript"),
+    "/view.js": ("view.js", "text/javascript"),
+    "/server.js": ("server.js", "text/javascript"),
 }
-MOST_BYTES = 2**20
-"""Longest request: an answer that a person writes."""
+"""All that is served as a file: no path of a request ever becomes a file name."""
+TOKEN_HEADER = "X-Qdpo-Token"
+LARGEST_BODY = 4 * 1024 * 1024
 HEADERS = {
+    "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
 }
 
 
 class LabelServer(ThreadingHTTPServer):
-    """The page and its three requests: all prompts, one prompt, and a decision."""
+    """Serves one labelling to this machine."""
 
-    daemon_threads = True
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def __init__(self, labelling: Labelling, port: int = 0):
-        """Binds 127.0.0.1:`port`; 0 takes a free one. Raises: ConfigError if the port is taken."""
-        self.labelling, self.lock, self.token = labelling, Lock(), secrets.token_urlsafe(24)
-        self.static = {path: (_page(name), kind) for path, (name, kind) in FILES.items()}
+        """Port 0 lets the system choose a free one. Raises: ConfigError if the port cannot be had."""
+        self.labelling, self.token = labelling, secrets.token_urlsafe(24)
+        folder = resources.files("qdpo.collect") / "pages"
+        self.pages = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
         try:
             super().__init__((HOST, port), _Handler)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ConfigError(
-                f"--port={port} of {HOST} cannot be used: {error}. Leave --port out to take a free one."
+                f"Port {port} (--port) cannot be used: {error.strerror or error}. Stop what uses it, or leave --port "
+                "out: then the system chooses a free one."
             ) from None
+
+    def server_bind(self) -> None:
+        """Without the look-up of this machine's name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = HOST, self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A tab that was closed while it was answered is nothing to tell."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
-        """What to open; the token stands behind #, which browsers do not send."""
+        """To be opened in a browser. The token stands in the fragment, which browsers send to nobody."""
         return f"http://{HOST}:{self.server_port}/#token={self.token}"
 
     @property
-    def names(self) -> set[str]:
-        """The names under which a browser may ask."""
+    def hosts(self) -> set[str]:
+        """What a request for this server may call it."""
         return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
 
 
@@ -75,6 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "qdpo", ""
     timeout = 60
+    """Seconds until a silent connection is closed."""
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -82,93 +100,82 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer(self._post)
 
-    def _get(self) -> tuple[bytes, str]:
-        path = urlsplit(self.path)
-        if path.path in self.server.static:
-            return self.server.static[path.path]
-        self._check_token()
-        labelling = self.server.labelling
-        if path.path == "/api/prompts":
-            with self.server.lock:
-                return _json({"prompts": labelling.index(), "stats": labelling.stats(), "last": labelling.last()})
-        if path.path.startswith("/api/prompt/"):
-            with self.server.lock:
-                return _json(labelling.view(path.path.removeprefix("/api/prompt/"), again=path.query == "again"))
-        raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
-
-    def _post(self) -> tuple[bytes, str]:
-        self._check_token()
-        if self.headers.get("Origin") not in {f"http://{name}" for name in self.server.names}:
-            raise _Refused(HTTPStatus.FORBIDDEN, "Only the page itself may decide.")
-        if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Decisions are JSON.")
-        asked = self._body()
-        with self.server.lock:
-            if self.path == "/api/search":
-                return _json({"ids": self.server.labelling.search(str(asked.get("text", "")))})
-            if self.path == "/api/decide":
-                return _json(self.server.labelling.take(asked))
-        raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
-
-    def _body(self) -> dict[str, Any]:
-        length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit() or int(length) > MOST_BYTES:
-            self.close_connection = True
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A request holds at most {MOST_BYTES:,} bytes.")
+    def _answer(self, work: Any) -> None:
         try:
-            asked = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "This is not JSON.") from None
-        if not isinstance(asked, dict):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "This is not a JSON object.")
-        return asked
+            self._check_sender()
+            work()
+        except _Refused as refused:
+            self.close_connection = True  # its body, if any, is unread
+            self._send_json({"error": str(refused)}, refused.status)
+        except DataError as error:
+            self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
+        except QdpoError as error:
+            self._send_json({"error": str(error)}, HTTPStatus.INSUFFICIENT_STORAGE)
+
+    def _check_sender(self) -> None:
+        if self.headers.get("Host") not in self.server.hosts:
+            raise _Refused(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost only.")
+        origin = self.headers.get("Origin")
+        if (origin is not None or self.command == "POST") and origin != f"http://{self.headers['Host']}":
+            raise _Refused(HTTPStatus.FORBIDDEN, "Only the label page itself may ask this server.")
 
     def _check_token(self) -> None:
-        given = self.headers.get(TOKEN_HEADER, "")
-        if not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            raise _Refused(
-                HTTPStatus.FORBIDDEN, "This page is of another start of `qdpo label`. Open the address it printed last."
-            )
+        if not secrets.compare_digest(self.headers.get(TOKEN_HEADER, "").encode(), self.server.token.encode()):
+            raise _Refused(HTTPStatus.UNAUTHORIZED, "The token is not that of this server.")
 
-    def _answer(self, handle: Any) -> None:
-        status = HTTPStatus.OK
+    def _get(self) -> None:
+        url = urlsplit(self.path)
+        if self.path in self.server.pages:
+            content, kind = self.server.pages[self.path]
+            return self._send(content, kind)
+        self._check_token()
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        labelling = self.server.labelling
+        if url.path == "/api/index":
+            return self._send_json(labelling.index())
+        if url.path == "/api/item":
+            return self._send_json(labelling.view(query.get("id", ""), again=query.get("again") == "1"))
+        if url.path == "/api/search":
+            return self._send_json(labelling.search(query.get("q", "")))
+        raise _Refused(HTTPStatus.NOT_FOUND, "There is nothing here.")
+
+    def _post(self) -> None:
+        self._check_token()
+        if self.path != "/api/decide":
+            raise _Refused(HTTPStatus.NOT_FOUND, "There is nothing here.")
+        wish = self._body()
         try:
-            self._check_host()
-            content, kind = handle()
-        except _Refused as refused:
-            status, (content, kind) = refused.status, _json({"error": str(refused)})
-        except Stale as error:
-            status, (content, kind) = HTTPStatus.CONFLICT, _json({"error": str(error)})
-        except DataError as error:
-            status, (content, kind) = HTTPStatus.BAD_REQUEST, _json({"error": str(error)})
-        except QdpoError as error:
-            status, (content, kind) = HTTPStatus.INSUFFICIENT_STORAGE, _json({"error": str(error)})
+            self._send_json(self.server.labelling.decide(wish))
+        except Overtaken:
+            self._send_json(self.server.labelling.view(str(wish["prompt"])), HTTPStatus.CONFLICT)
+
+    def _body(self) -> dict[str, Any]:
+        if self.headers.get_content_type() != "application/json":
+            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A decision is sent as application/json.")
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "A decision says how long it is (Content-Length).")
+        if int(length) > LARGEST_BODY:
+            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A decision has at most {LARGEST_BODY:,} bytes.")
+        try:
+            value = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            raise _Refused(HTTPStatus.BAD_REQUEST, "This is not JSON.") from None
+        if not isinstance(value, dict):
+            raise _Refused(HTTPStatus.BAD_REQUEST, "A decision is a JSON object.")
+        return value
+
+    def _send_json(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self._send(json.dumps(value).encode(), "application/json", status)
+
+    def _send(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
-        if status != HTTPStatus.OK:  # what was sent along may not have been read
-            self.send_header("Connection", "close")
-            self.close_connection = True
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
-    def _check_host(self) -> None:
-        if self.headers.get("Host") not in self.server.names:
-            raise _Refused(HTTPStatus.MISDIRECTED_REQUEST, "This page is served to 127.0.0.1 alone.")
-        if self.headers.get("Origin", f"http://{HOST}:{self.server.server_port}") not in {
-            f"http://{name}" for name in self.server.names
-        }:
-            raise _Refused(HTTPStatus.FORBIDDEN, "Another page may not ask.")
-
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal shows the address, and requests are of no interest."""
-
-
-def _page(name: str) -> bytes:
-    return resources.files("qdpo.collect").joinpath("pages", name).read_bytes()
-
-
-def _json(value: Any) -> tuple[bytes, str]:
-    return json.dumps(value, ensure_ascii=False).encode(), "application/json"
+        """Silent: the terminal is for the person."""

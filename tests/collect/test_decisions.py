@@ -154,6 +154,10 @@ def test_the_journal_alone_makes_the_pairs_again(tmp_path: Path, items: list[Any
     assert len(written(out)) == 2
 
 
+def test_no_time_is_a_time_too(items: list[Any]) -> None:
+    assert pick(items[0], seconds=0.0).to_json()["seconds"] == 0.0 and "again" not in pick(items[0]).to_json()
+
+
 def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     r"""A text may hold what Python calls line ends: U+2028, a form feed, U+0085."""
     odd = "one\u2028two\x0cthree\x85four"

@@ -1,237 +1,279 @@
-"""The page of `qdpo label` in a real browser, driven by keys: what is pressed is what is in the pairs."""
+"""The label page in a real browser, driven by keyboard: what ends up in the files, and what no crash may lose."""
 
 import json
 import os
+import re
 import shutil
 import signal
-import time
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.collect.label_process import Label, candidates
-from tests.conftest import write_jsonl
+from qdpo.collect.decisions import journal_of
+from tests.conftest import ROOT, write_jsonl
 
+sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script>"
+
+
+class Sitting:
+    """`qdpo label` as a user starts it, in a folder with candidates."""
+
+    def __init__(self, folder: Path, *options: str, port: int = 0):
+        self.out = folder / "pairs.jsonl"
+        command = [sys.executable, "-m", "qdpo.cli", "label", "candidates.jsonl", "--out", "pairs.jsonl"]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(port), *options], cwd=folder, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        line = next(line for line in self.process.stdout if "http" in line)
+        self.address = re.findall(r"http\S+", line)[0]
+        self.port = int(self.address.split(":")[2].split("/")[0])
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
+    def stop(self) -> str:
+        """Ctrl-C; what is printed at the end."""
+        self.process.send_signal(signal.SIGINT)
+        said, _ = self.process.communicate(timeout=10)
+        assert self.process.returncode == 0
+        return said
+
+    def pairs(self) -> list[tuple[str, str, str]]:
+        return [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in read(self.out)]
+
+    def kinds(self) -> list[str]:
+        return [line["kind"] for line in read(journal_of(self.out))]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture
-def context(browser: Any) -> Iterator[Any]:
-    made = browser.new_context(viewport={"width": 1400, "height": 900})
-    made.set_default_timeout(8000)
+def folder(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"question {n}", "answers": [f"{word} {n} {HOSTILE}" for word in "abcd"]} for n in range(4)]
+    rows.append({"prompt": "question 4", "answers": ["a 4", {"text": "b 4", "cut": True}]})
+    write_jsonl(tmp_path / "candidates.jsonl", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def sitting(folder: Path) -> Iterator[Sitting]:
+    made = Sitting(folder)
     yield made
-    made.close()
+    made.kill()
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Label]]:
-    """Starts `qdpo label` on candidates; whatever runs at the end is killed."""
-    started: list[Label] = []
-
-    def run(*words: str, rows: list[dict[str, Any]] | None = None) -> Label:
-        if rows is not None:
-            write_jsonl(tmp_path / "c.jsonl", rows)
-        started.append(Label(tmp_path, *words))
-        return started[-1]
-
-    yield run
-    for label in started:
-        label.kill()
+def opened(browser: Any, address: str, **context: Any) -> Any:
+    """A tab whose every complaint is kept in `tab.complaints`."""
+    tab = browser.new_context(**context).new_page()
+    tab.set_default_timeout(5000)
+    tab.complaints = []
+    tab.on("console", lambda message: tab.complaints.append(message.text))
+    tab.on("pageerror", lambda error: tab.complaints.append(str(error)))
+    tab.goto(address)
+    tab.wait_for_selector("body[data-ready]")
+    return tab
 
 
-def opened(context: Any, label: Label) -> Any:
-    """The page, with every error of its console kept in `page.troubles`."""
-    page = context.new_page()
-    page.troubles = []
-    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.goto(label.address)
-    page.wait_for_selector("body[data-ready]")
-    return page
-
-
-def press(page: Any, *keys: str) -> None:
+def press(tab: Any, *keys: str) -> None:
     for key in keys:
-        page.keyboard.press(key)
+        tab.keyboard.press(key)
 
 
-def place(page: Any, word: str) -> int:
-    """Number of the answer that begins with this word, as it is shown."""
-    texts = page.eval_on_selector_all(".answer > .text", "found => found.map(one => one.textContent)")
-    return next(number for number, text in enumerate(texts, 1) if text.startswith(word))
+def shown(tab: Any) -> tuple[str, list[str]]:
+    """The prompt on the page, and its answers in their order."""
+    texts = "[...document.querySelectorAll('.answer .text')].map((box) => box.firstChild.textContent)"
+    return tab.text_content("#turns"), tab.evaluate(texts)
 
 
-def pick(page: Any, best: str, worst: str) -> None:
-    press(page, str(place(page, best)), f"Shift+Digit{place(page, worst)}")
-    said(page, "Saved.")
+def wait_for(tab: Any, said: str, where: str = "#status") -> None:
+    tab.wait_for_function(
+        "([where, said]) => document.querySelector(where).textContent.includes(said)", arg=[where, said]
+    )
 
 
-def said(page: Any, text: str) -> None:
-    playwright.expect(page.locator("#status")).to_contain_text(text)
+def test_by_keyboard_from_the_first_pick_to_the_last(browser: Any, sitting: Sitting) -> None:
+    tab = opened(browser, sitting.address)
+    assert "token" not in tab.url and tab.title() == "qdpo label"
+    prompt, answers = shown(tab)
+    press(tab, "2")
+    wait_for(tab, "Answer 2 is best. Which is worst?")
+    press(tab, "Shift+Digit4")
+    wait_for(tab, "Saved: answer 2 best, answer 4 worst")
+    expected = [(prompt, answers[1], answers[3])]
+    assert sitting.pairs() == expected and shown(tab)[0] == "question 1"
+
+    prompt, answers = shown(tab)
+    press(tab, "e", "3", "Control+a")
+    tab.keyboard.type("3 tests, 1 text: ")  # letters and digits that are keys elsewhere
+    press(tab, "Enter")
+    tab.keyboard.type("better\u2028\U0001f600")
+    press(tab, "Control+Enter")
+    wait_for(tab, "Saved: your text over answer 3")
+    expected.append((prompt, "3 tests, 1 text: \nbetter\u2028\U0001f600", answers[2]))
+    assert sitting.pairs() == expected
+
+    press(tab, "n")
+    tab.keyboard.type("stun")
+    press(tab, "Enter", "t")
+    wait_for(tab, "Saved: a tie")
+    press(tab, "s")
+    wait_for(tab, "Saved: skipped")
+    prompt, answers = shown(tab)
+    assert prompt == "question 4" and tab.locator(".cut").count() == 1
+    press(tab, "1")  # with two answers one key is enough
+    wait_for(tab, "All 5 prompts are decided")
+    expected.append((prompt, answers[0], answers[1]))
+    assert sitting.pairs() == expected
+
+    press(tab, "u")
+    wait_for(tab, "Taken back")
+    assert sitting.pairs() == expected[:2] and shown(tab)[0] == "question 4"
+    press(tab, "u")
+    wait_for(tab, "Prompt 4 of 5", "#prompt-title")
+    assert sitting.kinds() == ["pick", "edit", "tie", "skip", "pick", "undo", "undo"]
+    assert read(journal_of(sitting.out))[2]["note"] == "stun"
+    assert all(line["seconds"] >= 0 and len(line["shown"]) > 1 for line in read(journal_of(sitting.out))[:5])
+    assert tab.complaints == [] and tab.title() == "qdpo label"
+    said = sitting.stop()
+    assert "2 pairs (1 edited), 1 ties, 0 skipped, 2 undecided" in said and "qdpo data check pairs.jsonl" in said
 
 
-def shows(page: Any, text: str) -> None:
-    playwright.expect(page.locator("#prompt")).to_have_text(text)
+def test_reload_and_kill_lose_nothing(browser: Any, sitting: Sitting, folder: Path) -> None:
+    tab = opened(browser, sitting.address)
+    press(tab, "1")
+    tab.reload()
+    tab.wait_for_selector("body[data-ready]")
+    assert tab.get_attribute(".answer:nth-child(1) .choices .best", "aria-pressed") == "true"  # half a choice is kept
+    press(tab, "Shift+Digit2")
+    wait_for(tab, "Saved")
+    before = sitting.pairs()
+    press(tab, "e", "2", "Control+a")
+    tab.keyboard.type("half writ")
+    sitting.kill()
+    tab.keyboard.type("ten")
+    press(tab, "Control+Enter")
+    wait_for(tab, "The server does not answer, so nothing was saved", "#alarm")
+    anew = Sitting(folder, port=sitting.port)
+    try:
+        press(tab, "Control+Enter")
+        wait_for(tab, "The server was started anew", "#alarm")
+        assert anew.pairs() == before and tab.input_value(".answer:nth-child(2) textarea") == "half written"
+        tab.goto(anew.address)  # only the fragment differs: the page takes the token and loads itself anew
+        tab.wait_for_selector("textarea:focus")
+        assert shown(tab)[0] == "question 1" and tab.input_value(".answer:nth-child(2) textarea") == "half written"
+        press(tab, "Control+Enter")
+        wait_for(tab, "Saved: your text over answer 2")
+        assert anew.pairs()[0] == before[0] and anew.pairs()[1][:2] == ("question 1", "half written")
+        anew.kill()
+        assert anew.kinds() == ["pick", "edit"]
+    finally:
+        anew.kill()
 
 
-def question(page: Any) -> str:
-    return str(page.inner_text("#prompt .turn:last-child .text"))
+def test_two_tabs_do_not_overwrite_each_other(browser: Any, sitting: Sitting) -> None:
+    first, second = opened(browser, sitting.address), opened(browser, sitting.address)
+    press(first, "1", "Shift+Digit2")
+    wait_for(first, "Saved")
+    before = sitting.pairs()
+    press(second, "3", "Shift+Digit4")
+    wait_for(second, "nothing was overwritten", "#alarm")
+    wait_for(second, "Decided: answer 1 is best, answer 2 worst", "#banner-text")
+    assert sitting.pairs() == before and sitting.kinds() == ["pick"]
 
 
-def test_pick_edit_tie_skip_and_undo_by_keys_through_reload_and_kill(context: Any, start: Any) -> None:
-    label = start(rows=candidates(6))
-    page = opened(context, label)
-    assert question(page) == "question 0"
-    pick(page, "good", "poor")
-    assert question(page) == "question 1" and label.pairs() == [("question 0", "good 0", "poor 0")]
-    page.reload()
-    page.wait_for_selector("body[data-ready]")
-    assert question(page) == "question 1"
-
-    press(page, str(place(page, "fair")))
-    said(page, "Now the worst one")
-    press(page, "e")  # the one marked best
-    assert page.input_value("textarea") == "fair 1"
-    page.keyboard.type(", and 1 more: tsu")  # none of these letters is a shortcut here
-    press(page, "Control+Enter")
-    said(page, "Saved your edit.")
-    assert label.pairs()[1] == ("question 1", "fair 1, and 1 more: tsu", "fair 1")
-    press(page, "t")
-    said(page, "Saved as a tie")
-    press(page, "s")
-    said(page, "Skipped")
-    assert label.kinds() == ["pick", "edit", "tie", "skip"] and question(page) == "question 4"
-
-    press(page, "u")  # the skip
-    said(page, "Undone")
-    assert question(page) == "question 3" and label.kinds()[-1] == "undo"
-    pick(page, "poor", "good")
-    press(page, "k")
-    shows(page, "question 3")
-    said(page, "Decided: answer")
-    assert page.get_attribute(".answer.best", "aria-label") == f"Answer {place(page, 'poor')}, best"
-    press(page, "u")
-    said(page, "Undone")
-    pick(page, "fair", "poor")
-    assert label.pairs()[2] == ("question 3", "fair 3", "poor 3")
-
-    assert question(page) == "question 4"
-    press(page, "e")
-    page.keyboard.type(" kept draft")
-    before = label.kinds()
-    label.kill()  # SIGKILL
-    press(page, "Control+Enter")
-    page.wait_for_selector("#trouble:not([hidden])")
-    assert "does not answer" in page.inner_text("#trouble")
-    again = start("--port", str(label.port))
-    assert again.kinds() == before and len(again.pairs()) == 3
-    press(page, "Control+Enter")  # the old page with the old token
-    playwright.expect(page.locator("#trouble")).to_contain_text("another start")
-    with page.expect_navigation():
-        page.evaluate("address => { location.href = address; }", again.address)
-    page.wait_for_selector("body[data-ready]")
-    shows(page, "question 4")
-    press(page, "e")
-    assert page.input_value("textarea").endswith(" kept draft")
-    press(page, "Control+Enter")
-    said(page, "Saved your edit.")
-    assert question(page) == "question 5"
-    press(page, str(place(page, "good")), f"Shift+Digit{place(page, 'fair')}")
-    said(page, "Saved. Every prompt is decided.")
-    pairs = {prompt: (chosen, rejected) for prompt, chosen, rejected in again.pairs()}
-    assert pairs["question 5"] == ("good 5", "fair 5") and pairs["question 4"][0].endswith(" kept draft")
-    assert len(pairs) == 5 and "question 2" not in pairs  # the tie
-    ended = again.stop()
-    assert "5 pairs in pairs.jsonl, 1 ties, 0 left to decide" in ended and "qdpo data check pairs.jsonl" in ended
-    assert page.troubles and all("Failed to load resource" in text for text in page.troubles)  # of the killed server
+def test_keys_of_an_input_method_are_not_taken(browser: Any, sitting: Sitting) -> None:
+    tab = opened(browser, sitting.address)
+    composing = (
+        "(key) => document.body.dispatchEvent(new KeyboardEvent('keydown', {key, code: 'KeyT', bubbles: true, %s}))"
+    )
+    tab.evaluate(composing % "isComposing: true", "t")
+    tab.evaluate(composing % "keyCode: 229", "t")
+    press(tab, "Control+s")
+    press(tab, "s")
+    wait_for(tab, "Saved: skipped")
+    tab.evaluate(composing % "", "е")  # a Cyrillic layout: the place of the key counts
+    wait_for(tab, "Saved: a tie")
+    assert sitting.kinds() == ["skip", "tie"]
 
 
-def test_two_tabs_lose_nothing(context: Any, start: Any) -> None:
-    label = start(rows=candidates(2))
-    one, other = opened(context, label), opened(context, label)
-    pick(one, "good", "poor")
-    press(other, str(place(other, "fair")), f"Shift+Digit{place(other, 'good')}")
-    said(other, "decided in another tab")
-    assert label.pairs() == [("question 0", "good 0", "poor 0")]
-    assert other.get_attribute(".answer.best", "aria-label") == f"Answer {place(other, 'good')}, best"
-    press(other, str(place(other, "fair")))  # knowing it, the person may change it
-    said(other, "Saved")
-    assert label.pairs() == [("question 0", "fair 0", "poor 0")]
-    pick(one, "poor", "good")
-    assert sorted(label.kinds()) == ["pick"] * 3 and len(label.pairs()) == 2
+def test_filter_search_and_moving(browser: Any, sitting: Sitting) -> None:
+    tab = opened(browser, sitting.address)
+    press(tab, "t")
+    wait_for(tab, "Saved")
+    press(tab, "/")
+    tab.keyboard.type("B 3")
+    wait_for(tab, "1 / 1", "#place")
+    assert shown(tab)[0] == "question 3"
+    tab.fill("#search", "")
+    wait_for(tab, "4 / 5", "#place")
+    tab.select_option("#filter", "tie")
+    wait_for(tab, "1 / 1", "#place")
+    assert shown(tab)[0] == "question 0" and tab.inner_text("#banner").startswith("Decided: a tie.")
+    tab.select_option("#filter", "all")
+    tab.focus("#prompt-title")
+    press(tab, "j")
+    wait_for(tab, "2 / 5", "#place")
+    press(tab, "ArrowRight")
+    wait_for(tab, "3 / 5", "#place")
+    press(tab, "k")
+    wait_for(tab, "2 / 5", "#place")
 
 
-def test_two_answers_need_one_key_and_composition_none(context: Any, start: Any) -> None:
-    label = start(rows=candidates(3, answers=2))
-    page = opened(context, label)
-    for composing in ({"isComposing": True}, {"keyCode": 229}):
-        page.evaluate(
-            "more => document.body.dispatchEvent(new KeyboardEvent('keydown', "
-            "{key: 't', code: 'KeyT', bubbles: true, ...more}))",
-            composing,
-        )
-    press(page, "n")
-    page.keyboard.type("stu 12")
-    press(page, "Enter")
-    assert not (label.out.parent / "pairs.decisions.jsonl").exists()
-    press(page, f"Shift+Digit{place(page, 'good')}")
-    said(page, "Saved")
-    assert label.pairs() == [("question 0", "fair 0", "good 0")]
-    assert json.loads(label.out.read_text())["note"] == "stu 12"
+def test_it_can_be_read_everywhere(browser: Any, sitting: Sitting) -> None:
+    """Nothing is wider than a phone, every control has a name, and Tab reaches every button."""
+    tab = opened(browser, sitting.address, viewport={"width": 320, "height": 640}, color_scheme="dark")
+    press(tab, "e", "1")
+    for width in (320, 400):
+        tab.set_viewport_size({"width": width, "height": 800})
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+    nodes = tab.context.new_cdp_session(tab).send("Accessibility.getFullAXTree")["nodes"]
+    controls = {"button", "textbox", "searchbox", "combobox", "checkbox", "progressbar", "article"}
+    names = [(node["role"]["value"], node["name"]["value"]) for node in nodes
+             if not node["ignored"] and node["role"]["value"] in controls]  # fmt: skip
+    assert all(name for _, name in names), names
+    assert {("button", "Best: Answer 2"), ("textbox", "A better text in the place of answer 1")} <= set(names)
+    press(tab, "Escape")
+    press(tab, "Tab", "Tab")
+    assert tab.evaluate("document.activeElement.getAttribute('aria-label')") == "Worst: Answer 2"
+    press(tab, "?")
+    assert tab.is_visible("#keys")
+    press(tab, "t", "Escape")  # no key works behind the list of keys
+    assert not tab.is_visible("#keys") and not journal_of(sitting.out).exists()
 
 
-def test_filter_search_and_blind(context: Any, start: Any) -> None:
-    rows = candidates(4)
-    rows[2]["answers"][0]["from"] = {"model": "other"}
-    label = start("--blind", rows=rows)
-    page = opened(context, label)
-    pick(page, "good", "poor")
-    press(page, "/")
-    page.keyboard.type("question 2")
-    shows(page, "question 2")
-    assert page.inner_text("#place") == "Prompt 1 of 1" and "other" not in page.inner_text("body")
-    assert page.locator(".cut").count() == 1  # the answer that ends at the length limit
-    page.fill("#search", "")
-    page.select_option("#filter", "pick")
-    shows(page, "question 0")
-    assert page.inner_text("#place") == "Prompt 1 of 1"
-
-
-def test_every_control_has_a_name_and_the_page_fits_a_phone(context: Any, start: Any) -> None:
-    label = start(rows=[*candidates(1), {"prompt": "p" * 300, "answers": ["a" * 500, "b c"]}])
-    page = opened(context, label)
-    tree = context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
-    roles = ("button", "textbox", "searchbox", "combobox", "progressbar", "list", "listitem", "region")
-    controls = [node for node in tree if node.get("role", {}).get("value") in roles]
-    assert len(controls) > 12 and all(node["name"]["value"] for node in controls)
-    for width in (1400, 400, 320):
-        page.set_viewport_size({"width": width, "height": 800})
-        for key in ("j", "e", "Escape", "?", "Escape"):
-            press(page, key)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate("document.activeElement !== document.body")
-    assert page.troubles == []
-
-
-@pytest.mark.slow
-def test_ten_thousand_prompts_open_in_two_seconds(context: Any, start: Any) -> None:
-    """From the command to a page that can be used; a measurement, with room for a busy machine."""
-    begun = time.monotonic()
-    label = start(rows=candidates(10_000, answers=3))
-    page = opened(context, label)
-    took = time.monotonic() - begun
-    print(f"10,000 prompts: {took:.2f} s")
-    assert "of 10000" in page.inner_text("#place") and took < 20
-    os.kill(label.process.pid, signal.SIGKILL)
+def test_agreement_asks_again_and_changes_no_pair(browser: Any, folder: Path) -> None:
+    write_jsonl(folder / "candidates.jsonl", [{"prompt": "only", "answers": ["a", "b"]}])
+    sitting = Sitting(folder, "--agreement", "--blind")
+    try:
+        tab = opened(browser, sitting.address)
+        first = shown(tab)[1]
+        press(tab, "1")
+        wait_for(tab, "Asked a second time", "#banner-text")
+        assert shown(tab)[1] == first[::-1]
+        press(tab, "1")
+        wait_for(tab, "0 of 1 (0 %)", "#figures")
+        assert sitting.pairs() == [("only", first[0], first[1])]
+        assert "agreement with yourself: 0 of 1 (0%)" in sitting.stop()
+    finally:
+        sitting.kill()
