@@ -231,6 +231,17 @@ def test_one_pick_in_twenty_is_asked_again_later(tmp_path: Path) -> None:
     assert "agreement with yourself: 2 of 3 (67%)" in labelling.summary()
 
 
+def test_the_newest_picks_are_not_asked_again(tmp_path: Path) -> None:
+    decisions = made(tmp_path, 22).decisions
+    for number in range(20):
+        said = Labelling(decisions, Options(agreement=True)).decide(wish(Labelling(decisions, Options()), number))
+    assert said["again"]
+    newest = {one.prompt for one in decisions.history[-10:]}
+    for seed in range(12):
+        labelling = Labelling(decisions, Options(agreement=True, seed=seed))
+        assert labelling.index()["again"] in set(decisions.items) - newest
+
+
 def test_one_pick_is_asked_again_where_there_are_few(tmp_path: Path) -> None:
     labelling = made(tmp_path, 2, agreement=True)
     assert labelling.decide(wish(labelling, 0))["again"] is None
