@@ -42,22 +42,30 @@ def swapped(course: Course) -> str | None:
 
 
 def stuck(course: Course) -> str | None:
-    found = [known for known in _accuracies(course) if known[2] != "held-out" or _is_late(course)]
+    found = [
+        known for known in _accuracies(course)
+        if (known[2] != "held-out" or _is_late(course)) and _by_chance(course, known[1]) <= 1
+    ]  # fmt: skip
     if not course.half_done or not found or _train_accuracy(course) >= 0.75 or runaway(course):
         return None
     share, pairs, whose = found[0]
-    bound = course.first_accuracy + 2 * course.noise(pairs)
+    bound = _by_chance(course, pairs)
     if not course.first_accuracy - 3 * course.noise(pairs) <= share < bound:
         return None
     return f"{share:.0%} of {whose} pairs are ordered as labelled, no more than chance allows (up to {bound:.0%})"
+
+
+def _by_chance(course: Course, pairs: float) -> float:
+    """The accuracy up to which chance explains it. Above 1, these are too few pairs to say anything."""
+    return course.first_accuracy + 2 * course.noise(pairs)
 
 
 def overfit(course: Course) -> str | None:
     latest = course.latest
     if latest is None or course.recent("loss") is None or swapped(course):
         return None
-    share, bound = latest["eval_rewards/accuracies"], course.first_accuracy + 2 * course.noise(course.terms.held_out)
-    if course.half_done and share < bound and _train_accuracy(course) >= 0.9:
+    share, bound = latest["eval_rewards/accuracies"], _by_chance(course, course.terms.held_out)
+    if course.half_done and share < bound <= 1 and _train_accuracy(course) >= 0.9:
         return (
             f"{_train_accuracy(course):.0%} of the training pairs are ordered as labelled, but only {share:.0%} of the "
             f"held-out ones, no more than chance allows (up to {bound:.0%})"

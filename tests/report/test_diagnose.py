@@ -125,6 +125,8 @@ def test_other_ways_to_hold() -> None:
     assert names(shorter) == ["length"] and names(made(held(samples__tokens=70.0))) == []
     memorised = made(lambda step, record: rewards(0.95 if "loss" in record else 0.52)(step, record))
     assert names(memorised) == ["overfit"]
+    few = Terms(steps=STEPS, pairs_per_step=16, held_out=3, beta=0.1)  # chance may order all three rightly
+    assert names(memorised, few) == [] and names(made(SICK["stuck"][0]), few) == ["stuck"]
     leaking = made(held(rewards__accuracies=1.0, loss=0.02))
     assert names(leaking) == ["saturated"]
     held_out_only = made(held(logps__chosen_per_token=-1.6))
