@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks.proof import figures, fits, others, right, speed
@@ -81,6 +83,31 @@ def test_time_is_kept(tmp_path: Path) -> None:
     assert left == ["cut short", "count"] and records.now(1, "first").status == "ok"
     left, records = run_items(tmp_path, several[2:], budget_s=8.0)
     assert left == [] and records.now(1, "count").values == {"calls": 1}
+
+
+def test_nothing_outlives_a_killed_script(tmp_path: Path) -> None:
+    """A measurement left behind would hold memory of the card, and slow down the next one."""
+    file = tmp_path / "linger.count"
+    code = "from tests.test_gpu_proof import *; run_items(Path(sys.argv[1]), [make_item(Path(sys.argv[1]), 'linger')])"
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker = psutil.Process(int(file.read_text()))
+    assert is_alive(worker)
+    parent.kill()
+    parent.wait()
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(worker)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Not one that has ended and that nobody has waited for."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_results_of_two_commits_are_kept(tmp_path: Path) -> None:
