@@ -9,7 +9,6 @@ which the device waits for launches.
 from collections.abc import Iterable
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import profile
 
 ATTENTION = ("scaled_dot_product", "flash_attention", "flash_attn", "varlen")
@@ -41,7 +40,7 @@ def shares(profiled: profile, wall_s: float, *, vocabulary: int, rank: int, cuda
 def _roots(events: Iterable[Any]) -> list[Any]:
     """Operators that no other called. Kernels and the device's own annotations are events of their own, without a
     parent; an operator's time holds that of its kernels already."""
-    return [event for event in events if event.cpu_parent is None and event.device_type == DeviceType.CPU]
+    return [event for event in events if event.cpu_parent is None and event.device_type.name == "CPU"]
 
 
 def _kind(event: Any, vocabulary: int, rank: int) -> str | None:

@@ -21,6 +21,12 @@ def slow(job: dict[str, Any]) -> dict[str, Any]:
     return count(job)
 
 
+def linger(job: dict[str, Any]) -> dict[str, Any]:
+    Path(job["file"]).write_text(str(os.getpid()))
+    time.sleep(60)
+    return {}
+
+
 def crash(job: dict[str, Any]) -> dict[str, Any]:
     count(job)
     os.abort()

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,7 @@ def parse(words: list[str], help_text: str | None) -> argparse.Namespace:
 
 def run(stage: int, given: argparse.Namespace, options: Options, records: Records, words: list[str]) -> int:
     """Measures what is missing, prints the stage's table and verdicts, and keeps the verdicts beside the results."""
-    module = STAGES[stage]
+    module, begun = STAGES[stage], time.monotonic()
     wanted: Iterator[Item] = (item for item in module.items(options, records) if re.search(given.only, item.name))
     # In a process of its own: a CUDA context here would take memory from every measurement.
     asked = Item(stage, "about", "benchmarks.about", "about_job", {"words": words, "device": given.device})
@@ -72,7 +73,7 @@ def run(stage: int, given: argparse.Namespace, options: Options, records: Record
         return CANNOT
     head = {**answer.values, "commit": records.commit}
     left = run_stage(
-        wanted, options, records, head, budget_s=given.budget_s, retry=given.retry,
+        wanted, options, records, head, budget_s=given.budget_s - (time.monotonic() - begun), retry=given.retry,
         say=lambda line: print(f"  {line}", flush=True),
     )  # fmt: skip
     results = records.of_stage(stage)

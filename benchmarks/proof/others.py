@@ -28,7 +28,7 @@ def items(options: Options, records: Records) -> Iterator[Item]:
             "model": SEVEN, "lengths": lengths, "card_gib": card, "context_gib": context, "python": options.trl_python
         }  # fmt: skip
         whole = {**options.job, **job}
-        yield Item(4, name(lengths, card), "benchmarks.proof.turns", "turns", whole, expected_s=240, limit_s=420)
+        yield Item(4, name(lengths, card), "benchmarks.proof.turns", "turns", whole, expected_s=270, limit_s=420)
 
 
 def name(lengths: str, card: float) -> str:

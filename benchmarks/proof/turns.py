@@ -8,6 +8,7 @@ import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from qdpo.memory import GIB
 
 TRL_VERSION = "1.16.0"
 ROUNDS = (1, 1, 1, 1)  # the first warms up
+PAIRS_PER_STEP = 16  # as the presets have it
 QDPO = "qdpo, settings found by auto"
 
 
@@ -44,7 +46,8 @@ def trl_sides(pairs_per_step: int) -> dict[str, dict[str, Any]]:
 def turns(job: dict[str, Any]) -> dict[str, Any]:
     """Pairs a second of each side, round by round, and the ratio of medians to TRL's fastest."""
     python = find_trl(job["python"])
-    profile = tiny(PROFILES[job["lengths"]]) if job["tiny"] else PROFILES[job["lengths"]]
+    profile = PROFILES[job["lengths"]]
+    profile = tiny(profile) if job["tiny"] else replace(profile, pairs_per_step=PAIRS_PER_STEP)
     work = Path(tempfile.mkdtemp(prefix="qdpo-turns-"))
     shape = settings.tiny_shape() if job["tiny"] else work / "shape"
     if not job["tiny"]:
@@ -64,25 +67,30 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     if allowed is not None and (total := driver_says("memory.total") / GIB) < (needed := allowed * (1 + len(others))):
         raise NotMeasured(f"all sides together take {needed:.0f} GiB, and this GPU has {total:.0f}")
     ours = {"words": _words(job, size), "shape": str(shape), "ids": ids, "allowed_gib": allowed, "rounds": ROUNDS}
-    starts: dict[str, tuple[str, str, dict[str, Any]]] = {QDPO: (sys.executable, "benchmarks.proof.random_side", ours)}
-    cuda = job["device"] == "cuda"
+    theirs = {
+        **common, "shape": str(shape), "adapter": None, "dtype": "bfloat16" if allowed is not None else "float32",
+        "nf4": True, "response_head": False, "rounds": ROUNDS, "allowed_gib": allowed,
+    }  # fmt: skip
+    starts = {QDPO: (sys.executable, "benchmarks.proof.random_side", ours)}
     for title, flags in others.items():
-        theirs = {
-            **common, "shape": str(shape), "adapter": None, "dtype": "bfloat16" if cuda else "float32", "nf4": True,
-            "response_head": False, "rounds": ROUNDS, "allowed_gib": allowed,
-            "arguments": {
-                **arguments, **flags, "bf16": cuda, "optim": "paged_adamw_8bit" if cuda else "adamw_8bit",
-                "precompute_ref_log_probs": True, "beta": 0.1, "max_steps": sum(ROUNDS), "learning_rate": 1e-5,
-                "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
-            },
-        }  # fmt: skip
-        starts[title] = (python, "benchmarks.trl_side", theirs)
-    sides = compete(starts, work, size, threads=None if cuda else 1)
+        whole = {**arguments, **flags, **_trl_arguments(job["device"] == "cuda")}
+        starts[title] = (python, "benchmarks.trl_side", {**theirs, "arguments": whole})
+    sides = compete(starts, work, size, threads=None if allowed is not None else 1)
     best = [side["median_pairs_per_s"] for title, side in sides.items() if title != QDPO and "error" not in side]
     if "error" in sides[QDPO]:
         raise Failed(f"{QDPO}: {sides[QDPO]['error']}", {"sides": sides, "ratio": None})
     ratio = sides[QDPO]["median_pairs_per_s"] / max(best) if best else None
-    return {"sides": sides, "ratio": ratio, "pairs_per_step": size, "allowed_gib": allowed, "trl": TRL_VERSION}
+    versions = [side["opening"]["versions"] for title, side in sides.items() if title != QDPO and "opening" in side]
+    return {"sides": sides, "ratio": ratio, "pairs_per_step": size, "allowed_gib": allowed, "versions": versions[:1]}
+
+
+def _trl_arguments(cuda: bool) -> dict[str, Any]:
+    """What all of TRL's sides have: 8-bit AdamW, references computed before, as qdpo has them."""
+    return {
+        "bf16": cuda, "optim": "paged_adamw_8bit" if cuda else "adamw_8bit", "precompute_ref_log_probs": True,
+        "beta": 0.1, "max_steps": sum(ROUNDS), "learning_rate": 1e-5, "lr_scheduler_type": "constant",
+        "max_grad_norm": 1.0,
+    }  # fmt: skip
 
 
 def compete(

@@ -5,7 +5,11 @@ traceback is on standard error.
 """
 
 import importlib
+import os
+import signal
 import sys
+import threading
+import time
 from typing import Any
 
 from benchmarks.proof import items
@@ -15,6 +19,7 @@ from qdpo.cli_measure import quiet_libraries
 
 
 def main() -> None:
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     quiet_libraries()
     parent = Parent()
     function = getattr(importlib.import_module(parent.job["module"]), parent.job["function"])
@@ -32,6 +37,13 @@ def main() -> None:
     except errors.QdpoError as error:
         status, said = items.FAILED, str(error)
     parent.answer(status=status, values=values, said=said[:1500])
+
+
+def end_with(parent: int) -> None:
+    """Ends this process and all that it started once the parent is gone, which may not have had time to do it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def ran_out() -> tuple[type[Exception], ...]:
