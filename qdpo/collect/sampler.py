@@ -10,11 +10,11 @@ from qdpo import presets
 from qdpo.config import DataConfig
 from qdpo.data.origin import Origin
 from qdpo.data.templates import settle_template
-from qdpo.errors import OutOfMemoryError
 from qdpo.model import base, fetch, quant
 from qdpo.model.adapter import WEIGHTS
 from qdpo.rundir import cache_folder
 from qdpo.train.meters import Watcher
+from qdpo.train.policy import load_base
 from qdpo.train.record import file_record
 from qdpo.train.reopen import reopen, tuned
 
@@ -46,16 +46,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
     if note := settle_template(tokenizer, config.data.template):
         say(note)
     watcher.begin("loading the model", 1, "model")
-    try:
-        model = base.load_base(
-            place.folder, quantization=settings.quantization, double_quant=settings.double_quant,
-            dtype=base.choose_dtype(settings.dtype, device, say), device=device,
-            attention_name=None if settings.attention == "auto" else settings.attention, announce=say,
-        )  # fmt: skip
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"The base in {place.folder} does not fit on {device}. Choose a smaller model or preset."
-        ) from error
+    model = load_base(config, place.folder, device, base.choose_dtype(settings.dtype, device, say), say)
     watcher.finish()
     return Sampler(model, tokenizer, config.data, device, Origin(str(settings.path), quant.weights_checksum(model)))
 

@@ -44,7 +44,7 @@ def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
     """Loads the base from `folder`, and makes the policy of it."""
-    model = _load(config, folder, device, dtype, say)
+    model = load_base(config, folder, device, dtype, say)
     return make_policy(config, model, device=device, dtype=dtype, probe_with=probe_with, say=say)
 
 
@@ -81,7 +81,8 @@ def kept_layers(config: RunConfig) -> int | str:
     return 0 if config.memory.kept_layers == "auto" else config.memory.kept_layers
 
 
-def _load(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
+def load_base(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
+    """The frozen base as the model.* settings ask for it. Raises: ConfigError; OutOfMemoryError if it does not fit."""
     settings = config.model
     try:
         return base.load_base(
