@@ -1,6 +1,6 @@
-"""The model that answers: a base as the settings name it, or a finished run's with its adapter on."""
+"""The model that answers: the one that training would start from, or a finished run's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from qdpo.config import DataConfig
 from qdpo.data.origin import Origin
 from qdpo.data.templates import settle_template
 from qdpo.model import base, fetch, quant
-from qdpo.model.adapter import WEIGHTS
+from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
 from qdpo.rundir import cache_folder
 from qdpo.train.meters import Watcher
 from qdpo.train.policy import load_base
@@ -31,13 +31,15 @@ class Sampler:
 
 
 def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
-    """The base that the settings name, in 4 bits unless they say otherwise.
+    """The base that the settings name, in 4 bits unless they say otherwise, with adapter.start on where it is given.
 
-    Raises: ConfigError for settings or a model that cannot be used; OutOfMemoryError if it does not fit.
+    Raises: ConfigError for settings, a model or an adapter that cannot be used; OutOfMemoryError if it does not fit.
     """
     given = any(argument.removeprefix("--").startswith("data.path=") for argument in arguments)
     config = presets.resolve(arguments if given else [*arguments, "data.path=none-needed"]).config
     settings, say = config.model, watcher.say
+    if config.adapter.start is not None:
+        check_adapter_folder(Path(config.adapter.start))
     device = base.choose_device(settings.device, say)
     place = fetch.locate_base(
         str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say
@@ -47,8 +49,14 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
         say(note)
     watcher.begin("loading the model", 1, "model")
     model = load_base(config, place.folder, device, base.choose_dtype(settings.dtype, device, say), say)
+    origin = Origin(str(settings.path), quant.weights_checksum(model))
+    if config.adapter.start is not None:
+        folder = Path(config.adapter.start)
+        model = start_adapter(model, folder)
+        name = "/".join(folder.resolve().parts[-2:])
+        origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS)["sha256"])
     watcher.finish()
-    return Sampler(model, tokenizer, config.data, device, Origin(str(settings.path), quant.weights_checksum(model)))
+    return Sampler(model, tokenizer, config.data, device, origin)
 
 
 def run_sampler(run: Path, arguments: list[str], watcher: Watcher) -> Sampler:

@@ -17,7 +17,7 @@ class Origin:
     weights: str | None = None
     """Identity of the base's weights as they were loaded."""
     run: str | None = None
-    """Name of the run whose adapter was on; None for the base."""
+    """Name of the run, or end of the folder of adapter.start, whose adapter was on; None for the base."""
     adapter: str | None = None
     """SHA-256 of that adapter's weights."""
     edited: bool = False

@@ -216,6 +216,24 @@ def test_a_trained_run_answers_otherwise_and_says_so(
         sample(tuned, prompts, tmp_path / "base.jsonl", DRAWING, Quiet())
 
 
+def test_the_adapter_that_training_would_start_from_answers(
+    train: Callable[..., Any], words: list[str], prompts: list[Any], tmp_path: Path
+) -> None:
+    """The same answers as those of the run that made it."""
+    train(train__steps="8", train__learning_rate="1e-2")
+    run = tmp_path / "runs" / "run"
+    started = base_sampler([*words, f"adapter.start={run / 'adapter'}"], Quiet())
+    tuned = run_sampler(run, [], Quiet())
+    assert started.origin.adapter == tuned.origin.adapter and started.origin.run == "run/adapter"
+    for name, sampler in (("started", started), ("tuned", tuned)):
+        sample(sampler, prompts, tmp_path / f"{name}.jsonl", DRAWING, Quiet())
+    one, other = ([[a["text"] for a in line["answers"]] for line in written(tmp_path / f"{name}.jsonl")]
+                  for name in ("started", "tuned"))  # fmt: skip
+    assert one == other
+    with pytest.raises(ConfigError, match="is not an adapter folder"):
+        base_sampler([*words, f"adapter.start={tmp_path}"], Quiet())
+
+
 def test_the_command_line(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("tell me about the river\n\ntell me about the stone\n")
     command = ["sample", "p.txt", "--out", "c.jsonl", "--max-new-tokens", "8", "--n", "2", *words]
