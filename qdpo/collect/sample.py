@@ -59,7 +59,7 @@ class Sampled:
 
     def lines(self) -> list[str]:
         """For the user to read."""
-        if not self.answers:
+        if self.prompts == self.before:
             return [f"nothing to do: all {self.prompts:,} prompts are answered"]
         cut = f", {self.cut:,} of them cut at --max-new-tokens" if self.cut else ""
         found = [f"{self.answers:,} answers to {self.prompts - self.before:,} prompts{cut}"]

@@ -113,6 +113,14 @@ def test_answers_said_already_are_drawn_anew_and_then_given_up(
         read_candidates([tmp_path / "c.jsonl"])
 
 
+def test_a_model_that_says_nothing_is_told_of(
+    sampler: Sampler, prompts: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_module, "draw", lambda *_, **__: [sample_module.Drawn([], False)] * len(_[2]))
+    lines = "\n".join(sample(sampler, prompts[:2], tmp_path / "c.jsonl", DRAWING, Quiet()).lines())
+    assert "0 answers to 2 prompts" in lines and "18 were empty" in lines and "nothing to do" not in lines
+
+
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"n": 2}, {"seed": 1}, {"max_new_tokens": 9}])
 def test_a_file_drawn_otherwise_is_not_mixed_with(
     sampler: Sampler, prompts: list[Any], tmp_path: Path, change: dict[str, Any]
