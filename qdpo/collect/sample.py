@@ -26,7 +26,7 @@ from qdpo.train.meters import Watcher
 MEMORY_SHARE = 0.8
 """Of what is free after loading: the rest is for what generation itself computes."""
 MOST_AT_ONCE = {"cuda": 128, "cpu": 32}
-"""Answers in a batch: beyond it, waiting for the longest one costs more than reading the weights once for all saves."""
+"""Answers in a batch: a larger one waits longer for its longest answer, and a stop loses more. Unmeasured estimates."""
 ROUNDS = 3
 """How often a prompt is asked at most: answers that are empty, or said already, are drawn anew."""
 

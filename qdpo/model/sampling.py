@@ -15,6 +15,11 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from qdpo.model.generate import contiguous_head_input, device_of, end_tokens, until_end
 
+LOGIT_BYTES = 48
+"""Of one token of the vocabulary while an answer's next one is drawn, by counting what lies side by side: logits, these
+over the temperature, and the scores that are left (4 each); values in order, their order, probabilities and sums for
+top-p (20); sums in double precision, and what they are made of (16)."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -36,13 +41,13 @@ def bytes_an_answer(config: Any, element: int, prompt: int, max_new_tokens: int)
     """Memory that one more answer in a batch takes at most: keys and values, and the row of logits being drawn from.
 
     `element` is the size of a number of the compute type, in bytes. Keys and values are copied as they grow, one layer
-    at a time; logits, their probabilities, their order and their sums lie side by side.
+    at a time.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     cache = 2 * (text.num_hidden_layers + 1) * heads * width * element * (prompt + max_new_tokens)
-    return int(cache + 48 * text.vocab_size)
+    return int(cache + LOGIT_BYTES * text.vocab_size)
 
 
 def draw(
