@@ -6,12 +6,15 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from qdpo import presets
+from qdpo.data.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError
+from qdpo.measure.plan import make_plan
 from qdpo.measure.table import preset_table
-from qdpo.train.record import config_toml
+from qdpo.train.record import config_toml, run_folder
 from tests.conftest import qdpo
 
 EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 13b-24gb 32b-24gb".split()
@@ -113,6 +116,19 @@ def test_presets_are_listed_and_shown(tmp_path: Path) -> None:
     assert listed.returncode == 0 and all(name in listed.stdout for name in EXPECTED)
     shown = qdpo("presets", "7b-24gb", cwd=tmp_path)
     assert shown.stdout.strip() == presets.preset_text("7b-24gb").strip()
+
+
+def test_the_table_does_not_depend_on_runs_that_lie_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After scripts/demo, its run has prepared shorter pairs than the preset allows."""
+    before = preset_table()
+    monkeypatch.chdir(tmp_path)
+    folder = run_folder(presets.resolve(["preset=demo"]))
+    folder.train_pairs.parent.mkdir(parents=True)
+    ids = np.arange(5, dtype=np.int32)
+    for path in (folder.train_pairs, folder.held_out_pairs):
+        save_pairs(path, [TokenPair(ids, ids, ids + 1, 1)])
+    assert make_plan(presets.resolve(["preset=demo"])).known.lengths.longest == 15
+    assert preset_table() == before
 
 
 def test_the_readme_shows_the_presets_as_they_are() -> None:

@@ -77,6 +77,7 @@ def make_plan(
 ) -> Plan:
     """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
 
+    Without `read_data` lengths are assumed, whatever a run here has prepared.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
     config = resolved.config
@@ -142,14 +143,16 @@ def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[floa
 
 def _known(resolved: Resolved, read_data: bool) -> Known:
     config = resolved.config
+    if not read_data:
+        return lengths.assumed(config)
     found = lengths.prepared(record.run_folder(resolved), config)
     if found is not None:
         return found
     path = str(config.data.path)
     here = path.startswith("bundled:") or Path(path).expanduser().exists()
-    if read_data and here:
+    if here:
         return lengths.sampled(config, _tokenizer_file(config))
-    if read_data and not resolved.origins.get("data.path", "").startswith("preset"):
+    if not resolved.origins.get("data.path", "").startswith("preset"):
         raise ConfigError(
             f"data.path={path} is not on this machine, and a plan downloads nothing. Give a file, or leave data.path "
             "out: the plan then assumes the longest pairs that data.max_tokens allows."
