@@ -13,7 +13,8 @@ from benchmarks.tiny import save_tiny_base
 from qdpo import presets
 from qdpo.config import RunConfig
 from qdpo.model import adapter, base, fetch
-from qdpo.rundir import RunDir, read_json
+from qdpo.run.disk import read_json
+from qdpo.run.folder import RunDir
 from qdpo.train import prepare
 from qdpo.train.plan import Plan
 from qdpo.train.start import cache_folder

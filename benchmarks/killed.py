@@ -144,7 +144,7 @@ def tear_files(killer: Killer, name: str) -> None:
     """Ends the process when half of the file `name` is written, by Python or by safetensors."""
     from safetensors import torch as safe
 
-    # rundir writes NAME under .NAME.xxxxxxxx first
+    # write_stream writes NAME under .NAME.xxxxxxxx first
     is_meant = re.compile(rf"(^|/)\.?{re.escape(name)}(\.\w{{8}})?$").search
     real_open, real_save = io.open, safe.save_file
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny import save_tiny_base
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.export import shards
 from qdpo.export.merge import merge_run
 from qdpo.export.shards import Planned
 from qdpo.measure.build import config_of
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 from qdpo.train.meters import peak_gib
 
 WAYS = ("dequantized", "original", "peft")
@@ -41,7 +42,7 @@ def write_model(work: Path, shape: str, layers: int | None) -> dict[str, Any]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name not in tied
     ]
-    rundir.need_space(work, 2 * sum(tensor.bytes for tensor in planned), "The base and one merged model")
+    disk.need_space(work, 2 * sum(tensor.bytes for tensor in planned), "The base and one merged model")
     torch.manual_seed(0)
     shards.write_shards(base, planned, _random)
     _write_run(run, base, model)
@@ -79,9 +80,9 @@ def _write_run(run: RunDir, base: Path, model: Any) -> None:
     run.path.mkdir()
     settings = presets.flat(presets.resolve([f"model.path={base}", "data.path=none.jsonl", "model.device=cpu"]).config)
     found = {"model.dtype": "bf16"}
-    rundir.write_json(run.record, {"settings": settings, "found": found, "base": {"commit": None}, "files": {}})
-    rundir.write_json(run.environment, {"device": "cpu"})
-    rundir.write_json(run.result, {})
+    disk.write_json(run.record, {"settings": settings, "found": found, "base": {"commit": None}, "files": {}})
+    disk.write_json(run.environment, {"device": "cpu"})
+    disk.write_json(run.result, {})
     peft = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapter = {
         name.replace(".default", ""): torch.empty(parameter.shape).normal_(std=0.01)

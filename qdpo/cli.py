@@ -58,7 +58,7 @@ def run(
     resolved = presets.resolve(settings or [])
     for note in resolved.notes:
         typer.echo(note, err=dry_run)
-    from qdpo.train import record
+    from qdpo.run import lock, record
 
     if dry_run:
         typer.echo(record.config_toml(resolved, {}))
@@ -66,9 +66,9 @@ def run(
     folder = record.run_folder(resolved)
     _run_folder.append(folder.path)
     if fresh and folder.path.exists():
-        typer.echo(f"the earlier run is kept as {record.move_aside(folder)}")
+        typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
     from qdpo.report.terminal import Terminal, print_result
-    from qdpo.rundir import read_json
+    from qdpo.run.disk import read_json
 
     terminal = Terminal()
     if folder.result.exists():
@@ -79,10 +79,9 @@ def run(
         result = _train(resolved, terminal)
     if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
         from qdpo.report.card import write_card
-        from qdpo.rundir import clear_leftovers
 
-        with record.alone(folder):
-            clear_leftovers(folder)
+        with lock.alone(folder):
+            lock.clear_leftovers(folder)
             write_card(folder, resolved)
     print_result(folder, result, terminal.console)
 
@@ -221,7 +220,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         _show_traceback()
-        from qdpo.rundir import cache_folder
+        from qdpo.run.disk import cache_folder
 
         is_run = bool(_run_folder) and _run_folder[-1].is_dir()
         path = _note(_run_folder[-1] if is_run else cache_folder(None), error)

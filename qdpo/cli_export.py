@@ -48,7 +48,7 @@ def merge(
     from qdpo.errors import ConfigError
     from qdpo.export.prove import Options, check_again, merge_proved, table
     from qdpo.report.terminal import Terminal
-    from qdpo.rundir import RunDir
+    from qdpo.run.folder import RunDir
 
     if not verify and (compare or check):
         raise ConfigError("--no-verify leaves nothing for --compare or --check to do. Leave one of them out.")

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
 LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, "memory": 2, "timing": 3, "choice": 4}
-LAYER |= {"refusal": 1, "presets": 5, "rundir": 5, "data": 6, "model": 6, "train": 7}
+LAYER |= {"refusal": 1, "presets": 4, "run": 5, "data": 6, "model": 6, "train": 7}
 # What is pushed carries its card: export stands on report.
 LAYER |= {"report": 8, "collect": 8, "measure": 8, "export": 9, "cli_measure": 9, "cli": 11, "diagnose": 0}
 VERBS = ("cli_cache", "cli_collect", "cli_data", "cli_export", "cli_judge", "cli_look", "cli_report", "cli_ship")

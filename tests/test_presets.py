@@ -14,7 +14,7 @@ from qdpo.data.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.measure.plan import make_plan
 from qdpo.measure.table import preset_table
-from qdpo.train.record import config_toml, run_folder
+from qdpo.run.record import config_toml, run_folder
 from tests.conftest import qdpo
 
 EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 13b-24gb 32b-24gb".split()

@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM
 from qdpo import presets
 from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
 from qdpo.model import adapter
-from qdpo.rundir import RunDir
-from qdpo.train import record, reference
+from qdpo.run import lock
+from qdpo.run.folder import RunDir
+from qdpo.train import reference
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
 from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
@@ -301,7 +302,7 @@ def test_never_two_at_once_work_on_a_run(tmp_path: Path) -> None:
     def come_and_go(number: int) -> None:
         nonlocal most, entered
         while time.monotonic() < until:
-            with suppress(ConfigError), record.alone(run):
+            with suppress(ConfigError), lock.alone(run):
                 inside.add(number)
                 most, entered = max(most, len(inside)), entered + 1
                 time.sleep(0.0003)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qdpo import presets
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
 from tests.conftest import ROOT, Quiet, arguments

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qdpo.report.terminal import Terminal, print_result
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 
 VALUES = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "loss": 0.6931}
 RESULT: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.proof.items import Result
 from benchmarks.rounds import ROOT
-from qdpo import rundir
+from qdpo.run import disk
 
 SOURCES = ("qdpo/**/*.py", "benchmarks/**/*.py", "scripts/*", "tests/test_gpu.py")
 # An item's results of this commit and of the one before are kept.
@@ -26,7 +26,7 @@ class Records:
         self._verdicts: dict[str, list[dict[str, Any]]] = {}
         self._results: list[Result] = []
         if self.path.exists():
-            whole = rundir.read_json(self.path)
+            whole = disk.read_json(self.path)
             self._about, self._verdicts = whole["about"], whole["verdicts"]
             self._results = [Result(**one) for one in whole["results"]]
 
@@ -69,7 +69,7 @@ class Records:
         results = [asdict(one) for one in self._results]
         whole = {"about": self._about, "verdicts": dict(sorted(self._verdicts.items())), "results": results}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(self.path, whole)
+        disk.write_json(self.path, whole)
 
 
 def source_mark() -> str:

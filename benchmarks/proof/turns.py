@@ -19,10 +19,11 @@ from benchmarks.proof.lengths import PROFILES, lengths_of, tiny
 from benchmarks.proof.runtime import driver_says
 from benchmarks.rounds import Side, SideFailed
 from benchmarks.tiny import save_tiny_base
-from qdpo import memory, rundir
+from qdpo import memory
 from qdpo.measure import build
 from qdpo.measure.plan import OTHERS_GIB
 from qdpo.memory import GIB
+from qdpo.run import disk
 
 TRL_VERSION = "1.16.0"
 ROUNDS = (1, 1, 1, 1)  # the first warms up
@@ -154,7 +155,7 @@ def find_trl(given: str | None) -> str:
     if given:
         raise NotMeasured(f"--trl-python={given} cannot import trl and datasets")
     try:
-        return str(trl_python(TRL_VERSION, rundir.cache_folder(None)))
+        return str(trl_python(TRL_VERSION, disk.cache_folder(None)))
     except CannotInstall as error:
         raise NotMeasured(f"TRL is not here, and cannot be installed: {error}") from error
 

@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from qdpo import rundir
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.data.origin import COLUMNS
 from qdpo.errors import ConfigError, DataError
+from qdpo.run import disk
 
 Kind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
 """pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left it to a person ·
@@ -75,7 +75,7 @@ class Decisions:
         self._read()
         pairs = "".join(map(_line, self.pairs()))
         if not out.exists() or out.read_text(encoding="utf-8") != pairs:
-            rundir.write_text(out, pairs)
+            disk.write_text(out, pairs)
 
     def current(self, prompt: str) -> Decision | None:
         """The decision that stands for this prompt."""
@@ -98,15 +98,15 @@ class Decisions:
         """
         self._check(decision, "this decision")
         before, was_decided = self.current(decision.prompt), self._is_decided(decision.prompt)
-        rundir.append_text(self.journal, _line(decision.to_json()))
+        disk.append_text(self.journal, _line(decision.to_json()))
         self._apply(decision)
         after = self.current(decision.prompt)
         lagged, self._lags = self._lags, True
         if after is decision and not was_decided and not lagged:
             if pair := self._pair(decision):
-                rundir.append_text(self.out, _line(pair))
+                disk.append_text(self.out, _line(pair))
         elif after is not before or lagged:
-            rundir.write_text(self.out, "".join(map(_line, self.pairs())))
+            disk.write_text(self.out, "".join(map(_line, self.pairs())))
         self._lags = False
 
     def pairs(self) -> Iterator[dict[str, Any]]:
@@ -161,7 +161,7 @@ class Decisions:
                     "or `qdpo judge`. Give another --out."
                 )
             return
-        rundir.cut_torn_line(self.journal)  # nobody was told of it
+        disk.cut_torn_line(self.journal)  # nobody was told of it
         for number, line in enumerate(self.journal.read_text(encoding="utf-8").split("\n")[:-1], 1):
             where = f"{self.journal} line {number}"
             try:
@@ -217,7 +217,7 @@ def held(out: Path) -> Iterator[None]:
     except Timeout:
         raise ConfigError(f"Another qdpo works on {out}. Wait for it or stop it, or give another --out.") from None
     except OSError as error:
-        raise rundir.disk_error(error, out) from error
+        raise disk.disk_error(error, out) from error
     try:
         yield
     finally:

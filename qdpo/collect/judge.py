@@ -12,7 +12,7 @@ from qdpo.collect.decisions import Decision, Decisions
 from qdpo.errors import ServerError
 
 if TYPE_CHECKING:
-    from qdpo.train.meters import Watcher
+    from qdpo.run.watcher import Watcher
 
 MOST_FAILURES = 5
 """Prompts without an answer, one after the other, that stop a judge: then it is the server and not the prompt."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from qdpo import rundir
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import Judge, Outcome, left_open, picked
 from qdpo.data.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import base, fetch, reward
 from qdpo.model.folder import read_json
+from qdpo.run import disk
 from qdpo.train.meters import give_back_memory
 
 Say = Callable[[str], None]
@@ -121,7 +121,7 @@ def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any
     owner = f"The model {path!r} (from --by)"
     try:
         folder = fetch.locate_base(
-            path, revision=None, cache_dir=rundir.cache_folder(None), announce=say,
+            path, revision=None, cache_dir=disk.cache_folder(None), announce=say,
             refuse=lambda config: reward.check_reward_config(config, owner),
         ).folder  # fmt: skip
     except ConfigError as error:  # of the room that fetches what model.path names

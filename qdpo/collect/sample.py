@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from qdpo import rundir
 from qdpo.collect.candidates import Answer, Candidates, read_lines
 from qdpo.collect.decisions import held
 from qdpo.collect.sampler import Sampler
@@ -20,8 +19,9 @@ from qdpo.data.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from qdpo.model.sampling import Draw, Drawn, bytes_an_answer, draw
 from qdpo.presets import shipped_folder
+from qdpo.run import disk
+from qdpo.run.watcher import Watcher
 from qdpo.train import fit
-from qdpo.train.meters import Watcher
 
 MEMORY_SHARE = 0.8
 """Of what is free after loading: the rest is for what generation itself computes."""
@@ -174,7 +174,7 @@ def _take(work: _Work, one: Draw, drawn: Drawn, sampler: Sampler, counts: Sample
 
 def _write(work: _Work, out: Path, drawing: Drawing, counts: Sampled) -> None:
     line = Candidates(work.prompt.prompt, tuple(work.answers), work.prompt.place, work.prompt.drawn)
-    rundir.append_text(out, json.dumps(line.to_json(), ensure_ascii=False) + "\n")
+    disk.append_text(out, json.dumps(line.to_json(), ensure_ascii=False) + "\n")
     counts.answers += len(work.answers)
     counts.cut += sum(answer.cut for answer in work.answers)
     counts.short += len(work.answers) < drawing.n
@@ -230,7 +230,7 @@ def _done(out: Path, drawn: dict[str, Any], sampler: Sampler, watcher: Watcher) 
     """Ids of the prompts that `out` holds. Raises: ConfigError where its answers are drawn by other means."""
     if not out.exists() or not out.stat().st_size:
         return set()
-    if rundir.cut_torn_line(out):
+    if disk.cut_torn_line(out):
         watcher.say(f"the last line of {out} was torn off by a crash; its prompt is answered again")
     lines = read_lines(out)
     for line in lines:
@@ -253,4 +253,4 @@ def _put_in_order(out: Path, asked: Sequence[Candidates]) -> None:
     """In the order of the prompts, those of earlier calls with other prompts first."""
     place = {prompt.id: number for number, prompt in enumerate(asked)}
     lines = sorted(read_lines(out), key=lambda line: place.get(line.id, -1))
-    rundir.write_text(out, "".join(json.dumps(line.to_json(), ensure_ascii=False) + "\n" for line in lines))
+    disk.write_text(out, "".join(json.dumps(line.to_json(), ensure_ascii=False) + "\n" for line in lines))

@@ -12,10 +12,10 @@ from qdpo.data.origin import Origin
 from qdpo.data.templates import settle_template
 from qdpo.model import base, fetch, quant
 from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
-from qdpo.rundir import cache_folder
-from qdpo.train.meters import Watcher
+from qdpo.run.disk import cache_folder
+from qdpo.run.record import file_record
+from qdpo.run.watcher import Watcher
 from qdpo.train.policy import load_base
-from qdpo.train.record import file_record
 from qdpo.train.reopen import reopen, tuned
 
 

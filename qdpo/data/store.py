@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from qdpo import rundir
 from qdpo.errors import DataError
+from qdpo.run import disk
 
 Ids = npt.NDArray[np.int32]
 
@@ -125,7 +125,7 @@ def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
             for ids in (pair.prompt, pair.chosen, pair.rejected):
                 file.write(ids.astype("<i4").tobytes())
 
-    rundir.write_stream(path, fill)
+    disk.write_stream(path, fill)
 
 
 def load_pairs(path: Path) -> PairStore:

@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import torch
 
-from qdpo import rundir
 from qdpo.errors import VerificationError
 from qdpo.export.checkpoint_names import require_layers
 from qdpo.export.families import Family, Names, family_of, row_order
 from qdpo.export.lora import Lora, read_lora
 from qdpo.export.serve import command
 from qdpo.model.base import model_config
+from qdpo.run import disk
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
 # Largest error of a delta over its largest entry that is left to rounding: float32 sums in another order; 11 bits.
@@ -40,7 +40,7 @@ def write_gguf_adapter(adapter: Path, base: Path, out: Path, *, quant: str, name
         _write(part, lora, family, config, Names(family, config, base), quant, name)
         errors.append(compare(part, lora, family, config, base, TOLERANCE[quant]))
 
-    rundir.write_file(out, fill)
+    disk.write_file(out, fill)
     return errors[0]
 
 

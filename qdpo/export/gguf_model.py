@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from qdpo import rundir
 from qdpo.errors import ConfigError
 from qdpo.export.checkpoint_names import weight_files, weights
 from qdpo.export.families import (
@@ -28,6 +27,7 @@ from qdpo.export.gguf_check import check_weights
 from qdpo.export.serve import command
 from qdpo.export.vocabulary import Vocabulary, vocabulary
 from qdpo.model.base import load_tokenizer, model_config
+from qdpo.run import disk
 
 Q = gguf.GGMLQuantizationType
 TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
@@ -78,14 +78,14 @@ def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Pat
     rows = next(entry.shape[0] for entry in plan if entry.target == "token_embd.weight")
     words = vocabulary(load_tokenizer(merged), rows=rows, base_gguf=base_gguf, otherwise=otherwise)
     size = sum(entry.n_bytes for entry in plan)
-    rundir.need_space(out.parent, size, f"Writing {out.name}")
+    disk.need_space(out.parent, size, f"Writing {out.name}")
     errors: list[float] = []
 
     def fill(part: Path) -> None:
         _write(part, merged, family, config, plan, words, quant, name)
         errors.append(check_weights(part, merged, family, config))
 
-    rundir.write_file(out, fill)
+    disk.write_file(out, fill)
     return Written(words.origin, len(plan), errors[0])
 
 

@@ -16,15 +16,15 @@ import psutil
 import torch
 from torch import Tensor
 
-from qdpo import rundir
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import shards
 from qdpo.export.shards import Planned, Stored
 from qdpo.export.source import Source, open_source
 from qdpo.model import quant
 from qdpo.model.base import DTYPES
-from qdpo.rundir import RunDir
-from qdpo.train.meters import Watcher
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
 
 Base = Literal["dequantized", "original"]
 # A merged model has these of its base's files beside its weights. No adapter_*: transformers would attach it again.
@@ -80,7 +80,7 @@ def merge_run(
     watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}")
     job = _Merge(source, base, chosen)
     total = sum(tensor.bytes for tensor in job.planned)
-    rundir.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
+    disk.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
     _clear_leftovers(out)
     report: list[MergeReport] = []
 
@@ -103,7 +103,7 @@ def merge_run(
         )  # fmt: skip
         check(folder, report[0])
 
-    rundir.write_folder(out, fill)
+    disk.write_folder(out, fill)
     return report[0]
 
 
@@ -191,7 +191,7 @@ class _Merge:
             return
         if made["sha256"] != recorded["sha256"]:
             run = self.source.run
-            device = rundir.read_json(run.environment)["device"]
+            device = disk.read_json(run.environment)["device"]
             raise VerificationError(
                 f"The 4-bit form of {key} made here is not the one that {run.path} was trained on (sha256 "
                 f"{made['sha256'][:12]}…, recorded {recorded['sha256'][:12]}…). The quantisers of CPUs and CUDA "

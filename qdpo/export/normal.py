@@ -9,10 +9,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from qdpo import rundir
 from qdpo.errors import VerificationError
 from qdpo.export.checkpoint_names import require_layers, weight_files
 from qdpo.export.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
+from qdpo.run import disk
 
 
 def write_normal(adapter: Path, base: Path, out: Path) -> Lora:
@@ -23,7 +23,7 @@ def write_normal(adapter: Path, base: Path, out: Path) -> Lora:
     """
     lora = read_lora(adapter)
     require_layers(lora.layers, base)
-    rundir.write_folder(out, lambda part: _fill(part, lora, adapter, base))
+    disk.write_folder(out, lambda part: _fill(part, lora, adapter, base))
     return lora
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import rundir
 from qdpo.errors import VerificationError
 from qdpo.export.trained import TrainedRun
 from qdpo.report.debug import SECRETS
+from qdpo.run import disk
 
 NEUTRAL = "a local file"
 # Keys under which libraries note where a model was loaded from; the hub needs none of them.
@@ -28,7 +28,7 @@ class Privacy:
         """The home folder, and every folder and file that the run has used."""
         record = trained.record
         paths = [Path(record["base"]["folder"]), trained.run.path.resolve(), Path.cwd()]
-        paths.append(rundir.cache_folder(record["settings"].get("cache.dir")))
+        paths.append(disk.cache_folder(record["settings"].get("cache.dir")))
         paths += [Path(name) for name in record["files"]]
         for value in (record["base"]["source"], record["data"]["source"], record["settings"].get("adapter.start")):
             if value and Path(value).is_absolute():

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdpo import rundir
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import verify
 from qdpo.export.compare import TIE, Side
 from qdpo.export.merge import Base, MergeReport, merge_run
 from qdpo.export.verify import PAIRS, Trained, Verification
 from qdpo.model.base import DTYPES
-from qdpo.rundir import RunDir
-from qdpo.train.meters import Watcher
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_again(run: RunDir, folder: Path, options: Options, watcher: Watcher) -
     """Compares a merged folder that exists. Raises: ConfigError; VerificationError."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no merged model: it has no config.json. Merge first, without --check.")
-    written = rundir.read_json(folder / "config.json")
+    written = disk.read_json(folder / "config.json")
     dtype = next((name for name, one in DTYPES.items() if str(one) == f"torch.{written.get('dtype')}"), "?")
     trained = verify.score_trained(run, options.data, options.pairs, watcher)
     found = verify.verify(trained, folder, base=options.base, dtype=dtype, watcher=watcher)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import __version__, rundir
+from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.privacy import Privacy
 from qdpo.export.trained import Announce, TrainedRun
 from qdpo.model.folder import check_folder
 from qdpo.report.card import card_text, public_name
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 # What a model's or an adapter's folder may hold for the hub; anything else stays here.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -103,9 +104,9 @@ def _full_name(repo: str) -> str:
 
 
 def _card(run: RunDir, record: dict[str, Any], repo: str, merged: bool) -> str:
-    environment = rundir.read_json(run.environment)
+    environment = disk.read_json(run.environment)
     settings = record["settings"]
-    return card_text(record, rundir.read_json(run.result), settings, environment, repo=repo, is_merged=merged)
+    return card_text(record, disk.read_json(run.result), settings, environment, repo=repo, is_merged=merged)
 
 
 def _cleaned(path: Path, privacy: Privacy, base: dict[str, Any]) -> Path | bytes:

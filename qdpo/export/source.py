@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.config import RunConfig
 from qdpo.errors import ConfigError
 from qdpo.export.lora import Layer, read_lora
 from qdpo.export.shards import Stored, stored_tensors
 from qdpo.model import base, fetch, quant
 from qdpo.model.quant import FourBit
-from qdpo.rundir import RunDir
-from qdpo.train import record
+from qdpo.run import disk, record
+from qdpo.run.folder import RunDir
 
 MOE = re.compile(r"\.(experts|block_sparse_moe)\.")
 # Families whose linear layers are stored with inputs first.
@@ -73,7 +73,7 @@ def finished(run: RunDir) -> dict[str, Any]:
         raise ConfigError(
             f"The run {run.path} has no adapter yet: it is not finished. `qdpo run` with its settings continues it."
         )
-    kept: dict[str, Any] = rundir.read_json(run.record)
+    kept: dict[str, Any] = disk.read_json(run.record)
     return kept
 
 
@@ -112,7 +112,7 @@ def _locate(run: RunDir, kept: dict[str, Any], settings: RunConfig, say: Callabl
     place = fetch.locate_base(
         str(settings.model.path),
         revision=kept["base"]["commit"] or settings.model.revision,
-        cache_dir=rundir.cache_folder(settings.cache.dir),
+        cache_dir=disk.cache_folder(settings.cache.dir),
         announce=say,
     )
     own = {name: file for name, file in kept["files"].items() if Path(name).parent == place.folder}
@@ -145,7 +145,7 @@ def _marks(
 
 
 def _device(run: RunDir, say: Callable[[str], None]) -> torch.device:
-    if not str(rundir.read_json(run.environment)["device"]).startswith("cuda"):
+    if not str(disk.read_json(run.environment)["device"]).startswith("cuda"):
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

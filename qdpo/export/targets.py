@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 
-from qdpo import rundir
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import gguf_adapter, gguf_check, gguf_model, serve
 from qdpo.export.checkpoint_names import require_layers
@@ -15,6 +14,7 @@ from qdpo.export.normal import write_normal
 from qdpo.export.trained import Announce, TrainedRun, require_free
 from qdpo.model.base import load_tokenizer, model_config
 from qdpo.model.folder import read_json
+from qdpo.run import disk
 
 # A float32 copy of the merged model and one of what was read back.
 BYTES_A_WEIGHT = 8
@@ -121,7 +121,7 @@ def export_ollama(order: Order) -> None:
         text = serve.modelfile(tokenizer, folder, source=source, adapter=adapter)
         (part / "Modelfile").write_text(text, encoding="utf-8")
 
-    rundir.write_folder(out, fill)
+    disk.write_folder(out, fill)
     order.say(f"wrote {out}; its chat template gives the same text as the model's own on test conversations")
     order.say(f"next: {serve.command('ollama', 'create', order.name, '-f', out / 'Modelfile')}")
     order.say(f"      {serve.command('ollama', 'run', order.name)}")

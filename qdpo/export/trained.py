@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import rundir
 from qdpo.errors import ConfigError
 from qdpo.model import fetch
 from qdpo.model.convert import wheel_gguf
 from qdpo.model.folder import check_folder
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 Announce = Callable[[str], None]
 
@@ -39,7 +39,7 @@ class TrainedRun:
 
     @property
     def _cache(self) -> Path:
-        return rundir.cache_folder(self.record["settings"].get("cache.dir"))
+        return disk.cache_folder(self.record["settings"].get("cache.dir"))
 
     def base(self, announce: Announce) -> Path:
         """The base's folder on this machine. Raises: ConfigError if it is neither there nor to be had again."""
@@ -89,7 +89,7 @@ def trained_run(folder: Path) -> TrainedRun:
             f"The run {folder} {steps} no adapter yet: it did not come to its end. The `qdpo run` command that started "
             "it continues it; then export it."
         )
-    return TrainedRun(run, rundir.read_json(run.record))
+    return TrainedRun(run, disk.read_json(run.record))
 
 
 def require_free(place: Path, force: bool) -> None:

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from qdpo import __version__, rundir
+from qdpo import __version__
 from qdpo.config import LossConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, VerificationError
@@ -32,9 +32,11 @@ from qdpo.loss_rules import needs_reference
 from qdpo.model import adapter, quant
 from qdpo.model.base import load_base
 from qdpo.model.logps import Head, head_logits, response_logps
-from qdpo.rundir import RunDir
-from qdpo.train.meters import Watcher, give_back_memory
-from qdpo.train.record import file_record
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.record import file_record
+from qdpo.run.watcher import Watcher
+from qdpo.train.meters import give_back_memory
 from qdpo.train.rescore import choose
 
 FILE = "qdpo_verification.json"
@@ -286,4 +288,4 @@ def _device(folder: Path) -> str:
 
 def write_verification(folder: Path, run: RunDir, found: Verification) -> None:
     """Leaves the result in the merged folder."""
-    rundir.write_json(folder / FILE, found.to_json(run))
+    disk.write_json(folder / FILE, found.to_json(run))

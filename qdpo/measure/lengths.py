@@ -16,7 +16,7 @@ from qdpo.data.limits import Limits
 from qdpo.data.pair import Pair
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 
 SAMPLE = 1000
 """Rows that are tokenised, and at most twice as many of the longest."""

@@ -15,8 +15,8 @@ from qdpo.measure import lengths
 from qdpo.measure.lengths import Known
 from qdpo.memory import GIB, Settings
 from qdpo.presets import Resolved
+from qdpo.run import record
 from qdpo.shapes import Shape
-from qdpo.train import record
 
 OTHERS_GIB = 0.7
 """What a desktop holds of a card, in GiB, where nothing else is said."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
 from qdpo.model.folder import leaves_folder
-from qdpo.rundir import need_space
+from qdpo.run.disk import need_space
 
 Announce = Callable[[str], None]
 

@@ -24,7 +24,7 @@ from qdpo.model.folder import (
     license_of,
     read_json,
 )
-from qdpo.rundir import need_space
+from qdpo.run.disk import need_space
 
 Announce = Callable[[str], None]
 Refuse = Callable[[dict[str, Any]], None]

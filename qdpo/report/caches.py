@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
-from qdpo.rundir import cache_folder
+from qdpo.run.disk import cache_folder
 from qdpo.train.reference import ERRORS, is_damage, is_intact
 
 PLACES = ("reference", "bases")

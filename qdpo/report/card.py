@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qdpo import __version__, presets, rundir
+from qdpo import __version__, presets
 from qdpo.config import LossConfig
 from qdpo.loss_rules import RULES, needs_reference
 from qdpo.presets import Resolved
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 # Of the names that the hub knows, those that open models carry.
 LICENSES = {
@@ -20,10 +21,10 @@ LICENSES = {
 
 def write_card(run: RunDir, resolved: Resolved) -> None:
     """Writes README.md into the run folder and its adapter folder, from run.json and result.json."""
-    record, result, environment = (rundir.read_json(path) for path in (run.record, run.result, run.environment))
+    record, result, environment = (disk.read_json(path) for path in (run.record, run.result, run.environment))
     text = card_text(record, result, presets.flat(resolved.config), environment)
-    rundir.write_text(run.card, text)
-    rundir.write_text(run.adapter / "README.md", text)
+    disk.write_text(run.card, text)
+    disk.write_text(run.adapter / "README.md", text)
 
 
 def card_text(

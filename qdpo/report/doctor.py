@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from qdpo import rundir
+from qdpo.run import disk
 
 GIB = 2**30
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -126,7 +126,7 @@ def _memory() -> Iterator[Check]:
 
 
 def _disk() -> Iterator[Check]:
-    for what, folder in (("runs", Path("runs")), ("cache", rundir.cache_folder(None))):
+    for what, folder in (("runs", Path("runs")), ("cache", disk.cache_folder(None))):
         existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         free = shutil.disk_usage(existing).free / GIB
         writable = os.access(existing, os.W_OK)

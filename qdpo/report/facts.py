@@ -9,12 +9,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qdpo import rundir
 from qdpo.data.tokens import TokenPair, load_pairs
 from qdpo.diagnose.course import Record, Terms
 from qdpo.diagnose.rules import Seen, follow
 from qdpo.errors import ConfigError
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Facts:
     @cached_property
     def seen(self) -> list[Seen]:
         """What the rules found, at the end or on the way."""
-        return follow(rundir.read_lines(self.run.metrics), self.terms)
+        return follow(disk.read_lines(self.run.metrics), self.terms)
 
     @property
     def first(self) -> Record | None:
@@ -115,16 +115,16 @@ def read_facts(folder: Path) -> Facts:
     run = RunDir(folder)
     if not run.record.is_file():
         raise ConfigError(f"{folder} is no run folder: it has no {run.record.name}. `qdpo runs` lists the runs.")
-    records = rundir.read_lines(run.metrics)
+    records = disk.read_lines(run.metrics)
     return Facts(
         run=run,
         name=folder.resolve().name,
-        record=rundir.read_json(run.record),
-        result=rundir.read_json(run.result) if run.result.is_file() else None,
+        record=disk.read_json(run.record),
+        result=disk.read_json(run.result) if run.result.is_file() else None,
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "eval_loss" in record],
-        samples=rundir.read_lines(run.samples),
-        pairs=rundir.read_lines(run.eval_pairs),
-        environment=rundir.read_json(run.environment),
-        data_report=rundir.read_lines(run.data_report),
+        samples=disk.read_lines(run.samples),
+        pairs=disk.read_lines(run.eval_pairs),
+        environment=disk.read_json(run.environment),
+        data_report=disk.read_lines(run.data_report),
     )

@@ -9,11 +9,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from qdpo import __version__, rundir
+from qdpo import __version__
 from qdpo.diagnose.rules import RULES
 from qdpo.errors import ConfigError
 from qdpo.report import curves, plots, verdict
 from qdpo.report.facts import Facts, read_facts
+from qdpo.run import disk
 from qdpo.train.prompts import question
 
 PAGES = Path(__file__).with_name("pages")
@@ -40,7 +41,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     runs = [read_facts(folder) for folder in folders]
     target = out or (runs[0].run.report if len(runs) == 1 else Path("report.html"))
     text = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
-    rundir.write_text(target, text)
+    disk.write_text(target, text)
     return target
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from qdpo import rundir
 from qdpo.errors import ConfigError
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 
 def run_lines(folder: Path) -> list[str]:
@@ -25,7 +25,7 @@ def run_lines(folder: Path) -> list[str]:
 def _state(run: RunDir) -> str:
     if run.result.exists():
         return "finished"
-    steps = rundir.read_json(run.record)["found"].get("train.steps")
+    steps = disk.read_json(run.record)["found"].get("train.steps")
     saved = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
     if saved:
         return f"stopped, saved after step {int(saved[-1].removeprefix('step-'))} of {steps}"
@@ -35,7 +35,7 @@ def _state(run: RunDir) -> str:
 def _result(run: RunDir) -> tuple[str, str, str]:
     if not run.result.exists():
         return "", "", ""
-    result: dict[str, Any] = rundir.read_json(run.result)
+    result: dict[str, Any] = disk.read_json(run.result)
     before, after = result["before"], result["after"]
     accuracy, margin = "rewards/accuracies", "rewards/margins"
     return (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from qdpo import rundir
+from qdpo.run import disk
 
 if TYPE_CHECKING:
     from qdpo.train.sweep import Ended
@@ -18,7 +18,7 @@ COLUMNS = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss"
 def write_sweep(folder: Path, ended: Sequence["Ended"]) -> Path:
     """Writes sweep.json into `folder`: of the last sweep there, since the runs themselves hold everything."""
     path = folder / "sweep.json"
-    rundir.write_json(path, {"runs": [_row(one) for one in ended]})
+    disk.write_json(path, {"runs": [_row(one) for one in ended]})
     return path
 
 

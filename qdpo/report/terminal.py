@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qdpo.report.spark import sparkline
-from qdpo.rundir import RunDir, read_lines
+from qdpo.run.disk import read_lines
+from qdpo.run.folder import RunDir
 from qdpo.train.prompts import question
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import rundir
 from qdpo.config import RunConfig
 from qdpo.data import check, tokens
 from qdpo.data.check import DataReport
@@ -13,8 +12,9 @@ from qdpo.data.origin import Origin
 from qdpo.data.store import TokenPair
 from qdpo.errors import DataError
 from qdpo.model import fetch
+from qdpo.run import disk
+from qdpo.run.watcher import Watcher
 from qdpo.train import prepare
-from qdpo.train.meters import Watcher
 
 SHOWN = 3
 
@@ -33,7 +33,7 @@ def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checke
 
     Raises: DataError where not a single pair is usable; ConfigError if there is no tokenizer.
     """
-    cache = rundir.cache_folder(config.cache.dir)
+    cache = disk.cache_folder(config.cache.dir)
     tokenizer = fetch.locate_tokenizer(
         str(config.model.path), revision=config.model.revision, cache_dir=cache, announce=watcher.say
     )
@@ -67,7 +67,7 @@ def _policy(config: RunConfig) -> Origin:
     if config.adapter.start is None:
         return Origin(str(config.model.path))
     from qdpo.model.adapter import WEIGHTS, check_adapter_folder
-    from qdpo.train.record import file_record
+    from qdpo.run.record import file_record
 
     folder = Path(config.adapter.start)
     check_adapter_folder(folder)
@@ -79,4 +79,4 @@ def _write(path: Path, notes: list[RowNote]) -> None:
         path.write_text("", encoding="utf-8")
         check.write_report(path, notes)
     except OSError as error:
-        raise rundir.disk_error(error, path) from error
+        raise disk.disk_error(error, path) from error

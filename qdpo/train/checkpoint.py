@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdpo import rundir
 from qdpo.errors import VerificationError
 from qdpo.model.adapter import Policy, adapter_tensors, load_adapter_tensors
+from qdpo.run import disk
 from qdpo.train.optim import optimizer_tensors, restore_optimizer
 
 ADAPTER, OPTIMIZER, STATE, MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
@@ -43,11 +43,11 @@ def save_checkpoint(folder: Path, trained: Trained, state: dict[str, Any], *, ke
     def fill(path: Path) -> None:
         save_file(adapter_tensors(trained.policy), path / ADAPTER)
         save_file(tensors, path / OPTIMIZER)
-        rundir.write_json(path / STATE, full_state)
-        rundir.write_json(path / MANIFEST, {name: _fingerprint(path / name) for name in (ADAPTER, OPTIMIZER, STATE)})
+        disk.write_json(path / STATE, full_state)
+        disk.write_json(path / MANIFEST, {name: _fingerprint(path / name) for name in (ADAPTER, OPTIMIZER, STATE)})
 
     target = folder / f"step-{state['step']:06d}"
-    rundir.write_folder(target, fill)
+    disk.write_folder(target, fill)
     if not _is_whole(target):
         raise VerificationError(f"The checkpoint {target} does not read back as it was written. Check the disk.")
     prune(folder, keep=keep)
@@ -76,7 +76,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     """Restores the trained objects in place; returns the state that was saved."""
-    state: dict[str, Any] = rundir.read_json(folder / STATE)
+    state: dict[str, Any] = disk.read_json(folder / STATE)
     load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))
     restore_optimizer(
         trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state.pop("optimizer")
@@ -95,7 +95,7 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
     try:
-        manifest = rundir.read_json(folder / MANIFEST)
+        manifest = disk.read_json(folder / MANIFEST)
         return set(manifest) == {ADAPTER, OPTIMIZER, STATE} and all(
             _fingerprint(folder / name) == expected for name, expected in manifest.items()
         )

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from qdpo import rundir
 from qdpo.data.pack import pack_rows
+from qdpo.run import disk
 from qdpo.train.alarm import Alarm
 from qdpo.train.evaluate import Evaluation, evaluate
 from qdpo.train.meters import Metrics
@@ -22,7 +22,7 @@ class Checkup:
             job.run.samples, job.loaded.policy, job.tokenizer, job.prompts, job.config.samples, job.watcher,
             keep_through=keep_through,
         )  # fmt: skip
-        self._pairs = _kept(rundir.read_lines(job.run.eval_pairs), keep_through)
+        self._pairs = _kept(disk.read_lines(job.run.eval_pairs), keep_through)
 
     def take(self, step: int) -> Evaluation:
         """Scores the held-out pairs and completes the prompts. A full disk delays the files until `insist`."""
@@ -53,7 +53,7 @@ class Checkup:
 
     def _write(self) -> None:
         self._samples.write()
-        rundir.write_text(self._job.run.eval_pairs, "".join(json.dumps(line) + "\n" for line in self._pairs))
+        disk.write_text(self._job.run.eval_pairs, "".join(json.dumps(line) + "\n" for line in self._pairs))
 
 
 def _with(lines: list[dict[str, Any]], evaluation: Evaluation, places: list[int], step: int) -> list[dict[str, Any]]:

@@ -21,9 +21,9 @@ from qdpo.model.divergence import token_kl
 from qdpo.model.forward import response_hidden
 from qdpo.model.generate import complete, end_tokens
 from qdpo.model.logps import response_logps
+from qdpo.run.watcher import Watcher
 from qdpo.train import prepare
 from qdpo.train.feed import row_tensors
-from qdpo.train.meters import Watcher
 from qdpo.train.reopen import Reopened, reopen, tuned
 from qdpo.train.samples import repetition
 

@@ -7,14 +7,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
-from qdpo import rundir
 from qdpo.config import RunConfig
 from qdpo.data import pair
 from qdpo.data.pair import Pair, Rejection
 from qdpo.data.reading import BadLine
 from qdpo.data.split import chosen_prompts
 from qdpo.errors import ConfigError, DataError
-from qdpo.train.meters import Watcher
+from qdpo.run import disk
+from qdpo.run.watcher import Watcher
 from qdpo.train.prepare import open_sources
 
 
@@ -43,7 +43,7 @@ def convert_data(config: RunConfig, out: Path, watcher: Watcher, *, force: bool)
         if not kept:
             raise DataError(f"No usable pair in {config.data.path}: {_counted(dropped)}.")
 
-    rundir.write_stream(out, fill)
+    disk.write_stream(out, fill)
     return f"{out}: {kept:,} pairs; left out: {_counted(dropped)}"
 
 
@@ -66,7 +66,7 @@ def split_data(config: RunConfig, folder: Path, watcher: Watcher, *, fraction: f
                 if (_key(found, seed) in held) == is_held:
                     file.write(_line(found))
 
-        rundir.write_stream(path, fill)
+        disk.write_stream(path, fill)
     count = sum(key in held for key in keys)
     return (
         f"{files['train']}: {len(keys) - count:,} pairs · {files['held_out']}: {count:,} pairs; left out: "

@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 
-from qdpo import rundir
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model import adapter
 from qdpo.presets import Resolved
-from qdpo.rundir import RunDir
-from qdpo.train import checkpoint, fit, optim, record, signals
+from qdpo.run import disk, lock, record
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
+from qdpo.train import checkpoint, fit, optim, signals
 from qdpo.train.alarm import Alarm, terms
 from qdpo.train.checkpoint import Trained
 from qdpo.train.checkup import Checkup
 from qdpo.train.evaluate import Evaluation, reference_offset
 from qdpo.train.feed import Feed, ReadyRow
-from qdpo.train.meters import Metrics, Watcher, give_back_memory, peak_gib
+from qdpo.train.meters import Metrics, give_back_memory, peak_gib
 from qdpo.train.plan import Plan
 from qdpo.train.recover import Recovery
 from qdpo.train.saving import Saver
@@ -38,7 +39,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
     """
     run = record.run_folder(resolved)
     try:
-        with record.alone(run), signals.listen(watcher.say) as stop:
+        with lock.alone(run), signals.listen(watcher.say) as stop:
             return _run(resolved, run, watcher, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
@@ -48,7 +49,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
 
 
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
-    rundir.clear_leftovers(run)
+    lock.clear_leftovers(run)
     job = open_run(resolved, run, watcher, stop)
     try:
         try_worst_row(job)
@@ -155,7 +156,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
         if alarm.stops_on is not None and done < plan.steps:
             raise _stopped(alarm.stops_on, done, plan)
     job.watcher.finish()
-    before_values = rundir.read_json(job.run.record)["before"]
+    before_values = disk.read_json(job.run.record)["before"]
     return Outcome(before_values, last or checkup.take(plan.steps), state, checkup)
 
 
@@ -258,7 +259,7 @@ def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         job.tokenizer.save_pretrained(path)
 
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
-    saver.insist(lambda: rundir.write_folder(job.run.adapter, fill))
+    saver.insist(lambda: disk.write_folder(job.run.adapter, fill))
     shown = outcome.checkup.insist()
     after, state = outcome.after, outcome.state
     result = {
@@ -273,5 +274,5 @@ def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "overflows": state["overflows"],
         "adapter": str(job.run.adapter),
     }
-    saver.insist(lambda: rundir.write_json(job.run.result, result))
+    saver.insist(lambda: disk.write_json(job.run.result, result))
     return result

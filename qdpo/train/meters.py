@@ -1,4 +1,4 @@
-"""metrics.jsonl, and what a run tells the one who watches it."""
+"""metrics.jsonl, and the memory that a device reports."""
 
 import contextlib
 import ctypes
@@ -6,34 +6,15 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from qdpo import rundir
 from qdpo.errors import DiskError
+from qdpo.run import disk
 from qdpo.train.track import Tracker
 
 SCHEMA = 1
-
-
-class Watcher(Protocol):
-    """Receives the run's events; the terminal display and the tests implement it."""
-
-    def say(self, line: str) -> None:
-        """One line that stays on screen."""
-
-    def begin(self, what: str, total: int, unit: str) -> None:
-        """A stage of `total` units starts."""
-
-    def advance(self, units: int) -> None:
-        """Units of the current stage are done."""
-
-    def finish(self) -> None:
-        """The current stage is over."""
-
-    def step(self, record: dict[str, Any]) -> None:
-        """A training step or an evaluation was recorded."""
 
 
 class Metrics:
@@ -46,7 +27,7 @@ class Metrics:
         """
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_through]
-        rundir.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        disk.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._waiting, self._tracker = "", tracker
         if tracker is not None:
             tracker.begin(kept)
@@ -60,15 +41,13 @@ class Metrics:
             self._tracker.record(record)
         self._waiting += json.dumps({"schema": SCHEMA, **record}) + "\n"
         with contextlib.suppress(DiskError):
-            rundir.append_text(
-                self.path, self._waiting
-            )  # a checkpoint must not be ahead of its steps after a power cut
+            disk.append_text(self.path, self._waiting)  # a checkpoint must not be ahead of its steps after a power cut
             self._waiting = ""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a metrics file."""
-    return rundir.read_lines(path)
+    return disk.read_lines(path)
 
 
 def give_back_memory(device: torch.device) -> None:

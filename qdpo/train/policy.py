@@ -14,9 +14,9 @@ from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import adapter, base, checkpoint, fast, paths, probe, quant
 from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
+from qdpo.run.record import file_record
 from qdpo.train import reference
 from qdpo.train.feed import row_tensors
-from qdpo.train.record import file_record
 
 Say = Callable[[str], None]
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import rundir
 from qdpo.config import DataConfig
 from qdpo.data import check, pair, source, split, templates, tokens
 from qdpo.data.layout import Layout
@@ -17,8 +16,9 @@ from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.tokens import Prepared
 from qdpo.errors import DataError
 from qdpo.presets import shipped_folder
-from qdpo.rundir import RunDir
-from qdpo.train.meters import Watcher
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
 
 MIB = 2**20
 
@@ -242,7 +242,7 @@ def store(run: RunDir, prepared: PreparedData) -> None:
 
     run.data_report.write_text("", encoding="utf-8")
     check.write_report(run.data_report, prepared.notes)
-    rundir.write_folder(run.prepared, fill)
+    disk.write_folder(run.prepared, fill)
 
 
 def load(run: RunDir) -> tuple[PairStore, PairStore]:

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.config import RunConfig
 from qdpo.data.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.model import base, fetch
 from qdpo.model.adapter import Policy
 from qdpo.model.fetch import BaseFolder
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
 from qdpo.train import fit, prepare
-from qdpo.train.meters import Watcher
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.start import cache_folder
 
@@ -50,7 +51,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
     run = RunDir(folder)
     if not run.result.is_file():
         raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
-    kept = rundir.read_json(run.record)
+    kept = disk.read_json(run.record)
     config = _settings(kept["settings"], arguments, may_change)
     if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
         found = kept["found"]

@@ -7,9 +7,9 @@ from pathlib import Path
 from qdpo.data.pack import pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.model import adapter, base
+from qdpo.run.watcher import Watcher
 from qdpo.train import prepare, signals
 from qdpo.train.evaluate import Evaluation, evaluate
-from qdpo.train.meters import Watcher
 from qdpo.train.policy import probe_pairs
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.reopen import PLACES, Reopened, load_reopened, reopen

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from qdpo import rundir
 from qdpo.config import SamplesConfig
 from qdpo.data.turns import excerpt
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import complete
-from qdpo.train.meters import Watcher, give_back_memory
+from qdpo.run import disk
+from qdpo.run.watcher import Watcher
+from qdpo.train.meters import give_back_memory
 from qdpo.train.prompts import Prompt, question
 
 Line = dict[str, Any]
@@ -34,7 +35,7 @@ class Samples:
         self._config, self._watcher = config, watcher
         texts = [str(tokenizer.decode(prompt.ids)) for prompt in prompts]
         self._lines: list[Line] = [{"row": p.row, "prompt": text} for p, text in zip(prompts, texts, strict=True)]
-        kept = rundir.read_lines(path)
+        kept = disk.read_lines(path)
         if [line["prompt"] for line in kept] == texts:
             self._lines = [_cut_back(line, keep_through) for line in kept]
         elif kept:
@@ -67,7 +68,7 @@ class Samples:
         """Raises: DiskError if the file cannot be written; the one before is whole then."""
         if self._prompts:
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
-            rundir.write_text(self._path, "".join(lines))
+            disk.write_text(self._path, "".join(lines))
 
     def summary(self) -> dict[str, Any] | None:
         """Median lengths before and after, in tokens, with the end token; None if nothing was completed."""

@@ -11,8 +11,8 @@ from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import Interrupted, VerificationError
 from qdpo.loss_rules import needs_reference
+from qdpo.run.watcher import Watcher
 from qdpo.train.feed import Reference
-from qdpo.train.meters import Watcher
 from qdpo.train.policy import Loaded
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.signals import StopRequest

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qdpo import __version__, presets, rundir
+from qdpo import __version__, presets
 from qdpo.config import RunConfig
 from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.templates import settle_template
@@ -20,9 +20,10 @@ from qdpo.loss_rules import couples_pairs, needs_reference
 from qdpo.model import adapter, base, fetch
 from qdpo.model.fetch import BaseFolder
 from qdpo.presets import Resolved
-from qdpo.rundir import RunDir
-from qdpo.train import fit, optim, prepare, record
-from qdpo.train.meters import Watcher
+from qdpo.run import disk, record
+from qdpo.run.folder import RunDir
+from qdpo.run.watcher import Watcher
+from qdpo.train import fit, optim, prepare
 from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.prompts import Prompt, held_out_prompts, prompts_of_file
@@ -58,7 +59,7 @@ class Job:
     @property
     def found(self) -> dict[str, Any]:
         """Values chosen at the first start: compute type, optimizer, steps."""
-        found: dict[str, Any] = rundir.read_json(self.run.record)["found"]
+        found: dict[str, Any] = disk.read_json(self.run.record)["found"]
         return found
 
 
@@ -75,7 +76,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.train.deterministic and device.type == "cuda":
         base.repeat_rounding()
     cache_dir = cache_folder(config)
-    pinned = rundir.read_json(run.record)["base"]["commit"] if run.record.exists() else None
+    pinned = disk.read_json(run.record)["base"]["commit"] if run.record.exists() else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: fit.refuse_hopeless(config, found, device),
@@ -88,9 +89,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     record.take_neutral(run, presets.flat(config))
     train, held_out = prepare.load(run)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
-    config = fit.settled(config, rundir.read_json(run.record)["found"])
+    config = fit.settled(config, disk.read_json(run.record)["found"])
     watcher.begin("loading the model", 1, "model")
-    dtype = rundir.read_json(run.record)["found"]["model.dtype"]
+    dtype = disk.read_json(run.record)["found"]["model.dtype"]
     loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
     watcher.finish()
     _check_weights(run, folder, loaded)
@@ -106,7 +107,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
 
 def cache_folder(config: RunConfig) -> Path:
     """Where reference log-probs and converted bases are kept."""
-    return rundir.cache_folder(config.cache.dir)
+    return disk.cache_folder(config.cache.dir)
 
 
 def try_worst_row(job: Job) -> None:
@@ -156,7 +157,7 @@ def plan_run(job: Job) -> Plan:
 
 
 def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
-    then = rundir.read_json(run.record).get("weights", loaded.weights)
+    then = disk.read_json(run.record).get("weights", loaded.weights)
     if then != loaded.weights:
         raise ConfigError(
             f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the "
@@ -210,8 +211,8 @@ def _first_start(
     def fill(path: Path) -> None:
         new = RunDir(path)
         prepare.store(new, data)
-        rundir.write_text(new.config, record.config_toml(resolved, found))
-        rundir.write_json(new.environment, environment(device))
+        disk.write_text(new.config, record.config_toml(resolved, found))
+        disk.write_json(new.environment, environment(device))
         content = {
             "settings": presets.flat(resolved.config),
             "preset": resolved.preset,
@@ -220,17 +221,17 @@ def _first_start(
             "data": data.about,
             "files": {str(file.absolute()): record.file_record(file) for file in files},
         }
-        rundir.write_json(new.record, content)
+        disk.write_json(new.record, content)
 
-    rundir.write_folder(run.path, fill)
+    disk.write_folder(run.path, fill)
     say(f"run folder: {run.path}")
 
 
 def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
     """Room for ids (4 bytes a token), the cache (4 bytes a response token, and keys), checkpoints, and some over."""
     tokens = sum(pair.tokens for pair in pairs)
-    rundir.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
-    rundir.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
+    disk.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
+    disk.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

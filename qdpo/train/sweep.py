@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.errors import ConfigError
-from qdpo.rundir import RunDir
-from qdpo.train import record
+from qdpo.run import disk, record
+from qdpo.run.folder import RunDir
 
 STOPPED = (130, 143)
 
@@ -51,7 +51,7 @@ class Ended:
     def result(self) -> dict[str, Any] | None:
         """What result.json holds, once the run is finished."""
         path = self.planned.run.result
-        return rundir.read_json(path) if self.exit_code == 0 and path.is_file() else None
+        return disk.read_json(path) if self.exit_code == 0 and path.is_file() else None
 
 
 def plan_sweep(arguments: list[str]) -> Sweep:

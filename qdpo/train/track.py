@@ -7,9 +7,9 @@ from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
-from qdpo import rundir
 from qdpo.errors import ConfigError, DiskError
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 PROJECT = "qdpo"
 
@@ -44,7 +44,7 @@ class Tracker:
         if self._to == "none":
             return
         path = self._run.tracked
-        known = rundir.read_json(path) if path.exists() else {}
+        known = disk.read_json(path) if path.exists() else {}
         is_new = known.get("to") != self._to
         self._handed = {"to": self._to, "id": secrets.token_hex(4), "train": -1, "eval": -1} if is_new else known
         self._guarded(lambda: self._open(is_new))
@@ -58,7 +58,7 @@ class Tracker:
             return
         self._handed[kind] = record["step"]
         with suppress(DiskError):  # said where the run's own files are written
-            rundir.write_json(self._run.tracked, self._handed)
+            disk.write_json(self._run.tracked, self._handed)
         numbers = {
             name: value for name, value in record.items() if name not in ("step", "schema") and value is not None
         }

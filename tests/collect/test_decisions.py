@@ -119,13 +119,13 @@ def test_what_was_open_or_undone_is_a_line_more_when_it_is_decided(
         decisions.add(pick(items[2]))
         decisions.add(Decision(items[1].id, "undo"))
         with monkeypatch.context() as changed:
-            changed.setattr("qdpo.rundir.write_text", None)
+            changed.setattr("qdpo.run.disk.write_text", None)
             decisions.add(Decision(items[0].id, "open", by="another", note="tie"))
             decisions.add(pick(items[0]))
             decisions.add(pick(items[1]))
     whole = out.read_bytes()
     assert [pair["prompt"] for pair in written(out)] == ["question 2", "question 0", "question 1"]
-    monkeypatch.setattr("qdpo.rundir.write_text", None)  # the journal makes the very same file
+    monkeypatch.setattr("qdpo.run.disk.write_text", None)  # the journal makes the very same file
     with opened(out, items):
         assert out.read_bytes() == whole
 

@@ -8,8 +8,8 @@ import pytest
 
 from qdpo import presets
 from qdpo.data.check import DataReport
+from qdpo.run.record import file_record
 from qdpo.train.check import check_data
-from qdpo.train.record import file_record
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
 

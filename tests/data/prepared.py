@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qdpo import presets
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 from qdpo.train import prepare
 from qdpo.train.prepare import PreparedData
 from tests.conftest import Quiet

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from qdpo.rundir import cache_folder
+from qdpo.run.disk import cache_folder
 
 VERSION = "0.3.36"
 BUILD_LIMIT_S = 1200

@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.model import quant
 from qdpo.model.base import DTYPES, load_base
-from qdpo.rundir import RunDir
-from qdpo.train import record
+from qdpo.run import disk, record
+from qdpo.run.folder import RunDir
 from tests.conftest import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -56,9 +56,9 @@ def make_run(
         "files": {str(file.resolve()): record.file_record(file) for file in record.model_files(base)},
         "four_bit": marks,
     }
-    rundir.write_json(run.record, content)
-    rundir.write_json(run.environment, {"device": "cpu: x86_64"})
-    rundir.write_json(run.result, {})
+    disk.write_json(run.record, content)
+    disk.write_json(run.environment, {"device": "cpu: x86_64"})
+    disk.write_json(run.result, {})
     return run
 
 

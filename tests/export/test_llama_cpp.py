@@ -18,7 +18,8 @@ from qdpo.export.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
 from qdpo.model import fetch
 from qdpo.model.base import load_tokenizer
 from qdpo.presets import resolve
-from qdpo.rundir import RunDir, cache_folder
+from qdpo.run.disk import cache_folder
+from qdpo.run.folder import RunDir
 from tests.conftest import tiny_tokenizer
 from tests.export.made import WRITABLE, load, logits, pieces_tokenizer, save_adapter, save_base
 from tests.export.native import ask, installed

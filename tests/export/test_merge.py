@@ -13,13 +13,13 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdpo import rundir
 from qdpo.errors import ConfigError, DiskError, QdpoError, VerificationError
 from qdpo.export import shards
 from qdpo.export.lora import read_lora
 from qdpo.export.merge import MergeReport, merge_run
 from qdpo.export.source import weight_keys
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 from tests.conftest import Quiet
 from tests.export.runs import adapt, dense_weights, four_bit, logits_of, make_run, peft_merged, save_base
 from tests.model.families import SHARED, SIZE, TARGETS
@@ -103,7 +103,7 @@ def test_the_base_is_what_the_4_bit_layers_multiply_with(
 def test_threads_do_not_matter(tmp_path: Path, llama: Path) -> None:
     """Double quantisation subtracts a mean whose rounding depends on the threads; the run's record has it."""
     run = make_run(tmp_path / "run", llama, quantization="nf4", dtype="bf16")
-    kept = rundir.read_json(run.record)
+    kept = disk.read_json(run.record)
     name, mark = next(iter(kept["four_bit"].items()))
     threads = torch.get_num_threads()
     try:
@@ -115,7 +115,7 @@ def test_threads_do_not_matter(tmp_path: Path, llama: Path) -> None:
         assert found[0] == found[1] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-    rundir.write_json(
+    disk.write_json(
         run.record, {**kept, "four_bit": {**kept["four_bit"], name: {**mark, "offset": mark["offset"] * 2}}}
     )
     with pytest.raises(VerificationError, match=name):
@@ -128,10 +128,10 @@ def test_a_base_stored_in_4_bit_is_dequantised_from_what_it_stores(tmp_path: Pat
     for file in llama.glob("tokenizer*"):
         shutil.copy(file, stored)
     run = make_run(tmp_path / "run", llama)  # only for its adapter
-    kept = rundir.read_json(run.record)
+    kept = disk.read_json(run.record)
     settings = {**kept["settings"], "model.path": str(stored), "model.quantization": "nf4"}
     del kept["four_bit"]
-    rundir.write_json(run.record, {**kept, "settings": settings, "files": {}, "found": {"model.dtype": "bf16"}})
+    disk.write_json(run.record, {**kept, "settings": settings, "files": {}, "found": {"model.dtype": "bf16"}})
     with pytest.raises(ConfigError, match="stored in 4 bits; its original is not there"):
         merge(run, tmp_path / "out", base="original")
     report = merge(run, tmp_path / "out", dtype="fp32")
@@ -149,9 +149,9 @@ def test_a_base_stored_in_4_bit_is_dequantised_from_what_it_stores(tmp_path: Pat
 def test_a_run_without_recorded_checksums_gives_the_same_file(tmp_path: Path, llama: Path) -> None:
     run = make_run(tmp_path / "run", llama, quantization="nf4", dtype="bf16")
     merge(run, tmp_path / "proved")
-    kept = rundir.read_json(run.record)
+    kept = disk.read_json(run.record)
     del kept["four_bit"]
-    rundir.write_json(run.record, kept)
+    disk.write_json(run.record, kept)
     watcher = Quiet()
     report = merge(run, tmp_path / "out", watcher=watcher)
     assert report.dequantized == 14 and report.proved == 0 and "recorded no checksums" in watcher.text
@@ -201,7 +201,7 @@ def test_names_with_another_beginning_are_found_if_there_is_one_way_only(tmp_pat
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    rundir.write_json(path, {**rundir.read_json(path), **values})
+    disk.write_json(path, {**disk.read_json(path), **values})
 
 
 def unfinished(run: RunDir, base: Path) -> None:
@@ -223,13 +223,13 @@ def missing_shard(run: RunDir, base: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model.safetensors"}}
     (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
     edit_json(run.record, files={})
-    rundir.write_json(base / "model.safetensors.index.json", index)
+    disk.write_json(base / "model.safetensors.index.json", index)
 
 
 def outside_shard(run: RunDir, base: Path) -> None:
     (base / "model.safetensors").rename(base / "a.safetensors")
     edit_json(run.record, files={})
-    rundir.write_json(base / "model.safetensors.index.json", {"weight_map": {"a": "../a.safetensors"}})
+    disk.write_json(base / "model.safetensors.index.json", {"weight_map": {"a": "../a.safetensors"}})
 
 
 def torn_file(run: RunDir, base: Path) -> None:

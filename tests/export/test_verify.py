@@ -17,7 +17,7 @@ from qdpo.export import verify
 from qdpo.export.compare import TIE, Tally, distance
 from qdpo.export.merge import merge_run
 from qdpo.export.prove import Options, check_again, merge_proved
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 from qdpo.train.loop import run_training
 from tests.conftest import Quiet, save_tiny_base, tiny_rows, write_jsonl
 

@@ -14,7 +14,7 @@ from qdpo.data.tokens import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.measure.plan import Plan, make_plan
 from qdpo.memory import GIB
-from qdpo.train import record
+from qdpo.run import record
 from tests.conftest import qdpo, tiny_rows, write_jsonl
 
 FIXED = ("memory.tokens_per_row=4096", "memory.kept_layers=4", "memory.offload=false", "memory.embeddings=device")

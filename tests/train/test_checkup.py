@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from qdpo.errors import ConfigError, DataError, StoppedByFinding
-from qdpo.rundir import RunDir, read_lines
+from qdpo.run.disk import read_lines
+from qdpo.run.folder import RunDir
 from qdpo.train import samples
 from qdpo.train.meters import read_metrics
 from qdpo.train.samples import repetition

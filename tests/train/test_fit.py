@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base import embeddings_to_host
-from qdpo.rundir import RunDir, read_json
+from qdpo.run.disk import read_json
+from qdpo.run.folder import RunDir
 from qdpo.train import fit
 from tests.conftest import Quiet
 from tests.train.test_step import make

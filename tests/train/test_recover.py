@@ -10,7 +10,8 @@ import torch
 from qdpo.config import LossConfig
 from qdpo.data.pack import pack_rows
 from qdpo.errors import OutOfMemoryError
-from qdpo.rundir import RunDir, read_json
+from qdpo.run.disk import read_json
+from qdpo.run.folder import RunDir
 from qdpo.train import loop
 from qdpo.train.feed import ready
 from qdpo.train.recover import HALVES, NAMES, SIDED, SINGLE, WHOLE, Recovery, split

@@ -19,7 +19,8 @@ import pytest
 from qdpo import presets
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import DiskError, VerificationError
-from qdpo.train import record, reference, signals
+from qdpo.run import record
+from qdpo.train import reference, signals
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.start import Job, open_run
 from tests.conftest import ROOT, Quiet, arguments, qdpo

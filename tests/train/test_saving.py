@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qdpo import rundir
 from qdpo.errors import DiskError
+from qdpo.run import disk
 from qdpo.train import checkpoint, saving
 from qdpo.train.meters import Metrics, read_metrics
 from qdpo.train.saving import Saver
@@ -149,4 +149,4 @@ def test_files_are_as_the_umask_asks(train: Train, settings: dict[str, str]) -> 
         os.umask(before)
     files = [path for path in (Path(settings["output.dir"]) / "run").rglob("*") if path.is_file()]
     assert len(files) > 12 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
-    assert rundir.read_json(Path(settings["output.dir"]) / "run" / "result.json")["steps"] == 2
+    assert disk.read_json(Path(settings["output.dir"]) / "run" / "result.json")["steps"] == 2

@@ -19,7 +19,7 @@ from qdpo.data.tokens import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
 from qdpo.loss_rules import RULES, needs_reference
 from qdpo.model import adapter
-from qdpo.rundir import RunDir
+from qdpo.run.folder import RunDir
 from qdpo.train import optim
 from qdpo.train.feed import Feed, ready
 from qdpo.train.meters import read_metrics

@@ -12,9 +12,9 @@ from accelerate import tracking
 
 from qdpo import presets
 from qdpo.errors import ConfigError
-from qdpo.rundir import read_json
+from qdpo.run.disk import read_json
+from qdpo.run.record import run_folder
 from qdpo.train.meters import read_metrics
-from qdpo.train.record import run_folder
 from tests.conftest import Quiet, arguments, qdpo
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]

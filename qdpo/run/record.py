@@ -5,18 +5,16 @@ Imports nothing heavy, so that a finished run, or a changed setting, is answered
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from qdpo import presets, rundir
+from qdpo import presets
 from qdpo.config import NEUTRAL, NOT_TRAJECTORY
 from qdpo.errors import ConfigError
 from qdpo.presets import Resolved
-from qdpo.rundir import RunDir
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
 
 
 def trajectory_settings(resolved: Resolved) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def run_folder(resolved: Resolved) -> RunDir:
 
 def check_unchanged(run: RunDir, resolved: Resolved) -> None:
     """Raises: ConfigError that lists settings and files that are not as at the run's first start."""
-    record = rundir.read_json(run.record)
+    record = disk.read_json(run.record)
     now, then = trajectory_settings(resolved), record["settings"]
     changed = [name for name in now if now[name] != then.get(name, now[name])]
     if changed:
@@ -101,42 +99,9 @@ def toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@contextmanager
-def alone(run: RunDir) -> Iterator[None]:
-    """Inside, no other process works on the run. Raises: ConfigError if one does already."""
-    lock = FileLock(run.lock)
-    try:
-        run.lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(
-            f"Another process works on {run.path}. Wait for it, or choose another output.name."
-        ) from error
-    except OSError as error:
-        raise rundir.disk_error(error, run.path) from error
-    try:
-        yield
-    finally:
-        # While it is held: a file that is removed after the release may be the one that another process holds by then.
-        # filelock does not take a file that has lost its name. Windows refuses, since the file is open.
-        with suppress(PermissionError):
-            run.lock.unlink(missing_ok=True)
-        lock.release()
-
-
-def move_aside(run: RunDir) -> Path:
-    """Renames an existing run folder so that a new run can take its name; nothing is deleted."""
-    number = 1
-    while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
-        number += 1
-    with alone(run):
-        run.path.rename(aside)
-    return aside
-
-
 def take_neutral(run: RunDir, now: dict[str, Any]) -> None:
     """Lets settings that change no number replace those of an earlier start, unless they are auto."""
-    kept = rundir.read_json(run.record)
+    kept = disk.read_json(run.record)
     changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept["settings"].get(name))}
     if changed:
         mark_state(run, settings={**kept["settings"], **changed}, found={**kept["found"], **changed})
@@ -144,4 +109,4 @@ def take_neutral(run: RunDir, now: dict[str, Any]) -> None:
 
 def mark_state(run: RunDir, **values: Any) -> None:
     """Merges values into run.json, atomically."""
-    rundir.write_json(run.record, {**rundir.read_json(run.record), **values})
+    disk.write_json(run.record, {**disk.read_json(run.record), **values})

@@ -1,102 +1,17 @@
-"""The name of every file in a run folder, and atomic writing."""
+"""Reading and atomic writing of small files, and free space."""
 
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from qdpo.errors import DiskError
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """Paths of one run; nothing is created by asking for a path."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def record(self) -> Path:
-        """What was found at the first start and is kept on resume: commits, hashes, values of `auto` settings."""
-        return self.path / "run.json"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def data_report(self) -> Path:
-        return self.path / "data_report.jsonl"
-
-    @property
-    def prepared(self) -> Path:
-        return self.path / "prepared"
-
-    @property
-    def train_pairs(self) -> Path:
-        return self.prepared / "train.safetensors"
-
-    @property
-    def held_out_pairs(self) -> Path:
-        return self.prepared / "held_out.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tracked(self) -> Path:
-        """What was handed to a tracker (track.to)."""
-        return self.path / "track.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def merged(self) -> Path:
-        return self.path / "merged"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def eval_pairs(self) -> Path:
-        """Every held-out pair's log-probs before the first step and at the newest evaluation."""
-        return self.path / "eval_pairs.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def result(self) -> Path:
-        """Written last: a run that has it is finished."""
-        return self.path / "result.json"
-
-    @property
-    def card(self) -> Path:
-        return self.path / "README.md"
-
-    @property
-    def lock(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.lock")
 
 
 def cache_folder(given: str | Path | None) -> Path:
@@ -219,16 +134,6 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise disk_error(error, path) from error
-
-
-def clear_leftovers(run: RunDir) -> None:
-    """Removes what a killed process was still writing for this run. Only for the one who holds the run's lock."""
-    beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
-    inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
-    for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):
-        for path in folder.glob(".*"):
-            if re.fullmatch(name, path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def share(path: Path) -> None:

@@ -1,0 +1,56 @@
+"""One process a run: its lock, an earlier run kept aside, what a killed process left."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qdpo.errors import ConfigError
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+
+
+@contextmanager
+def alone(run: RunDir) -> Iterator[None]:
+    """Inside, no other process works on the run. Raises: ConfigError if one does already."""
+    lock = FileLock(run.lock)
+    try:
+        run.lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"Another process works on {run.path}. Wait for it, or choose another output.name."
+        ) from error
+    except OSError as error:
+        raise disk.disk_error(error, run.path) from error
+    try:
+        yield
+    finally:
+        # While it is held: a file that is removed after the release may be the one that another process holds by then.
+        # filelock does not take a file that has lost its name. Windows refuses, since the file is open.
+        with suppress(PermissionError):
+            run.lock.unlink(missing_ok=True)
+        lock.release()
+
+
+def move_aside(run: RunDir) -> Path:
+    """Renames an existing run folder so that a new run can take its name; nothing is deleted."""
+    number = 1
+    while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+        number += 1
+    with alone(run):
+        run.path.rename(aside)
+    return aside
+
+
+def clear_leftovers(run: RunDir) -> None:
+    """Removes what a killed process was still writing for this run. Only for the one who holds the run's lock."""
+    beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
+    inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
+    for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):
+        for path in folder.glob(".*"):
+            if re.fullmatch(name, path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,22 @@
+"""The events of a run, as the one who watches it receives them."""
+
+from typing import Any, Protocol
+
+
+class Watcher(Protocol):
+    """Receives the run's events; the terminal display and the tests implement it."""
+
+    def say(self, line: str) -> None:
+        """One line that stays on screen."""
+
+    def begin(self, what: str, total: int, unit: str) -> None:
+        """A stage of `total` units starts."""
+
+    def advance(self, units: int) -> None:
+        """Units of the current stage are done."""
+
+    def finish(self) -> None:
+        """The current stage is over."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training step or an evaluation was recorded."""
