@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Parent
-from qdpo import presets
 from qdpo.data import tokens
 from qdpo.model import base
+from qdpo.settings import layered
 from qdpo.train import prepare
 from qdpo.train.meters import peak_gib
 
@@ -30,7 +30,7 @@ def main() -> None:
     job = parent.job
     tokenizer = base.load_tokenizer(Path(job["folder"]))
     settings = ["model.path=given", f"data.path={job['file']}", f"data.max_tokens={job['max_tokens']}"]
-    config = presets.resolve(settings).config.data
+    config = layered.resolve(settings).config.data
     parent.answer(peak_gib=peak_gib(torch.device("cpu")))
     while True:
         parent.wait()

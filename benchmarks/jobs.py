@@ -10,11 +10,11 @@ import torch
 from benchmarks.pairs import Candidate, read_candidates, same_in_both, write_rows
 from benchmarks.rounds import Side
 from benchmarks.tiny import save_tiny_base
-from qdpo import presets
-from qdpo.config import RunConfig
 from qdpo.model import adapter, base, fetch
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 from qdpo.train import prepare
 from qdpo.train.plan import Plan
 from qdpo.train.start import cache_folder
@@ -72,7 +72,7 @@ class Start:
         run = RunDir(self.work / "runs" / name)
         train, _held = prepare.load(run)
         record = read_json(run.record)
-        config = RunConfig.model_validate(presets.nested(record["settings"]))
+        config = RunConfig.model_validate(layered.nested(record["settings"]))
         found = record["found"]
         plan = Plan(found["train.steps"], found["total_pairs"], found["train.warmup_steps"])
         places = [place for step in range(plan.steps) for place in plan.indices(step, config.train, len(train))]
@@ -86,7 +86,7 @@ class Start:
 
 
 def _demo_base() -> Path:
-    config = presets.resolve(["preset=demo"]).config
+    config = layered.resolve(["preset=demo"]).config
     cache = cache_folder(config)
     return fetch.locate_base(str(config.model.path), revision=None, cache_dir=cache, announce=print).folder
 

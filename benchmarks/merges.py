@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny import save_tiny_base
-from qdpo import presets
 from qdpo.export import shards
 from qdpo.export.merge import merge_run
 from qdpo.export.shards import Planned
-from qdpo.measure.build import config_of
+from qdpo.measure.random_base import config_of
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train.meters import peak_gib
 
 WAYS = ("dequantized", "original", "peft")
@@ -78,7 +78,7 @@ def _random(tensor: Planned) -> Iterator[Tensor]:
 
 def _write_run(run: RunDir, base: Path, model: Any) -> None:
     run.path.mkdir()
-    settings = presets.flat(presets.resolve([f"model.path={base}", "data.path=none.jsonl", "model.device=cpu"]).config)
+    settings = layered.flat(layered.resolve([f"model.path={base}", "data.path=none.jsonl", "model.device=cpu"]).config)
     found = {"model.dtype": "bf16"}
     disk.write_json(run.record, {"settings": settings, "found": found, "base": {"commit": None}, "files": {}})
     disk.write_json(run.environment, {"device": "cpu"})

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import presets
 from qdpo.data.pair import Rejection, detect_layout, to_pair
 from qdpo.data.render import Rendered, Renderer
 from qdpo.data.source import open_source
 from qdpo.data.tokens import TokenPair
 from qdpo.report.terminal import Terminal
+from qdpo.settings import layered
 from qdpo.train import prepare
 
 
@@ -27,9 +27,9 @@ class Candidate:
 def read_candidates(path: str, tokenizer: Any, *, max_tokens: int) -> list[Candidate]:
     """All pairs of `path` that qdpo would use. TRL gets them as plain text, so that both see the same template."""
     settings = [f"data.path={path}", "model.path=given", f"data.max_tokens={max_tokens}"]
-    config = presets.resolve(settings).config.data
+    config = layered.resolve(settings).config.data
     _name, pairs = prepare.read_pairs(config, tokenizer, Terminal())
-    source = open_source(path, shipped=presets.shipped_folder())
+    source = open_source(path, shipped=layered.shipped_folder())
     layout = detect_layout(source.rows.look_over(), {}, source.name)
     rows, renderer, candidates = list(source.rows), Renderer(tokenizer), []
     for pair in pairs:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Parent
-from qdpo import presets
+from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from qdpo.train.meters import peak_gib
 
@@ -85,7 +85,7 @@ def main() -> None:
         parent.answer(seconds=seconds, positions=tokens, records=records, peak_gib=peak_gib(torch.device("cpu")))
 
     rounds = Rounds(parent.job["rounds"], before, after)
-    run_training(presets.resolve(parent.job["settings"]), rounds)
+    run_training(layered.resolve(parent.job["settings"]), rounds)
 
 
 if __name__ == "__main__":

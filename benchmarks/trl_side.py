@@ -134,10 +134,10 @@ def load(job: dict[str, Any]) -> Any:
     """The base: from its folder, or of a shape with random weights."""
     dtype = getattr(torch, job["dtype"])
     if "shape" in job:
-        from qdpo.measure import build
+        from qdpo.measure import random_base
 
         torch.manual_seed(0)
-        return build.random_base(
+        return random_base.random_base(
             AutoConfig.from_pretrained(job["shape"], local_files_only=True), quantization="nf4", double_quant=True,
             dtype=dtype, device=torch.device(job["device"]),
         )  # fmt: skip

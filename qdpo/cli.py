@@ -21,10 +21,10 @@ from qdpo import (
     cli_measure,
     cli_report,
     cli_ship,
-    presets,
 )
 from qdpo.cli_measure import Settings, quiet_libraries
 from qdpo.errors import QdpoError
+from qdpo.settings import layered
 
 app = typer.Typer(
     add_completion=True,
@@ -55,7 +55,7 @@ def run(
 
     Every setting and its default: qdpo run preset=demo --dry-run
     """
-    resolved = presets.resolve(settings or [])
+    resolved = layered.resolve(settings or [])
     for note in resolved.notes:
         typer.echo(note, err=dry_run)
     from qdpo.run import lock, record
@@ -86,12 +86,12 @@ def run(
     print_result(folder, result, terminal.console)
 
 
-def _train(resolved: presets.Resolved, terminal: Any) -> dict[str, Any]:
+def _train(resolved: layered.Resolved, terminal: Any) -> dict[str, Any]:
     quiet_libraries()
     if resolved.preset is not None:
         for name, what in (("model.path", "model"), ("data.path", "preference pairs")):
             if resolved.origins[name] == f"preset {resolved.preset}":
-                value = presets.flat(resolved.config)[name]
+                value = layered.flat(resolved.config)[name]
                 terminal.say(f"{what}: {value}, the preset's own; {name}=… replaces it")
     from qdpo.train.loop import run_training
 
@@ -133,9 +133,9 @@ app.command()(cli_report.doctor)
 def presets_(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
     """List the presets with their forecast and measured peaks, or print one with its comments."""
     if name is not None:
-        typer.echo(presets.preset_text(name))
+        typer.echo(layered.preset_text(name))
         return
-    from qdpo.measure.table import preset_table
+    from qdpo.forecast.preset_table import preset_table
 
     for line in preset_table():
         typer.echo(line)

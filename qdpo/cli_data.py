@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from qdpo import presets
 from qdpo.cli_measure import Settings, quiet_libraries
-from qdpo.config import RunConfig
 from qdpo.errors import ConfigError, DataError
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
 EXTRA = {"ignore_unknown_options": True}
@@ -38,7 +38,7 @@ def check(
     from qdpo.report.terminal import Terminal
     from qdpo.train.check import check_data
 
-    config = presets.resolve([*(settings or []), f"data.path={path}"]).config
+    config = layered.resolve([*(settings or []), f"data.path={path}"]).config
     terminal = Terminal(stderr=json_)
     try:
         checked = check_data(config, terminal, report)
@@ -122,4 +122,4 @@ def _data(path: str, settings: list[str] | None) -> RunConfig:
     given = [setting for setting in settings or [] if not setting.removeprefix("--").startswith("data.")]
     if given:
         raise ConfigError(f"{given[0]} means nothing here. Only data.* settings do: no model is involved.")
-    return presets.resolve(["model.path=none-needed", *(settings or []), f"data.path={path}"]).config
+    return layered.resolve(["model.path=none-needed", *(settings or []), f"data.path={path}"]).config

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qdpo import presets
 from qdpo.errors import ConfigError
+from qdpo.settings import layered
 
 Settings = Annotated[
     list[str] | None,
@@ -30,9 +30,9 @@ def plan(
 
     Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
     """
-    from qdpo.measure.plan import make_plan, print_plan
+    from qdpo.forecast.plan import make_plan, print_plan
 
-    resolved = presets.resolve(settings or [])
+    resolved = layered.resolve(settings or [])
     found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
     if json_:
         typer.echo(json.dumps(found.to_json(), indent=1))
@@ -52,8 +52,8 @@ def fit(
 
     Example: qdpo fit --gpu-gib 8
     """
-    from qdpo.measure.fit import fit_table, table_lines
-    from qdpo.measure.plan import usable
+    from qdpo.forecast.model_table import fit_table, table_lines
+    from qdpo.forecast.plan import usable
 
     limit, name = usable(gpu_gib, card, others_gib)
     fits = fit_table(limit, card=name, longest=longest, mean=mean)
@@ -81,7 +81,7 @@ def bench(
     Example: qdpo bench preset=7b-24gb --limit-gib 24
     """
     quiet_libraries()
-    resolved = presets.resolve(settings or [])
+    resolved = layered.resolve(settings or [])
     if write and resolved.preset is None:
         raise ConfigError("--write puts figures into a preset's file; give preset=NAME.")
     from qdpo.measure.bench import print_measured, run_bench, write_measured
@@ -93,7 +93,7 @@ def bench(
     else:
         print_measured(found, typer.echo)
     if write and resolved.preset is not None:
-        typer.echo(f"written to {write_measured(resolved.preset, found, presets.shipped_folder())}", err=json_)
+        typer.echo(f"written to {write_measured(resolved.preset, found, layered.shipped_folder())}", err=json_)
 
 
 def quiet_libraries() -> None:

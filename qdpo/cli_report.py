@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qdpo import presets
 from qdpo.cli_measure import quiet_libraries
 from qdpo.errors import ConfigError
+from qdpo.settings import layered
 
 
 def report(
@@ -36,7 +36,7 @@ def doctor() -> None:
     checks, machine = examine()
     for check in checks:
         typer.echo(check.line)
-    for name in presets.preset_names():
+    for name in layered.preset_names():
         typer.echo(f"{'':4}  {name:<10}  {_preset_here(name, machine.device, machine.free_gib)}")
     bad = sum(check.mark == "bad" for check in checks)
     if bad:
@@ -46,10 +46,10 @@ def doctor() -> None:
 
 def _preset_here(name: str, device: str, free_gib: float) -> str:
     """What the preset can do with the memory that is free now."""
-    from qdpo.measure.plan import make_plan
-    from qdpo.memory import GIB
+    from qdpo.forecast.memory import GIB
+    from qdpo.forecast.plan import make_plan
 
-    resolved = presets.resolve([f"preset={name}"])
+    resolved = layered.resolve([f"preset={name}"])
     if device == "cpu" and resolved.config.model.device != "cpu":
         return "needs a CUDA card"
     try:

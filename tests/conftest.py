@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qdpo import presets
-from qdpo.config import RunConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.model.adapter import Policy
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 from qdpo.train.loop import run_training
 from qdpo.train.policy import load_policy, probe_pairs
 
@@ -171,7 +171,7 @@ def train(settings: dict[str, str]) -> Callable[..., tuple[dict[str, Any], Quiet
 
     def run(**changes: str) -> tuple[dict[str, Any], Quiet]:
         watcher = Quiet()
-        return run_training(presets.resolve(arguments(settings, **changes)), watcher), watcher
+        return run_training(layered.resolve(arguments(settings, **changes)), watcher), watcher
 
     return run
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from qdpo.config import LossConfig
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import RULES, default_beta
 from qdpo.report.explain import PAGE, explain
+from qdpo.settings.loss_rules import RULES, default_beta
+from qdpo.settings.schema import LossConfig
 from qdpo.train.loss import LOSSES
 from qdpo.train.metrics import MEAN_OVER
 from qdpo.train.pairs import Pairs

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow, pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.measure.bench import run_bench
-from qdpo.measure.build import config_of, random_base
+from qdpo.measure.random_base import config_of, random_base
 from qdpo.model import attention, fast
 from qdpo.model.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
 from qdpo.model.base import embeddings_to_host
 from qdpo.model.logps import Head, plain_logps, response_logps
+from qdpo.settings import layered
+from qdpo.settings.schema import LossConfig
 from qdpo.train import fit, optim
 from qdpo.train.feed import ready
 from qdpo.train.policy import load_policy
@@ -63,7 +63,7 @@ def loaded_policy(settings: dict[str, str], **changes: str) -> tuple[Any, list[A
     """A 4-bit bf16 policy on the card, whose adapter does something, and pairs of ids."""
     _, pairs = make(settings)
     four_bit = {"model__quantization": "nf4", "model__dtype": "bf16", "model__device": "cuda", **changes}
-    config = presets.resolve(arguments(settings, **four_bit)).config
+    config = layered.resolve(arguments(settings, **four_bit)).config
     loaded = load_policy(
         config, Path(str(config.model.path)), device=torch.device("cuda"), dtype=four_bit["model__dtype"],
         probe_with=pairs[:2], say=lambda line: None,
@@ -101,7 +101,7 @@ def rounded(settings: dict[str, str], tmp_path: Path) -> dict[str, str]:
 def truth(settings: dict[str, str], pairs: list[Any], loaded: Any) -> torch.Tensor:
     """Log-probs of these pairs by plain fp32 products over the same 4-bit weights, on the CPU, each answer alone."""
     words = arguments(settings, model__quantization="nf4", model__dtype="fp32")
-    config = presets.resolve(words).config
+    config = layered.resolve(words).config
     plain = load_policy(
         config, Path(str(config.model.path)), device=torch.device("cpu"), dtype="fp32", probe_with=pairs[:2],
         say=lambda line: None,
@@ -253,7 +253,7 @@ def test_the_forecast_is_the_measured_peak(tmp_path: Path, kept: int, offload: b
     ]  # fmt: skip
     torch.cuda.empty_cache()
     measured = run_bench(
-        presets.resolve(words), limit_gib=None, others_gib=None, number=2, longest=4096, say=lambda line: None
+        layered.resolve(words), limit_gib=None, others_gib=None, number=2, longest=4096, say=lambda line: None
     )
     assert -0.03 <= measured.forecast_gib / measured.peak_gib - 1 <= 0.08, measured
 

@@ -22,8 +22,8 @@ from benchmarks.proof.main import LEFT, MET, MISSED, exit_code, main
 from benchmarks.proof.records import Records
 from benchmarks.proof.runner import run_stage
 from benchmarks.proof.turns import QDPO
-from qdpo import presets
-from qdpo.measure.table import preset_table
+from qdpo.forecast.preset_table import preset_table
+from qdpo.settings import layered
 from tests.conftest import ROOT
 
 ABOUT = {"device": "some device"}
@@ -166,7 +166,7 @@ def test_every_gpu_test_is_in_a_group() -> None:
 
 def test_figures_of_a_gpu_alone_are_written(tmp_path: Path) -> None:
     options = make_options(tmp_path, "cuda")
-    shutil.copytree(presets.shipped_folder(), options.presets)
+    shutil.copytree(layered.shipped_folder(), options.presets)
     shutil.copy(ROOT / "README.md", options.readme)
     before = {path.name: path.read_bytes() for path in [*options.presets.iterdir(), options.readme]}
     records = Records(tmp_path, real=True, commit="now")

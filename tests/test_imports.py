@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
-LAYER = {"__init__": 0, "errors": 0, "config": 1, "loss_rules": 0, "shapes": 1, "memory": 2, "timing": 3, "choice": 4}
-LAYER |= {"refusal": 1, "presets": 4, "run": 5, "data": 6, "model": 6, "train": 7}
-# What is pushed carries its card: export stands on report.
-LAYER |= {"report": 8, "collect": 8, "measure": 8, "export": 9, "cli_measure": 9, "cli": 11, "diagnose": 0}
+# Each room stands on those of lower rank.
+LAYER = {"__init__": 0, "errors": 0, "diagnose": 0, "settings": 1, "families": 2, "run": 3, "data": 4, "model": 4}
+LAYER |= {"forecast": 5, "train": 6, "measure": 7, "review": 7, "machine": 7, "report": 8, "collect": 8, "export": 9}
+LAYER |= {"api": 10, "cli_measure": 10, "cli": 12}
 VERBS = ("cli_cache", "cli_collect", "cli_data", "cli_export", "cli_judge", "cli_look", "cli_report", "cli_ship")
-LAYER |= dict.fromkeys(VERBS, 10)
+LAYER |= dict.fromkeys(VERBS, 11)
 IMPORTERS = {
     "typer": {"cli", "cli_measure", *VERBS},
     "datasets": {"data/hub"},

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdpo import presets
 from qdpo.data.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError
-from qdpo.measure.plan import make_plan
-from qdpo.measure.table import preset_table
+from qdpo.forecast.plan import make_plan
+from qdpo.forecast.preset_table import preset_table
 from qdpo.run.record import config_toml, run_folder
+from qdpo.settings import layered
 from tests.conftest import qdpo
 
 EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 13b-24gb 32b-24gb".split()
@@ -22,25 +22,25 @@ EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 
 
 def problems(*arguments: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        presets.resolve(list(arguments))
+        layered.resolve(list(arguments))
     return caught.value.problems
 
 
 def test_all_presets_ship_in_order() -> None:
-    assert presets.preset_names() == EXPECTED
+    assert layered.preset_names() == EXPECTED
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_preset_alone_is_a_complete_run(name: str) -> None:
-    resolved = presets.resolve([f"preset={name}"])
+    resolved = layered.resolve([f"preset={name}"])
     assert resolved.config.model.path and resolved.config.data.path
     assert resolved.config.model.quantization == "nf4" and resolved.config.loss.beta == 0.1
-    assert tomllib.loads(presets.preset_text(name))["about"]
+    assert tomllib.loads(layered.preset_text(name))["about"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_line_of_a_preset_has_a_comment(name: str) -> None:
-    for line in presets.preset_text(name).splitlines():
+    for line in layered.preset_text(name).splitlines():
         if "=" in line and not line.startswith("#"):
             assert re.search(r"  # \w", line), line
 
@@ -48,7 +48,7 @@ def test_every_line_of_a_preset_has_a_comment(name: str) -> None:
 def test_later_layers_win_and_origins_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("[train]\nseed = 5\nlearning_rate = 5e-7\n")
-    resolved = presets.resolve(["preset=demo", str(file), "train.seed=9"])
+    resolved = layered.resolve(["preset=demo", str(file), "train.seed=9"])
     assert resolved.config.train.seed == 9 and resolved.origins["train.seed"] == "the command line"
     assert resolved.config.train.learning_rate == 5e-7 and resolved.origins["train.learning_rate"] == str(file)
     assert resolved.config.loss.beta == 0.1 and resolved.origins["loss.beta"] == "preset demo"
@@ -56,20 +56,20 @@ def test_later_layers_win_and_origins_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_resolved_settings_are_toml_that_resolves_to_the_same(tmp_path: Path) -> None:
-    first = presets.resolve(["preset=7b-24gb", "data.columns.chosen=good", "adapter.targets=q_proj+v_proj"])
+    first = layered.resolve(["preset=7b-24gb", "data.columns.chosen=good", "adapter.targets=q_proj+v_proj"])
     file = tmp_path / "config.toml"
     file.write_text(config_toml(first, {}), encoding="utf-8")
-    assert presets.resolve([str(file)]).config == first.config
+    assert layered.resolve([str(file)]).config == first.config
 
 
 def test_other_data_drops_what_belonged_to_the_presets_data() -> None:
-    resolved = presets.resolve(["preset=7b-24gb", "data.path=mine.jsonl", "data.limit=7"])
+    resolved = layered.resolve(["preset=7b-24gb", "data.path=mine.jsonl", "data.limit=7"])
     assert resolved.config.data.split is None and resolved.config.data.eval_split is None
     assert resolved.config.data.limit == 7 and resolved.config.data.max_tokens == 2048
 
 
 def test_steps_replace_the_presets_hours() -> None:
-    resolved = presets.resolve(["preset=7b-24gb", "train.steps=7"])
+    resolved = layered.resolve(["preset=7b-24gb", "train.steps=7"])
     assert resolved.config.train.steps == 7 and resolved.config.train.hours is None
 
 
@@ -115,19 +115,19 @@ def test_presets_are_listed_and_shown(tmp_path: Path) -> None:
     listed = qdpo("presets", cwd=tmp_path)
     assert listed.returncode == 0 and all(name in listed.stdout for name in EXPECTED)
     shown = qdpo("presets", "7b-24gb", cwd=tmp_path)
-    assert shown.stdout.strip() == presets.preset_text("7b-24gb").strip()
+    assert shown.stdout.strip() == layered.preset_text("7b-24gb").strip()
 
 
 def test_the_table_does_not_depend_on_runs_that_lie_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After scripts/demo, its run has prepared shorter pairs than the preset allows."""
     before = preset_table()
     monkeypatch.chdir(tmp_path)
-    folder = run_folder(presets.resolve(["preset=demo"]))
+    folder = run_folder(layered.resolve(["preset=demo"]))
     folder.train_pairs.parent.mkdir(parents=True)
     ids = np.arange(5, dtype=np.int32)
     for path in (folder.train_pairs, folder.held_out_pairs):
         save_pairs(path, [TokenPair(ids, ids, ids + 1, 1)])
-    assert make_plan(presets.resolve(["preset=demo"])).known.lengths.longest == 15
+    assert make_plan(layered.resolve(["preset=demo"])).known.lengths.longest == 15
     assert preset_table() == before
 
 
@@ -167,15 +167,15 @@ def test_settings_of_a_loss_that_have_no_meaning_together(given: list[str], said
 
 
 def test_a_list_of_losses_and_a_name_from_elsewhere() -> None:
-    mpo = presets.resolve(["preset=demo", "loss.name=sigmoid+bco_pair+sft", "loss.weights=0.8+0.2+1"]).config.loss
+    mpo = layered.resolve(["preset=demo", "loss.name=sigmoid+bco_pair+sft", "loss.weights=0.8+0.2+1"]).config.loss
     assert mpo.name == ["sigmoid", "bco_pair", "sft"] and mpo.weights == [0.8, 0.2, 1.0]
-    renamed = presets.resolve(["preset=demo", "loss.name=aot_pair"])
+    renamed = layered.resolve(["preset=demo", "loss.name=aot_pair"])
     assert renamed.config.loss.name == ["aot_unpaired"]
     assert renamed.notes == ["loss aot_pair is called aot_unpaired here"]
 
 
 def test_another_loss_brings_its_own_beta() -> None:
     """A preset's beta belongs to the preset's loss."""
-    assert presets.resolve(["preset=demo", "loss.name=simpo"]).config.loss.beta == 2.0
-    assert presets.resolve(["preset=demo", "loss.name=simpo", "loss.beta=2.5"]).config.loss.beta == 2.5
-    assert presets.resolve(["preset=demo", "loss.name=simpo+sigmoid"]).config.loss.beta == 0.1
+    assert layered.resolve(["preset=demo", "loss.name=simpo"]).config.loss.beta == 2.0
+    assert layered.resolve(["preset=demo", "loss.name=simpo", "loss.beta=2.5"]).config.loss.beta == 2.5
+    assert layered.resolve(["preset=demo", "loss.name=simpo+sigmoid"]).config.loss.beta == 0.1

@@ -18,11 +18,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets
 from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
 from qdpo.model import adapter
 from qdpo.run import lock
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train import reference
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
@@ -157,7 +157,7 @@ def test_an_interrupted_reference_pass_keeps_what_it_computed(settings: dict[str
     stopping = StopsAt("reference log-probs", 7)
     alone = {"train__epochs": "1", "memory__tokens_per_row": "0"}  # a row is a pair
     with pytest.raises(Interrupted, match="all finished pairs are in the cache") as stopped:
-        run_training(presets.resolve(arguments(settings, **alone)), stopping)
+        run_training(layered.resolve(arguments(settings, **alone)), stopping)
     assert stopped.value.exit_code == 143
     _, rest = train(**alone)
     assert ("reference log-probs", 40 - 7) in rest.stages
@@ -374,5 +374,5 @@ def test_no_usable_pair(train: Train, pairs_file: Path) -> None:
 
 def test_preset_settings_are_kept_in_the_run(settings: dict[str, str], train: Train) -> None:
     train(train__steps="2")
-    resolved = presets.resolve([str(folder_of(settings) / "config.toml")])
+    resolved = layered.resolve([str(folder_of(settings) / "config.toml")])
     assert resolved.config.train.steps == 2 and resolved.config.loss.beta == 0.1

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import Gemma2Config, LlamaConfig, Phi3Config
 
-from qdpo import shapes
 from qdpo.errors import ConfigError
-from qdpo.shapes import FAMILIES, FAMILY_OF, KNOWN, from_config, known_name, of_model
+from qdpo.families import shapes
+from qdpo.families.shapes import FAMILIES, FAMILY_OF, KNOWN, from_config, known_name, of_model
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,

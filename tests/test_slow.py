@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
-from qdpo import presets
 from qdpo.data.pack import pack_rows
-from qdpo.loss_rules import RULES
 from qdpo.model import fast, fetch
 from qdpo.model.base import load_tokenizer
+from qdpo.settings import layered
+from qdpo.settings.loss_rules import RULES
 from qdpo.train import prepare
 from qdpo.train.loop import run_training
 from qdpo.train.policy import load_policy
@@ -75,9 +75,9 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("qdpo-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    script = "import qdpo, sys; from qdpo.data.source import open_source; from qdpo import presets\n"
-    script += "rows = open_source('bundled:demo-train.jsonl', shipped=presets.shipped_folder()).rows.look_over()\n"
-    script += "print(qdpo.__file__, rows.count, *presets.preset_names())"
+    script = "import qdpo, sys; from qdpo.data.source import open_source; from qdpo.settings import layered\n"
+    script += "rows = open_source('bundled:demo-train.jsonl', shipped=layered.shipped_folder()).rows.look_over()\n"
+    script += "print(qdpo.__file__, rows.count, *layered.preset_names())"
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, check=True,
@@ -87,7 +87,7 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
 
 def test_packed_and_lean_equals_separate_and_plain_on_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2-135M in NF4, fp32: 8 bundled pairs in one row with every fast part, against 16 plain sequences."""
-    config = presets.resolve(["preset=demo", "model.dtype=fp32", "memory.kept_layers=10"]).config
+    config = layered.resolve(["preset=demo", "model.dtype=fp32", "memory.kept_layers=10"]).config
     base = fetch.locate_base(
         str(config.model.path), revision=None, cache_dir=cache_folder(config), announce=lambda line: None
     )
@@ -130,7 +130,7 @@ def test_every_loss_trains_the_demo_model(tmp_path: Path, name: str) -> None:
         "data.eval_limit=6", "data.limit=12", "samples.count=0", f"output.dir={tmp_path}",
     ]  # fmt: skip
     settings += ["loss.label_smoothing=0.1"] if name in ("exo_pair", "robust") else []
-    result = run_training(presets.resolve(settings), Quiet())
+    result = run_training(layered.resolve(settings), Quiet())
     metric, sign = MOVES.get(name, ("rewards/margins", 1))
     assert sign * (result["after"][metric] - result["before"][metric]) > 0.01
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from qdpo import presets
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from qdpo.train.meters import read_metrics
 from tests.conftest import ROOT, Quiet, arguments
@@ -144,7 +144,7 @@ def test_fifty_saves_keep_as_many_as_asked(settings: dict[str, str]) -> None:
     run = RunDir(Path(settings["output.dir"]) / "run")
     watcher = CountsCheckpoints(run.checkpoints)
     fifty = {"train__steps": "50", "train__save_every": "1", "train__keep_checkpoints": "2"}
-    run_training(presets.resolve(arguments(settings, **fifty)), watcher)
+    run_training(layered.resolve(arguments(settings, **fifty)), watcher)
     assert max(watcher.counts) == 2 and sorted(path.name for path in run.checkpoints.iterdir()) == [
         "step-000049", "step-000050",
     ]  # fmt: skip

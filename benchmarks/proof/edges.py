@@ -10,15 +10,17 @@ import torch
 
 from benchmarks.proof import settings
 from benchmarks.proof.items import Failed
-from qdpo import choice, memory, presets, shapes
-from qdpo.choice import Given, Lengths
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import OutOfMemoryError
-from qdpo.measure import build, fit, plan, steps
-from qdpo.memory import GIB, Row, Settings
+from qdpo.families import shapes
+from qdpo.families.shapes import Shape
+from qdpo.forecast import choose, memory, model_table, plan
+from qdpo.forecast.choose import Given, Lengths
+from qdpo.forecast.memory import GIB, Row, Settings
+from qdpo.measure import random_base, steps
 from qdpo.model import base
-from qdpo.presets import Resolved
-from qdpo.shapes import Shape
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
 from qdpo.train import fit as trying
 from qdpo.train import meters
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
@@ -33,8 +35,8 @@ def longest(job: dict[str, Any]) -> dict[str, Any]:
     stand = Stand(job, *words)
     # As `qdpo fit` says it, with its share to spare; and without any, for what this process may use.
     limit, _card = plan.usable(job["card_gib"], None, None)
-    promised = fit.longest_pair(stand.shape, Settings(rank=16, tile_mib=64), limit)
-    edge = fit.longest_pair(stand.shape, stand.run, stand.allowed)
+    promised = model_table.longest_pair(stand.shape, Settings(rank=16, tile_mib=64), limit)
+    edge = model_table.longest_pair(stand.shape, stand.run, stand.allowed)
     if job["tiny"]:
         promised = edge = 4 * settings.TINY_TOKENS
     if not stand.try_pair(promised):
@@ -53,7 +55,7 @@ def kept(job: dict[str, Any]) -> dict[str, Any]:
     words = ("memory.kept_layers=0", "memory.offload=false", "memory.embeddings=device", "memory.head_tile_mib=192")
     stand = Stand(job, *words)
     lengths, given = Lengths(rows, rows * 2 // 5, rows, rows * 2 / 5, 1), Given(rows, None, False, False)
-    planned = choice.choose(stand.shape, stand.run, lengths, given, limit=stand.allowed).run.kept_layers
+    planned = choose.choose(stand.shape, stand.run, lengths, given, limit=stand.allowed).run.kept_layers
     pair = [stand.pair(rows)]
     if not stand.fits(pair, planned):
         raise Failed(f"{planned} kept layers do not fit", {"planned_edge": planned, "measured_edge": None})
@@ -93,17 +95,17 @@ class Stand:
         self.device = base.choose_device(config.model.device, print)
         settings.check_card(job)
         dtype = base.choose_dtype(config.model.dtype, self.device, print)
-        architecture = build.config_for(str(config.model.path), None)
+        architecture = random_base.config_for(str(config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(config.model.path))
         _free, self.allowed = steps.hold_to_card(self.device, job["card_gib"], None, job["context_gib"])
         cuda = self.device.type == "cuda"
-        self.run = choice.settings_of(
-            presets.flat(config), optimizer="paged_adamw8bit" if cuda else "adamw8bit",
+        self.run = choose.settings_of(
+            layered.flat(config), optimizer="paged_adamw8bit" if cuda else "adamw8bit",
             element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda,
             offload=config.memory.offload is True and cuda, host_embeddings=config.memory.embeddings == "host",
         )  # fmt: skip
         torch.manual_seed(0)
-        model = build.random_base(
+        model = random_base.random_base(
             architecture, quantization=config.model.quantization, double_quant=config.model.double_quant,
             dtype=base.DTYPES[dtype], device=self.device,
         )  # fmt: skip

@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks.proof.items import OK, Options, Result
 from benchmarks.proof.records import Records
 from qdpo.errors import ConfigError
+from qdpo.forecast.preset_table import preset_table
 from qdpo.measure.bench import Measured, write_measured
-from qdpo.measure.table import preset_table
 
 BEFORE_NAME = "preset "
 FENCE = "```"

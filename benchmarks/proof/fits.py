@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.proof.items import OK, Item, Options, Result, Verdict
 from benchmarks.proof.records import Records
-from qdpo import presets
+from qdpo.settings import layered
 
 # The project's own bounds: forecast over measured peak, less one.
 LOWEST, HIGHEST = -0.03, 0.08
@@ -43,8 +43,8 @@ def items(options: Options, records: Records) -> Iterator[Item]:
         ALL_KEPT, 24, seven, "memory.kept_layers=all", f"memory.tokens_per_row={ROWS}", "train.pairs_per_step=16",
         "memory.head_tile_mib=192", longest=ROWS,
     )  # fmt: skip
-    for name in presets.preset_names():
-        if (card_gib := presets.card_gib(name)) is not None:
+    for name in layered.preset_names():
+        if (card_gib := layered.card_gib(name)) is not None:
             yield bench(f"preset {name}", card_gib, f"preset={name}")
     job = {"model": "Qwen/Qwen2.5-14B", "card_gib": 24, "context_gib": context, "rows": ROWS}
     yield Item(2, KEPT_EDGE, EDGES, "kept", {**options.job, **job}, expected_s=100)

@@ -16,7 +16,7 @@ from benchmarks.proof.items import OK, Item, Options, Verdict
 from benchmarks.proof.records import Records, source_mark
 from benchmarks.proof.runner import run_process, run_stage
 from benchmarks.rounds import ROOT
-from qdpo import presets
+from qdpo.settings import layered
 
 TITLES = {1: "right", 2: "fits", 3: "fast", 4: "against others", 5: "presets"}
 STAGES: dict[int, Any] = {1: right, 2: fits, 3: speed, 4: others}
@@ -56,7 +56,7 @@ def parse(words: list[str], help_text: str | None) -> argparse.Namespace:
     parser.add_argument("--trl-python")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--presets", type=Path, default=presets.shipped_folder())
+    parser.add_argument("--presets", type=Path, default=layered.shipped_folder())
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     return parser.parse_args(words)
 

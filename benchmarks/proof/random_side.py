@@ -11,11 +11,13 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.rounds import Parent
-from qdpo import choice, memory, presets, shapes
 from qdpo.data.tokens import TokenPair
-from qdpo.measure import build, steps
-from qdpo.memory import GIB
+from qdpo.families import shapes
+from qdpo.forecast import choose, memory
+from qdpo.forecast.memory import GIB
+from qdpo.measure import random_base, steps
 from qdpo.model import base
+from qdpo.settings import layered
 from qdpo.train import fit, meters, optim
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
 
@@ -23,7 +25,7 @@ from qdpo.train.policy import Loaded, make_policy, probe_pairs
 def main() -> None:
     parent = Parent()
     job = parent.job
-    config = presets.resolve(job["words"]).config
+    config = layered.resolve(job["words"]).config
     device = base.choose_device(config.model.device, print)
     allowed = fit.available(device)
     if job["allowed_gib"] is not None:
@@ -57,20 +59,20 @@ def _load(
     dtype = base.choose_dtype(config.model.dtype, device, print)
     architecture = AutoConfig.from_pretrained(job["shape"], local_files_only=True)
     shape = shapes.from_config(architecture.to_dict(), job["shape"])
-    optimizer, values = optim.choose_optimizer("auto", device, print), presets.flat(config)
+    optimizer, values = optim.choose_optimizer("auto", device, print), layered.flat(config)
     cuda = device.type == "cuda"
-    run = choice.settings_of(
+    run = choose.settings_of(
         values, optimizer=optimizer, element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda
     )
-    chosen = choice.choose(
-        shape, run, fit.lengths_of(pairs, config.train.pairs_per_step), choice.given_of(values, shape),
-        limit=allowed * choice.PLANNED_SHARE, host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
+    chosen = choose.choose(
+        shape, run, fit.lengths_of(pairs, config.train.pairs_per_step), choose.given_of(values, shape),
+        limit=allowed * choose.PLANNED_SHARE, host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
     )  # fmt: skip
     place = "host" if chosen.run.host_embeddings else "device"
     settings = (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place)
     found = dict(zip(fit.SETTINGS, settings, strict=True))
     torch.manual_seed(0)
-    model = build.random_base(
+    model = random_base.random_base(
         architecture, quantization="nf4", double_quant=True, dtype=base.DTYPES[dtype], device=device
     )
     loaded = make_policy(

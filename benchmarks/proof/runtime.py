@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.proof import settings
 from benchmarks.proof.items import NotApplicable, NotMeasured
-from qdpo import memory
+from qdpo.forecast import memory
+from qdpo.forecast.memory import GIB
 from qdpo.measure.bench import run_bench
-from qdpo.memory import GIB
 
 # Every kernel of a large model. Not the paged optimizer, whose states the driver counts and torch does not.
 WORDS = (

@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.proof.items import NotApplicable
-from qdpo import presets
-from qdpo.memory import GIB
-from qdpo.presets import Resolved
+from qdpo.forecast.memory import GIB
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
 
 TINY_TOKENS = 64
 TINY = {
@@ -26,7 +26,7 @@ def resolve(job: dict[str, Any], *words: str) -> Resolved:
     if job["tiny"]:
         more |= {"model.path": tiny_shape(), **TINY}
         words = tuple(word for word in words if word.partition("=")[0] not in more)
-    return presets.resolve([*words, *(f"{name}={value}" for name, value in more.items())])
+    return layered.resolve([*words, *(f"{name}={value}" for name, value in more.items())])
 
 
 def tiny_shape() -> Path:

@@ -15,11 +15,11 @@ from benchmarks.proof.items import OK, Item, Options, Result, Verdict
 from benchmarks.proof.lengths import PROFILES, Profile, pairs_of, tiny
 from benchmarks.proof.records import Records
 from benchmarks.shares import shares
-from qdpo import shapes
-from qdpo.config import RunConfig
-from qdpo.measure import build, steps
+from qdpo.families import shapes
+from qdpo.families.shapes import Shape
+from qdpo.measure import random_base, steps
 from qdpo.model import base
-from qdpo.shapes import Shape
+from qdpo.settings.schema import RunConfig
 from qdpo.train import meters, optim
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
 from qdpo.train.step import RowTooLarge
@@ -56,7 +56,7 @@ class Ready:
         resolved = settings.resolve(job, *words, "memory.head_tile_mib=192")
         device = base.choose_device(resolved.config.model.device, print)
         self.dtype = base.choose_dtype(resolved.config.model.dtype, device, print)
-        architecture = build.config_for(str(resolved.config.model.path), None)
+        architecture = random_base.config_for(str(resolved.config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(resolved.config.model.path))
         layers = self.shape.layers
         kept = {"all": layers, "half": layers // 2, "none": 0}[job["kept"]]
@@ -65,7 +65,7 @@ class Ready:
         self.config: RunConfig = resolved.config.model_copy(update={"memory": section, "train": train})
         self.rate = steps.matrix_rate(device, base.DTYPES[self.dtype])
         torch.manual_seed(0)
-        model = build.random_base(
+        model = random_base.random_base(
             architecture, quantization=self.config.model.quantization, double_quant=self.config.model.double_quant,
             dtype=base.DTYPES[self.dtype], device=device,
         )  # fmt: skip

@@ -19,10 +19,10 @@ from benchmarks.proof.lengths import PROFILES, lengths_of, tiny
 from benchmarks.proof.runtime import driver_says
 from benchmarks.rounds import Side, SideFailed
 from benchmarks.tiny import save_tiny_base
-from qdpo import memory
-from qdpo.measure import build
-from qdpo.measure.plan import OTHERS_GIB
-from qdpo.memory import GIB
+from qdpo.forecast import memory
+from qdpo.forecast.memory import GIB
+from qdpo.forecast.plan import OTHERS_GIB
+from qdpo.measure import random_base
 from qdpo.run import disk
 
 TRL_VERSION = "1.16.0"
@@ -52,7 +52,7 @@ def turns(job: dict[str, Any]) -> dict[str, Any]:
     work = Path(tempfile.mkdtemp(prefix="qdpo-turns-"))
     shape = settings.tiny_shape() if job["tiny"] else work / "shape"
     if not job["tiny"]:
-        build.config_of(job["model"]).save_pretrained(shape)
+        random_base.config_of(job["model"]).save_pretrained(shape)
     tokenizer = save_tiny_base(work / "tokenizer")
     size = profile.pairs_per_step
     texts = [

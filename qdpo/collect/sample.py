@@ -18,9 +18,9 @@ from qdpo.data.prompts import Prompt, encode_prompts, prompts_of
 from qdpo.data.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from qdpo.model.sampling import Draw, Drawn, bytes_an_answer, draw
-from qdpo.presets import shipped_folder
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
+from qdpo.settings.layered import shipped_folder
 from qdpo.train import fit
 
 MEMORY_SHARE = 0.8

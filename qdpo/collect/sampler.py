@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from qdpo import presets
-from qdpo.config import DataConfig
 from qdpo.data.origin import Origin
 from qdpo.data.templates import settle_template
 from qdpo.model import base, fetch, quant
@@ -15,6 +13,8 @@ from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
 from qdpo.run.disk import cache_folder
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
+from qdpo.settings import layered
+from qdpo.settings.schema import DataConfig
 from qdpo.train.policy import load_base
 from qdpo.train.reopen import reopen, tuned
 
@@ -36,7 +36,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
     Raises: ConfigError for settings, a model or an adapter that cannot be used; OutOfMemoryError if it does not fit.
     """
     given = any(argument.removeprefix("--").startswith("data.path=") for argument in arguments)
-    config = presets.resolve(arguments if given else [*arguments, "data.path=none-needed"]).config
+    config = layered.resolve(arguments if given else [*arguments, "data.path=none-needed"]).config
     settings, say = config.model, watcher.say
     if config.adapter.start is not None:
         check_adapter_folder(Path(config.adapter.start))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.config import DataConfig
 from qdpo.data.columns import PROMPTS
 from qdpo.data.encode import Encoder
 from qdpo.data.files import FileRows, data_files, missing_file
@@ -16,6 +15,7 @@ from qdpo.data.render import Renderer
 from qdpo.data.source import open_source
 from qdpo.data.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
 from qdpo.errors import DataError
+from qdpo.settings.schema import DataConfig
 
 TEXT_FILES = (".txt", ".md")
 COLUMNS = (*PROMPTS, "messages")

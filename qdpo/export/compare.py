@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdpo.config import LossConfig
+from qdpo.settings.schema import LossConfig
 from qdpo.train.loss import rewards
 from qdpo.train.pairs import sum_pairs
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets
-from qdpo.config import RunConfig
 from qdpo.errors import ConfigError
 from qdpo.export.lora import Layer, read_lora
 from qdpo.export.shards import Stored, stored_tensors
@@ -19,6 +17,8 @@ from qdpo.model import base, fetch, quant
 from qdpo.model.quant import FourBit
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 
 MOE = re.compile(r"\.(experts|block_sparse_moe)\.")
 # Families whose linear layers are stored with inputs first.
@@ -83,7 +83,7 @@ def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
     Raises: ConfigError if the base is not what the run was trained on, or the adapter does not fit it.
     """
     kept = finished(run)
-    settings = presets.resolve_over(kept["settings"], "the run", []).config
+    settings = layered.resolve_over(kept["settings"], "the run", []).config
     place = _locate(run, kept, settings, say)
     deltas = read_lora(run.adapter).layers
     tensors = stored_tensors(place)

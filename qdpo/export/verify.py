@@ -23,12 +23,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from qdpo import __version__
-from qdpo.config import LossConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import reload
 from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
-from qdpo.loss_rules import needs_reference
 from qdpo.model import adapter, quant
 from qdpo.model.base import load_base
 from qdpo.model.logps import Head, head_logits, response_logps
@@ -36,6 +34,8 @@ from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
+from qdpo.settings.loss_rules import needs_reference
+from qdpo.settings.schema import LossConfig
 from qdpo.train.meters import give_back_memory
 from qdpo.train.rescore import choose
 

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo import __version__, choice, memory, presets, shapes
-from qdpo.choice import Choice, Lengths
+from qdpo import __version__
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.measure import build, steps
-from qdpo.memory import GIB, Settings
+from qdpo.families import shapes
+from qdpo.families.shapes import Shape
+from qdpo.forecast import choose, memory
+from qdpo.forecast.choose import Choice, Lengths
+from qdpo.forecast.memory import GIB, Settings
+from qdpo.measure import random_base, steps
 from qdpo.model import base
-from qdpo.presets import Resolved
-from qdpo.shapes import Shape
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
 from qdpo.train import fit, meters, optim
 from qdpo.train.policy import Loaded, make_policy, probe_pairs
 
@@ -67,17 +70,17 @@ def run_bench(
     config = resolved.config
     device = base.choose_device(config.model.device, say)
     dtype = base.choose_dtype(config.model.dtype, device, say)
-    settings = build.config_for(str(config.model.path), config.model.revision)
+    settings = random_base.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
     free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optim.choose_optimizer(config.train.optimizer, device, say)
-    values = presets.flat(config)
-    run = choice.settings_of(
+    values = layered.flat(config)
+    run = choose.settings_of(
         values, optimizer=optimizer_name, element=base.DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False
     )
     lengths = _lengths(longest or 2 * config.data.max_tokens, config.train.pairs_per_step)
-    chosen = choice.choose(
-        shape, run, lengths, choice.given_of(values, shape), limit=allowed * choice.PLANNED_SHARE,
+    chosen = choose.choose(
+        shape, run, lengths, choose.given_of(values, shape), limit=allowed * choose.PLANNED_SHARE,
         host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
     )  # fmt: skip
     if chosen.peak > allowed:
@@ -133,7 +136,7 @@ def _build(
     found = zip(fit.SETTINGS, (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place), strict=True)
     config = fit.settled(config, dict(found))
     torch.manual_seed(0)
-    model = build.random_base(
+    model = random_base.random_base(
         settings, quantization=config.model.quantization, double_quant=config.model.double_quant,
         dtype=base.DTYPES[dtype], device=device,
     )  # fmt: skip

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo import memory
-from qdpo.config import RunConfig
 from qdpo.data.pack import pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import needs_reference
-from qdpo.measure.plan import OTHERS_GIB
-from qdpo.memory import GIB
-from qdpo.shapes import Shape
+from qdpo.families.shapes import Shape
+from qdpo.forecast import memory
+from qdpo.forecast.memory import GIB
+from qdpo.forecast.plan import OTHERS_GIB
+from qdpo.settings.loss_rules import needs_reference
+from qdpo.settings.schema import RunConfig
 from qdpo.train import fit, optim
 from qdpo.train.feed import ReadyRow, ready
 from qdpo.train.policy import Loaded

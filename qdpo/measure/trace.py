@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.data.tokens import TokenPair
-from qdpo.measure import build
-from qdpo.memory import Row, Settings
+from qdpo.forecast.memory import Row, Settings
+from qdpo.measure import random_base
 from qdpo.model import adapter, attention, checkpoint, fast, paths, products
 from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
+from qdpo.settings.schema import LossConfig
 from qdpo.train.feed import ready
 from qdpo.train.step import backward_by_row
 
@@ -119,11 +119,11 @@ def trace_peak(config: Any, run: Settings, row: Row, *, targets: Sequence[str] =
     """
     device, dtype = torch.device("cpu"), {2: torch.bfloat16, 4: torch.float32}[run.element]
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, _as_on_cuda():
-        base = build.random_base(
+        base = random_base.random_base(
             config, quantization="nf4" if run.quantised else "none", double_quant=run.double_quant, dtype=dtype,
             device=device,
         )  # fmt: skip
-        with build.no_fake():
+        with random_base.no_fake():
             model = adapter.new_adapter(
                 base, rank=run.rank, alpha=run.rank, targets=list(targets), rslora=False, seed=0
             )
@@ -134,7 +134,7 @@ def trace_peak(config: Any, run: Settings, row: Row, *, targets: Sequence[str] =
         causal = model.get_base_model()
         policy = Policy(model, causal.base_model, Head.of(causal), device, "spans", run.tile_mib)
         assert paths.switch_attention(policy, attention.NAME)
-        with build.no_fake():
+        with random_base.no_fake():
             fast.install(model, device, weightless=True)
         layers = checkpoint.Layers(policy.backbone, host=_HostInputs(count) if run.offload else None)
         layers.keep(run.kept_layers)

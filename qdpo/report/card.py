@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qdpo import __version__, presets
-from qdpo.config import LossConfig
-from qdpo.loss_rules import RULES, needs_reference
-from qdpo.presets import Resolved
+from qdpo import __version__
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
+from qdpo.settings.loss_rules import RULES, needs_reference
+from qdpo.settings.schema import LossConfig
 
 # Of the names that the hub knows, those that open models carry.
 LICENSES = {
@@ -22,7 +23,7 @@ LICENSES = {
 def write_card(run: RunDir, resolved: Resolved) -> None:
     """Writes README.md into the run folder and its adapter folder, from run.json and result.json."""
     record, result, environment = (disk.read_json(path) for path in (run.record, run.result, run.environment))
-    text = card_text(record, result, presets.flat(resolved.config), environment)
+    text = card_text(record, result, layered.flat(resolved.config), environment)
     disk.write_text(run.card, text)
     disk.write_text(run.adapter / "README.md", text)
 

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from qdpo.config import DataConfig
 from qdpo.data.pair import Message
 from qdpo.data.prompts import Prompt, encode_prompts
 from qdpo.errors import DataError
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import stream
+from qdpo.settings.schema import DataConfig
 
 SIDES = ("base", "tuned")
 HELP = (

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import RENAMED
+from qdpo.settings.loss_rules import RENAMED
 
 PAGE = Path(__file__).with_name("metrics.md")
 

@@ -9,17 +9,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from qdpo import presets
-from qdpo.config import NEUTRAL, NOT_TRAJECTORY
 from qdpo.errors import ConfigError
-from qdpo.presets import Resolved
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
+from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY
 
 
 def trajectory_settings(resolved: Resolved) -> dict[str, Any]:
     """The settings that change the numbers of a run, as given."""
-    return {name: value for name, value in presets.flat(resolved.config).items() if name not in NOT_TRAJECTORY}
+    return {name: value for name, value in layered.flat(resolved.config).items() if name not in NOT_TRAJECTORY}
 
 
 def run_folder(resolved: Resolved) -> RunDir:
@@ -82,7 +82,7 @@ def model_files(folder: Path) -> list[Path]:
 def config_toml(resolved: Resolved, found: dict[str, Any]) -> str:
     """All settings as TOML, each with its origin as a comment; `found` holds the values that `auto` settings took."""
     lines, section = ["# Settings of this run. Each value's origin is behind it."], None
-    for name, value in presets.flat(resolved.config).items():
+    for name, value in layered.flat(resolved.config).items():
         table, _, field = name.rpartition(".")
         if table != section:
             lines += ["", f"[{table}]"]

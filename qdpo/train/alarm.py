@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qdpo.config import RunConfig
 from qdpo.diagnose.course import Course, Terms
 from qdpo.diagnose.rules import Finding, findings
+from qdpo.settings.schema import RunConfig
 
 
 class Alarm:

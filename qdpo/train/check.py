@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.config import RunConfig
 from qdpo.data import check, tokens
 from qdpo.data.check import DataReport
 from qdpo.data.notes import RowNote
@@ -14,6 +13,7 @@ from qdpo.errors import DataError
 from qdpo.model import fetch
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
+from qdpo.settings.schema import RunConfig
 from qdpo.train import prepare
 
 SHOWN = 3

@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
-from qdpo.config import RunConfig
 from qdpo.data import pair
 from qdpo.data.pair import Pair, Rejection
 from qdpo.data.reading import BadLine
@@ -15,6 +14,7 @@ from qdpo.data.split import chosen_prompts
 from qdpo.errors import ConfigError, DataError
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
+from qdpo.settings.schema import RunConfig
 from qdpo.train.prepare import open_sources
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.model.adapter import Policy
+from qdpo.settings.schema import LossConfig
 from qdpo.train.feed import Reference, ready
 from qdpo.train.loss import pair_losses, rewards
 from qdpo.train.metrics import counts, means, pair_sums

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo import choice, presets, shapes
-from qdpo.choice import Lengths
-from qdpo.config import RunConfig
 from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.memory import GIB
+from qdpo.families import shapes
+from qdpo.forecast import choose
+from qdpo.forecast.choose import Lengths
+from qdpo.forecast.memory import GIB
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 from qdpo.train.meters import give_back_memory
 from qdpo.train.policy import Loaded
 from qdpo.train.step import score
@@ -55,19 +57,19 @@ def choose_memory(
             "Leave it at auto."
         )
     cuda = device.type == "cuda"
-    values = presets.flat(config)
-    run = choice.settings_of(values, optimizer=optimizer, element=4 if dtype == "fp32" else 2, cuda=cuda, context=False)
+    values = layered.flat(config)
+    run = choose.settings_of(values, optimizer=optimizer, element=4 if dtype == "fp32" else 2, cuda=cuda, context=False)
     free = available(device)
     limit = _limit(config, free)
     lengths = lengths_of(pairs, config.train.pairs_per_step)
-    asked = choice.given_of(values, shape)
-    found = choice.choose(shape, run, lengths, asked, limit=limit, host_limit=HOST_SHARE * available(CPU))
+    asked = choose.given_of(values, shape)
+    found = choose.choose(shape, run, lengths, asked, limit=limit, host_limit=HOST_SHARE * available(CPU))
     if found.peak > limit:
-        ways = choice.ways_out(shape, run, lengths, asked, limit=limit, max_tokens=config.data.max_tokens)
+        ways = choose.ways_out(shape, run, lengths, asked, limit=limit, max_tokens=config.data.max_tokens)
         raise OutOfMemoryError(
             f"This run does not fit: it needs {found.peak / GIB:.1f} GiB at least, and {limit / GIB:.1f} GiB "
             f"of {device} can be planned for ({_of_what(free, given.limit_gib)}). Nothing was loaded. "
-            f"{choice.advice(ways)}"
+            f"{choose.advice(ways)}"
         )
     row = "one pair" if found.tokens_per_row == 0 else f"{found.tokens_per_row} tokens"
     say(
@@ -91,8 +93,8 @@ def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: tor
         return
     element = 4 if config.model.dtype == "fp32" else 2
     cuda = device.type == "cuda"
-    run = choice.settings_of(presets.flat(config), element=element, cuda=cuda, context=False)
-    needed, limit = choice.smallest_fixed_part(shape, run), _limit(config, available(device))
+    run = choose.settings_of(layered.flat(config), element=element, cuda=cuda, context=False)
+    needed, limit = choose.smallest_fixed_part(shape, run), _limit(config, available(device))
     if needed > limit:
         raise OutOfMemoryError(
             f"{config.model.path} does not fit: {needed / GIB:.1f} GiB at the least are taken before the first token, "
@@ -123,7 +125,7 @@ def after_failure(config: RunConfig, pairs: Sequence[TokenPair], state: dict[str
 def _limit(config: RunConfig, free: float) -> float:
     """Bytes that may be planned for."""
     given = config.memory.limit_gib
-    return (free if given is None else min(free, given * GIB)) * choice.PLANNED_SHARE
+    return (free if given is None else min(free, given * GIB)) * choose.PLANNED_SHARE
 
 
 def lengths_of(pairs: Sequence[TokenPair], pairs_per_step: int) -> Lengths:
@@ -135,8 +137,8 @@ def lengths_of(pairs: Sequence[TokenPair], pairs_per_step: int) -> Lengths:
 
 def _of_what(free: float, limit_gib: float | None) -> str:
     if limit_gib is not None and limit_gib * GIB < free:
-        return f"memory.limit_gib={limit_gib:g}, less {1 - choice.PLANNED_SHARE:.0%} to spare"
-    return f"{free / GIB:.1f} GiB are free, less {1 - choice.PLANNED_SHARE:.0%} to spare"
+        return f"memory.limit_gib={limit_gib:g}, less {1 - choose.PLANNED_SHARE:.0%} to spare"
+    return f"{free / GIB:.1f} GiB are free, less {1 - choose.PLANNED_SHARE:.0%} to spare"
 
 
 def _number(value: int | str) -> int | None:

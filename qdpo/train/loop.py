@@ -13,10 +13,10 @@ import torch
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model import adapter
-from qdpo.presets import Resolved
 from qdpo.run import disk, lock, record
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
+from qdpo.settings.layered import Resolved
 from qdpo.train import checkpoint, fit, optim, signals
 from qdpo.train.alarm import Alarm, terms
 from qdpo.train.checkpoint import Trained

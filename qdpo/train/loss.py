@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from qdpo.config import LossConfig
+from qdpo.settings.schema import LossConfig
 from qdpo.train.pairs import Pairs, join
 
 # e^80 is finite in float32; beyond it a divergence is constant, with gradient 0.

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.model.logps import TokenScores
 from qdpo.model.transfer import to_device
+from qdpo.settings.schema import LossConfig
 from qdpo.train.loss import rewards
 from qdpo.train.pairs import Pairs
 

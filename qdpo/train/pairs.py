@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdpo.config import LossConfig
 from qdpo.model.transfer import to_device
+from qdpo.settings.schema import LossConfig
 
 
 @dataclass(frozen=True)

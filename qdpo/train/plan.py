@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo.config import TrainConfig
 from qdpo.data.pack import pack_rows, step_indices
 from qdpo.data.tokens import TokenPair
 from qdpo.model.adapter import Policy
+from qdpo.settings.schema import TrainConfig
 from qdpo.train.step import score
 
 # Pairs that are timed for train.hours, and the share of the hours that is planned for: the rest is saving and samples.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from qdpo.config import RunConfig
 from qdpo.data.pack import PairRow
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
@@ -15,6 +14,7 @@ from qdpo.model import adapter, base, checkpoint, fast, paths, probe, quant
 from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
 from qdpo.run.record import file_record
+from qdpo.settings.schema import RunConfig
 from qdpo.train import reference
 from qdpo.train.feed import row_tensors
 

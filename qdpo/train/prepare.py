@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.config import DataConfig
 from qdpo.data import check, pair, source, split, templates, tokens
 from qdpo.data.layout import Layout
 from qdpo.data.limits import Limits
@@ -15,10 +14,11 @@ from qdpo.data.source import Source
 from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.tokens import Prepared
 from qdpo.errors import DataError
-from qdpo.presets import shipped_folder
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
+from qdpo.settings.layered import shipped_folder
+from qdpo.settings.schema import DataConfig
 
 MIB = 2**20
 

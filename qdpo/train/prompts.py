@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.config import DataConfig, SamplesConfig
 from qdpo.data.prompts import encode_prompts, read_prompts
 from qdpo.data.templates import settle_template
 from qdpo.data.tokens import TokenPair
+from qdpo.settings.schema import DataConfig, SamplesConfig
 
 # Where the last user turn begins and ends in the prompts of common templates.
 USER_TURNS = {

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from qdpo import presets
-from qdpo.config import RunConfig
 from qdpo.data.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.model import base, fetch
@@ -16,6 +14,8 @@ from qdpo.model.fetch import BaseFolder
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 from qdpo.train import fit, prepare
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.start import cache_folder
@@ -101,4 +101,4 @@ def _settings(kept: dict[str, Any], arguments: list[str], may_change: tuple[str,
         raise ConfigError(
             f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(may_change)} settings can."
         )
-    return presets.resolve_over(kept, "the run", arguments).config
+    return layered.resolve_over(kept, "the run", arguments).config

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from qdpo.config import SamplesConfig
 from qdpo.data.turns import excerpt
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import complete
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
+from qdpo.settings.schema import SamplesConfig
 from qdpo.train.meters import give_back_memory
 from qdpo.train.prompts import Prompt, question
 

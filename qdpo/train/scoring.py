@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow, pack_rows
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import Interrupted, VerificationError
-from qdpo.loss_rules import needs_reference
 from qdpo.run.watcher import Watcher
+from qdpo.settings.loss_rules import needs_reference
+from qdpo.settings.schema import LossConfig
 from qdpo.train.feed import Reference
 from qdpo.train.policy import Loaded
 from qdpo.train.reference import ReferenceCache

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from qdpo import __version__, presets
-from qdpo.config import RunConfig
+from qdpo import __version__
 from qdpo.data.store import PairStore, TokenPair
 from qdpo.data.templates import settle_template
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import couples_pairs, needs_reference
 from qdpo.model import adapter, base, fetch
 from qdpo.model.fetch import BaseFolder
-from qdpo.presets import Resolved
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
+from qdpo.settings.loss_rules import couples_pairs, needs_reference
+from qdpo.settings.schema import RunConfig
 from qdpo.train import fit, optim, prepare
 from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
@@ -86,7 +87,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, watcher)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
-    record.take_neutral(run, presets.flat(config))
+    record.take_neutral(run, layered.flat(config))
     train, held_out = prepare.load(run)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     config = fit.settled(config, disk.read_json(run.record)["found"])
@@ -122,7 +123,7 @@ def try_worst_row(job: Job) -> None:
         [*job.train, *job.held_out],
         tokens_per_row=job.scorer.tokens_per_row,
         kept_layers=kept,
-        may_lower=device.type == "cuda" and presets.flat(job.given)["memory.kept_layers"] == "auto",
+        may_lower=device.type == "cuda" and layered.flat(job.given)["memory.kept_layers"] == "auto",
         optimizer_bytes=state_bytes * sum(parameter.numel() for parameter in parameters),
         say=job.watcher.say,
     )
@@ -214,7 +215,7 @@ def _first_start(
         disk.write_text(new.config, record.config_toml(resolved, found))
         disk.write_json(new.environment, environment(device))
         content = {
-            "settings": presets.flat(resolved.config),
+            "settings": layered.flat(resolved.config),
             "preset": resolved.preset,
             "found": found,
             "base": {**dataclasses.asdict(folder), "folder": str(folder.folder)},

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow
 from qdpo.errors import NonFiniteError
-from qdpo.loss_rules import couples_pairs
 from qdpo.model.adapter import Policy
 from qdpo.model.forward import row_scores
 from qdpo.model.logps import TokenScores
 from qdpo.model.probe import RowTensors
+from qdpo.settings.loss_rules import couples_pairs
+from qdpo.settings.schema import LossConfig
 from qdpo.train.feed import ReadyRow, row_tensors
 from qdpo.train.loss import loss_slopes, pair_losses
 from qdpo.train.metrics import counts, means, pair_sums, token_sums

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import presets
 from qdpo.errors import ConfigError
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 
 STOPPED = (130, 143)
 
@@ -59,7 +59,7 @@ def plan_sweep(arguments: list[str]) -> Sweep:
 
     Raises: ConfigError with all problems; also where two combinations would be the same run, or nothing is varied.
     """
-    given = [(argument, presets.comma_values(argument)) for argument in arguments]
+    given = [(argument, layered.comma_values(argument)) for argument in arguments]
     varied = [argument.removeprefix("--").partition("=")[0] for argument, values in given if len(values) > 1]
     if not varied:
         raise ConfigError("Nothing to sweep: no setting has several values. Write them with commas: loss.beta=0.1,0.3.")
@@ -78,14 +78,14 @@ def plan_sweep(arguments: list[str]) -> Sweep:
 
 
 def _planned(words: list[str], differs: dict[str, str]) -> Planned:
-    resolved = presets.resolve(words)
+    resolved = layered.resolve(words)
     if resolved.config.output.name is not None:
         # One name for several runs: each gets the digits that a run without a name has.
         settings = str(sorted(record.trajectory_settings(resolved).items()))
         name = f"{resolved.config.output.name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
         words = [word for word in words if not word.removeprefix("--").startswith("output.name=")]
         words.append(f"output.name={name}")
-        resolved = presets.resolve(words)
+        resolved = layered.resolve(words)
     return Planned(words, differs, record.run_folder(resolved))
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qdpo import presets
 from qdpo.data.check import DataReport
 from qdpo.run.record import file_record
+from qdpo.settings import layered
 from qdpo.train.check import check_data
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
@@ -16,7 +16,7 @@ from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 @pytest.fixture
 def check(settings: dict[str, str], tmp_path: Path) -> Callable[..., DataReport]:
     def run(path: Path, **changes: str) -> DataReport:
-        config = presets.resolve(arguments(settings, data__path=str(path), **changes)).config
+        config = layered.resolve(arguments(settings, data__path=str(path), **changes)).config
         return check_data(config, Quiet(), tmp_path / "report.jsonl").report
 
     return run

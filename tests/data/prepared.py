@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qdpo import presets
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train import prepare
 from qdpo.train.prepare import PreparedData
 from tests.conftest import Quiet
@@ -57,7 +57,7 @@ def write(path: Path, content: Sequence[Row] | str | bytes) -> Path:
 
 def prepare_file(path: Path, tokenizer: Any, *settings: str) -> Outcome:
     """Prepares the file with these settings. Raises what a run would raise."""
-    config = presets.resolve(["model.path=none-needed", f"data.path={path}", *settings]).config
+    config = layered.resolve(["model.path=none-needed", f"data.path={path}", *settings]).config
     watcher, run = Quiet(), RunDir(Path(tempfile.mkdtemp(dir=path.parent)))
     found = prepare.prepare_data(config.data, tokenizer, seed=0, watcher=watcher)
     prepare.store(run, found)

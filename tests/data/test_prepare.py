@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qdpo import presets
 from qdpo.data import check
 from qdpo.data.origin import Origin
 from qdpo.data.store import Spool, TokenPair, load_pairs, save_pairs
 from qdpo.errors import ConfigError, DataError
+from qdpo.settings import layered
 from qdpo.train import prepare
 from tests.conftest import Quiet, qdpo, tiny_rows, write_jsonl
 
 
 def prepared(tokenizer, path, **settings):
     given = [f"data.{name}={value}" for name, value in settings.items()]
-    config = presets.resolve(["model.path=given", f"data.path={path}", *given]).config.data
+    config = layered.resolve(["model.path=given", f"data.path={path}", *given]).config.data
     watcher = Quiet()
     return prepare.prepare_data(config, tokenizer, seed=0, watcher=watcher), watcher.text
 
@@ -119,7 +119,7 @@ def test_the_report_counts_what_each_length_would_drop(chat_tokenizer, tmp_path)
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"prompt": f"q{n}", "chosen": "x" * n, "rejected": "no"} for n in range(1, 1500)]
     )
-    config = presets.resolve(["model.path=given", f"data.path={path}", "data.max_tokens=1024"]).config.data
+    config = layered.resolve(["model.path=given", f"data.path={path}", "data.max_tokens=1024"]).config.data
     found = prepare.read_data(config, chat_tokenizer, Quiet())
     limits = prepare.limits_of(config)
     report = check.make_report(

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qdpo import presets
 from qdpo.errors import DataError
+from qdpo.settings import layered
 from qdpo.train import prepare
 from qdpo.train.check import check_data
 from tests.conftest import Quiet, save_tiny_base, tiny_rows, write_jsonl
@@ -215,7 +215,7 @@ def test_data_check_warns_as_a_run_does_and_the_date_is_kept(tmp_path: Path) -> 
     model = tmp_path / "model"
     tokenizer_of("llama31").save_pretrained(model)
     path = write(tmp_path / "pairs.jsonl", rows_of("text"))
-    config = presets.resolve([f"model.path={model}", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}"]).config
+    config = layered.resolve([f"model.path={model}", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}"]).config
     checked = check_data(config, Quiet(), tmp_path / "report.jsonl")
     own, date = checked.report.warnings[-2:]
     assert "puts text of its own before every conversation" in own and "writes a date into prompts" in date

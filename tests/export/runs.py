@@ -7,11 +7,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets
 from qdpo.model import quant
 from qdpo.model.base import DTYPES, load_base
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from tests.conftest import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def make_run(
 ) -> RunDir:
     """A run folder as training leaves it, as far as a merge reads it; the adapter is random."""
     words = [f"model.path={base}", f"model.quantization={quantization}", f"model.double_quant={double_quant}"]
-    resolved = presets.resolve([*words, *SETTINGS])
+    resolved = layered.resolve([*words, *SETTINGS])
     run = RunDir(path)
     run.path.mkdir(parents=True)
     adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), **lora).save_pretrained(run.adapter)
@@ -50,7 +50,7 @@ def make_run(
     if quantization != "none":
         marks = quant.layer_marks(four_bit(base, quantization, double_quant, dtype))
     content = {
-        "settings": presets.flat(resolved.config),
+        "settings": layered.flat(resolved.config),
         "found": {"model.dtype": dtype},
         "base": {"commit": None},
         "files": {str(file.resolve()): record.file_record(file) for file in record.model_files(base)},

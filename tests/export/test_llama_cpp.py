@@ -11,15 +11,15 @@ import transformers as hf
 from peft import PeftModel
 from tokenizers import Tokenizer, models, trainers
 
-from qdpo.config import RunConfig
 from qdpo.export import gguf_adapter, gguf_model
 from qdpo.export.trained import TrainedRun
 from qdpo.export.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
 from qdpo.model import fetch
 from qdpo.model.base import load_tokenizer
-from qdpo.presets import resolve
 from qdpo.run.disk import cache_folder
 from qdpo.run.folder import RunDir
+from qdpo.settings.layered import resolve
+from qdpo.settings.schema import RunConfig
 from tests.conftest import tiny_tokenizer
 from tests.export.made import WRITABLE, load, logits, pieces_tokenizer, save_adapter, save_base
 from tests.export.native import ask, installed

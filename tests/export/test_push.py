@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from qdpo import presets
+from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, tiny_tokenizer, write_jsonl
 from tests.export.made import save_merged
@@ -35,7 +35,7 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output.name": "run",
         "cache.dir": str(place / "cache"),
     }
-    run_training(presets.resolve(arguments(settings)), Quiet())
+    run_training(layered.resolve(arguments(settings)), Quiet())
     return place / "run"
 
 

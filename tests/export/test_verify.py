@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qdpo import presets
 from qdpo.cli import app
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import verify
@@ -18,6 +17,7 @@ from qdpo.export.compare import TIE, Tally, distance
 from qdpo.export.merge import merge_run
 from qdpo.export.prove import Options, check_again, merge_proved
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from tests.conftest import Quiet, save_tiny_base, tiny_rows, write_jsonl
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         "train.learning_rate=1e-3", "train.pairs_per_step=4", f"output.dir={folder}", "output.name=run",
         f"cache.dir={folder / 'cache'}",
     ]  # fmt: skip
-    run_training(presets.resolve(words), Quiet())
+    run_training(layered.resolve(words), Quiet())
     return RunDir(folder / "run")
 
 

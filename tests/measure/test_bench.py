@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from qdpo import presets
 from qdpo.measure import bench
+from qdpo.settings import layered
 from tests.conftest import qdpo
 
 NUMBERS: dict[str, Any] = {
@@ -58,10 +58,10 @@ def test_a_limit_below_the_forecast_builds_nothing(folder: Path, tmp_path: Path)
 
 def test_figures_go_into_the_presets_table(tmp_path: Path) -> None:
     path = tmp_path / "7b-8gb.toml"
-    path.write_text(presets.preset_text("7b-8gb"))
+    path.write_text(layered.preset_text("7b-8gb"))
     for measured in (MEASURED, replace(MEASURED, peak_gib=6.77)):
         assert bench.write_measured("7b-8gb", measured, tmp_path) == path
-    settings, table = tomllib.loads(path.read_text()), tomllib.loads(presets.preset_text("7b-8gb"))
+    settings, table = tomllib.loads(path.read_text()), tomllib.loads(layered.preset_text("7b-8gb"))
     written = settings.pop("measured")
     table.pop("measured")
     assert settings == table

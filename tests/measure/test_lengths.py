@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from qdpo import presets
-from qdpo.config import RunConfig
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import DataError
-from qdpo.measure import lengths
-from qdpo.measure.lengths import Known
+from qdpo.forecast import lengths
+from qdpo.forecast.lengths import Known
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
 from qdpo.train.prepare import prepare_data, read_pairs
 from tests.conftest import NOUNS, Quiet, tiny_rows, tiny_tokenizer, write_jsonl
 
@@ -29,7 +29,7 @@ def config_of(model: Path, rows: list[dict[str, Any]], tmp_path: Path, **changes
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     changes = {"data__template": "plain", **changes}
     words = [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
-    return presets.resolve([f"model.path={model}", f"data.path={path}", *words]).config
+    return layered.resolve([f"model.path={model}", f"data.path={path}", *words]).config
 
 
 def both(model: Path, rows: list[dict[str, Any]], tmp_path: Path, **changes: str) -> tuple[Known, list[TokenPair]]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdpo import presets
 from qdpo.data.tokens import TokenPair, save_pairs
 from qdpo.errors import ConfigError
-from qdpo.measure.plan import Plan, make_plan
-from qdpo.memory import GIB
+from qdpo.forecast.memory import GIB
+from qdpo.forecast.plan import Plan, make_plan
 from qdpo.run import record
+from qdpo.settings import layered
 from tests.conftest import qdpo, tiny_rows, write_jsonl
 
 FIXED = ("memory.tokens_per_row=4096", "memory.kept_layers=4", "memory.offload=false", "memory.embeddings=device")
@@ -28,7 +28,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(*words: str, **options: Any) -> Plan:
-    return make_plan(presets.resolve(list(words)), **options)
+    return make_plan(layered.resolve(list(words)), **options)
 
 
 def long_rows() -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -
     text = qdpo(*words, cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     numbers = json.loads(qdpo(*words, "--json", cwd=tmp_path).stdout)
     imported = {line.rpartition("|")[2].strip() for line in text.stderr.splitlines()}
-    assert text.returncode == 0 and "qdpo.measure.plan" in imported and not imported & {"torch", "transformers"}
+    assert text.returncode == 0 and "qdpo.forecast.plan" in imported and not imported & {"torch", "transformers"}
     causes = numbers["by_cause_bytes"]
     assert {"4-bit base", "optimizer", "kept layers", "CUDA context"} <= causes.keys()
     for name, value in causes.items():
@@ -54,11 +54,11 @@ def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("name", presets.preset_names())
+@pytest.mark.parametrize("name", layered.preset_names())
 def test_every_preset_fits_its_card(name: str) -> None:
     found = plan(f"preset={name}")
     assert found.fits and found.ways == []
-    assert found.card_gib == presets.card_gib(name) or found.card == "cpu"
+    assert found.card_gib == layered.card_gib(name) or found.card == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_card_or_its_memory_is_enough() -> None:
 
 
 def test_prepared_pairs_are_used_as_they_are() -> None:
-    resolved = presets.resolve(["preset=7b-24gb"])
+    resolved = layered.resolve(["preset=7b-24gb"])
     assert make_plan(resolved).known.how.startswith("assumed: pairs up to 4,096 tokens")
     sizes = [(100, 20, 30), (7, 300, 400), (50, 1, 2)] * 11 + [(7, 500, 300)]
     pairs = [TokenPair(*(np.arange(n, dtype=np.int32) for n in parts), row) for row, parts in enumerate(sizes)]

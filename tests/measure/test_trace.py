@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from qdpo import memory
-from qdpo.measure import build, trace
-from qdpo.memory import Row, Settings
+from qdpo.families.shapes import FAMILIES, Shape, from_config
+from qdpo.forecast import memory
+from qdpo.forecast.memory import Row, Settings
+from qdpo.measure import random_base, trace
 from qdpo.model.quant import stored_tensors
-from qdpo.shapes import FAMILIES, Shape, from_config
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 RUNS = [
@@ -71,7 +71,7 @@ def test_inputs_that_wait_on_the_host_are_counted_there() -> None:
 def test_the_fixed_part_is_what_real_tensors_take() -> None:
     """The same architecture built with real random weights, every storage counted once."""
     config = family_config("llama", num_hidden_layers=2)
-    model = build.random_base(
+    model = random_base.random_base(
         config, quantization="nf4", double_quant=True, dtype=torch.bfloat16, device=torch.device("cpu")
     )
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in stored_tensors(model)}

@@ -136,7 +136,7 @@ def test_inputs_on_the_host_change_nothing() -> None:
 
 def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str, str]) -> None:
     """Never compared with each other: both with fp32."""
-    from qdpo import presets
+    from qdpo.settings import layered
     from qdpo.train.policy import load_policy
     from tests.conftest import arguments
     from tests.train.test_step import make
@@ -149,7 +149,7 @@ def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str
                 if not parts:
                     patch.setattr(fast, "install", lambda peft, device: fast.Installed())
                 words = arguments(settings, model__quantization="nf4", model__dtype=dtype)
-                config = presets.resolve(words).config
+                config = layered.resolve(words).config
                 policy = load_policy(
                     config, Path(str(config.model.path)), device=CPU, dtype=dtype, probe_with=made[:2],
                     say=lambda line: None,

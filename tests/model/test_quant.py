@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdpo.config import RunConfig
 from qdpo.data.pack import PairRow
 from qdpo.data.tokens import TokenPair
 from qdpo.model import quant
 from qdpo.model.base import load_base
+from qdpo.settings.schema import RunConfig
 from qdpo.train.policy import Loaded, load_policy
 from qdpo.train.step import score
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qdpo import presets
 from qdpo.errors import ConfigError
 from qdpo.report.facts import read_facts
 from qdpo.report.page import run_page, write_report
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from tests.conftest import ROOT, Quiet, qdpo, tiny_rows, write_jsonl
 
@@ -40,7 +40,7 @@ def made_run(tiny_base: Path, folder: Path, **more: object) -> Path:
         "samples.max_new_tokens": 6, "output.dir": folder, "output.name": "run", "cache.dir": folder / "cache",
         **more,
     }  # fmt: skip
-    run_training(presets.resolve([f"{name}={value}" for name, value in settings.items()]), Quiet())
+    run_training(layered.resolve([f"{name}={value}" for name, value in settings.items()]), Quiet())
     run = RunDir(folder / "run")
     lines = [{**line, "after": HOSTILE, "prompt": f"<|im_start|>user\n{HOSTILE}<|im_end|>\n"}
              for line in disk.read_lines(run.samples)]  # fmt: skip

@@ -93,12 +93,12 @@ def test_layers_are_given_up_until_the_longest_row_fits(
 
 
 def make_loaded(settings: dict[str, str]) -> tuple[Any, Any]:
-    from qdpo import presets
+    from qdpo.settings import layered
     from qdpo.train.policy import load_policy
     from tests.conftest import arguments
 
     _, pairs = make(settings)
-    config = presets.resolve(arguments(settings)).config
+    config = layered.resolve(arguments(settings)).config
     loaded = load_policy(
         config, Path(str(config.model.path)), device=torch.device("cpu"), dtype="fp32", probe_with=pairs[:2],
         say=lambda line: None,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdpo.config import LossConfig
-from qdpo.loss_rules import RULES
+from qdpo.settings.loss_rules import RULES
+from qdpo.settings.schema import LossConfig
 from qdpo.train.loss import LOSSES, loss_slopes, pair_losses, rewards
 from qdpo.train.pairs import Pairs, join, sum_pairs
 from tests.conftest import ROOT

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from qdpo.config import LossConfig
 from qdpo.data.pack import pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
+from qdpo.settings.schema import LossConfig
 from qdpo.train import loop
 from qdpo.train.feed import ready
 from qdpo.train.recover import HALVES, NAMES, SIDED, SINGLE, WHOLE, Recovery, split

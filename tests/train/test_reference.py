@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdpo import presets
 from qdpo.data.tokens import TokenPair
 from qdpo.errors import DiskError, VerificationError
 from qdpo.run import record
+from qdpo.settings import layered
 from qdpo.train import reference, signals
 from qdpo.train.reference import ReferenceCache
 from qdpo.train.start import Job, open_run
@@ -254,7 +254,7 @@ def test_a_read_only_folder(unprivileged: Path, before: str) -> None:
 def opened(settings: dict[str, str], **changes: str) -> Iterator[tuple[Job, Quiet]]:
     """A run just before its reference pass."""
     watcher = Quiet()
-    resolved = presets.resolve(arguments(settings, **changes))
+    resolved = layered.resolve(arguments(settings, **changes))
     with signals.listen(watcher.say) as stop:
         job = open_run(resolved, record.run_folder(resolved), watcher, stop)
         try:

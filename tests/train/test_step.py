@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo import presets
-from qdpo.config import LossConfig
 from qdpo.data.pack import PairRow, pack_rows, step_indices
 from qdpo.data.tokens import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
-from qdpo.loss_rules import RULES, needs_reference
 from qdpo.model import adapter
 from qdpo.run.folder import RunDir
+from qdpo.settings import layered
+from qdpo.settings.loss_rules import RULES, needs_reference
+from qdpo.settings.schema import LossConfig
 from qdpo.train import optim
 from qdpo.train.feed import Feed, ready
 from qdpo.train.meters import read_metrics
@@ -99,7 +99,7 @@ def test_twenty_steps_equal_the_plain_implementation(
 
 def make(settings: dict[str, str]) -> tuple[Any, list[TokenPair]]:
     """A policy with an untouched adapter, and pairs of ids that mean nothing."""
-    config = presets.resolve(arguments(settings)).config
+    config = layered.resolve(arguments(settings)).config
     rng = np.random.default_rng(0)
     pairs = [
         TokenPair(*(rng.integers(5, 300, rng.integers(3, 20), dtype=np.int32) for _ in range(3)), n)
@@ -347,7 +347,7 @@ def test_schedules() -> None:
 
 
 def test_plans(settings: dict[str, str]) -> None:
-    train = presets.resolve(arguments(settings)).config.train
+    train = layered.resolve(arguments(settings)).config.train
     assert plan_steps(train, 30).steps == 8 and plan_steps(train, 30).total_pairs == 30
     assert plan_steps(train.model_copy(update={"epochs": 2.5}), 30).total_pairs == 75
     assert plan_steps(train.model_copy(update={"steps": 3}), 30).total_pairs == 12

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qdpo import presets
 from qdpo.errors import ConfigError
+from qdpo.settings import layered
 from qdpo.train.sweep import plan_sweep
 from tests.conftest import arguments, qdpo, start_qdpo
 
@@ -50,13 +50,13 @@ def test_a_sweep_is_checked_before_the_first_run(given: list[str], said: str) ->
 @pytest.mark.parametrize("given", ["loss.beta=0.1,0.2", "preset=demo,7b-24gb", "adapter.targets=q_proj,v_proj"])
 def test_a_comma_in_a_run_points_to_sweep(given: str) -> None:
     with pytest.raises(ConfigError, match=f"{given} has a comma. `qdpo sweep`"):
-        presets.resolve([*TINY, given])
+        layered.resolve([*TINY, given])
 
 
 def test_a_comma_in_a_file_name_is_one(tmp_path: Path) -> None:
     (tmp_path / "a,b.jsonl").touch()
-    assert presets.resolve(["model.path=m", f"data.path={tmp_path}/a,b.jsonl"]).config.data.path
-    assert presets.resolve([*TINY, "output.name=mine, new"]).config.output.name == "mine, new"  # not there yet
+    assert layered.resolve(["model.path=m", f"data.path={tmp_path}/a,b.jsonl"]).config.data.path
+    assert layered.resolve([*TINY, "output.name=mine, new"]).config.output.name == "mine, new"  # not there yet
 
 
 def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from accelerate import tracking
 
-from qdpo import presets
 from qdpo.errors import ConfigError
 from qdpo.run.disk import read_json
 from qdpo.run.record import run_folder
+from qdpo.settings import layered
 from qdpo.train.meters import read_metrics
 from tests.conftest import Quiet, arguments, qdpo
 
@@ -111,5 +111,5 @@ def test_a_missing_package_is_said_before_anything_is_made(
 
 def test_a_tracker_changes_no_run(settings: dict[str, str]) -> None:
     del settings["output.name"]
-    folders = {run_folder(presets.resolve(arguments(settings, track__to=to))).path for to in ("none", "wandb")}
+    folders = {run_folder(layered.resolve(arguments(settings, track__to=to))).path for to in ("none", "wandb")}
     assert len(folders) == 1

@@ -6,8 +6,8 @@ at its memory bandwidth, and the host's time to launch it all.
 
 from dataclasses import dataclass
 
-from qdpo.memory import Row, Settings
-from qdpo.shapes import Shape
+from qdpo.families.shapes import Shape
+from qdpo.forecast.memory import Row, Settings
 
 
 @dataclass(frozen=True)

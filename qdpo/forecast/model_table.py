@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from qdpo import choice, memory, timing
-from qdpo.choice import Given, Lengths
-from qdpo.memory import GIB, Settings
-from qdpo.shapes import KNOWN, Shape
+from qdpo.families.shapes import KNOWN, Shape
+from qdpo.forecast import choose, memory, timing
+from qdpo.forecast.choose import Given, Lengths
+from qdpo.forecast.memory import GIB, Settings
 
 # One or two models of each size, 1B to 32B.
 MODELS = (
@@ -43,7 +43,7 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
     run = Settings(rank=rank, tile_mib=64)
     most = longest_pair(shape, run, limit)
     lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
-    found = choice.choose(shape, run, lengths, Given(), limit=limit)
+    found = choose.choose(shape, run, lengths, Given(), limit=limit)
     if found.peak > limit:
         return Fit(name, most, None, None, shape.layers, False, False, None, None)
     budget = min(found.tokens_per_row, lengths.step)
@@ -62,7 +62,7 @@ def longest_pair(shape: Shape, run: Settings, limit: float) -> int:
 
     def fits(tokens: int) -> bool:
         lengths = Lengths(tokens, tokens * 2 // 5, tokens, tokens * 2 / 5, 1)
-        return choice.choose(shape, run, lengths, Given(kept=0), limit=limit).peak <= limit
+        return choose.choose(shape, run, lengths, Given(kept=0), limit=limit).peak <= limit
 
     low, high = 0, MOST_TOKENS // 64
     while low < high:

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo import choice, memory, presets, shapes, timing
-from qdpo.choice import Choice, Lengths, Way
-from qdpo.config import RunConfig
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import couples_pairs, needs_reference
-from qdpo.measure import lengths
-from qdpo.measure.lengths import Known
-from qdpo.memory import GIB, Settings
-from qdpo.presets import Resolved
+from qdpo.families import shapes
+from qdpo.families.shapes import Shape
+from qdpo.forecast import choose, lengths, memory, timing
+from qdpo.forecast.choose import Choice, Lengths, Way
+from qdpo.forecast.lengths import Known
+from qdpo.forecast.memory import GIB, Settings
 from qdpo.run import record
-from qdpo.shapes import Shape
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved
+from qdpo.settings.loss_rules import couples_pairs, needs_reference
+from qdpo.settings.schema import RunConfig
 
 OTHERS_GIB = 0.7
 """What a desktop holds of a card, in GiB, where nothing else is said."""
@@ -84,24 +85,24 @@ def make_plan(
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
     cuda = config.model.device != "cpu"
     card, gib, others = _card(resolved, card, gpu_gib, others_gib, cuda)
-    values = presets.flat(config)
+    values = layered.flat(config)
     optimizer = str(config.train.optimizer)
     if optimizer == "auto":
         optimizer = "paged_adamw8bit" if cuda else "adamw8bit"
     element = 4 if config.model.dtype == "fp32" else 2
-    run = choice.settings_of(values, optimizer=optimizer, element=element, cuda=cuda)
+    run = choose.settings_of(values, optimizer=optimizer, element=element, cuda=cuda)
     known = _known(resolved, read_data)
-    limit = (gib - others) * GIB * choice.PLANNED_SHARE
-    smallest = choice.smallest_fixed_part(shape, run)
+    limit = (gib - others) * GIB * choose.PLANNED_SHARE
+    smallest = choose.smallest_fixed_part(shape, run)
     if limit < smallest:
         raise ConfigError(
             f"{gib:g} GiB less {others:g} GiB for other programs is below what {config.model.path} takes before its "
             f"first token, {smallest / GIB:.1f} GiB at the least. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
             "lists what fits)."
         )
-    given = choice.given_of(values, shape)
-    chosen = choice.choose(shape, run, known.lengths, given, limit=limit)
-    ways = [] if chosen.peak <= limit else choice.ways_out(
+    given = choose.given_of(values, shape)
+    chosen = choose.choose(shape, run, known.lengths, given, limit=limit)
+    ways = [] if chosen.peak <= limit else choose.ways_out(
         shape, run, known.lengths, given, limit=limit, max_tokens=config.data.max_tokens
     )  # fmt: skip
     steps, tokens = _steps(config, known)
@@ -123,7 +124,7 @@ def _card(
         available = psutil.virtual_memory().available / GIB
         return "cpu", gib if gib is not None else available, 0.0 if others is None else others
     if gib is None:
-        gib = timing.CARDS[card].gib if card else resolved.config.memory.limit_gib or presets.card_gib(resolved.preset)
+        gib = timing.CARDS[card].gib if card else resolved.config.memory.limit_gib or layered.card_gib(resolved.preset)
     if gib is None:
         raise ConfigError("How much memory has the card? Give --gpu-gib=N, --card=NAME, or a preset.")
     return card or timing.card_for(gib), gib, OTHERS_GIB if others is None else others
@@ -131,14 +132,14 @@ def _card(
 
 def _check_card(card: str | None) -> None:
     if card is not None and card not in timing.CARDS:
-        raise ConfigError(f"--card={card} is not known. {presets.nearest(card, list(timing.CARDS))}")
+        raise ConfigError(f"--card={card} is not known. {layered.nearest(card, list(timing.CARDS))}")
 
 
 def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[float, str]:
     """Bytes of a card that can be planned for, and the card's name. Raises: ConfigError for an unknown card."""
     _check_card(card)
     others = OTHERS_GIB if others_gib is None else others_gib
-    return (gib - others) * GIB * choice.PLANNED_SHARE, card or timing.card_for(gib)
+    return (gib - others) * GIB * choose.PLANNED_SHARE, card or timing.card_for(gib)
 
 
 def _known(resolved: Resolved, read_data: bool) -> Known:
@@ -224,7 +225,7 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     """The plan as text."""
     chosen, run = plan.chosen, plan.chosen.run
     say(f"model   {plan.model} ({plan.shape_from})")
-    spare = f"{1 - choice.PLANNED_SHARE:.0%} to spare"
+    spare = f"{1 - choose.PLANNED_SHARE:.0%} to spare"
     if plan.card == "cpu":
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")
     else:
@@ -255,7 +256,7 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     if plan.fits:
         say(f"FITS: {chosen.peak / GIB:.1f} GiB at the peak, {free}")
     else:
-        say(f"DOES NOT FIT: {chosen.peak / GIB:.1f} GiB at the least, {free}. {choice.advice(plan.ways)}")
+        say(f"DOES NOT FIT: {chosen.peak / GIB:.1f} GiB at the least, {free}. {choose.advice(plan.ways)}")
 
 
 def _duration(seconds: float) -> str:

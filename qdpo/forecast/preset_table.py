@@ -4,9 +4,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from qdpo import presets
-from qdpo.measure.plan import make_plan
-from qdpo.memory import GIB
+from qdpo.forecast.memory import GIB
+from qdpo.forecast.plan import make_plan
+from qdpo.settings import layered
 
 
 def preset_table(folder: Path | None = None) -> list[str]:
@@ -15,10 +15,10 @@ def preset_table(folder: Path | None = None) -> list[str]:
     `folder` holds the presets' files whose figures are shown; default: those that ship.
     """
     rows = [("preset", "card", "longest pair", "rows", "layers kept", "forecast", "measured", "model")]
-    for name in presets.preset_names():
-        file = presets.preset_text(name) if folder is None else (folder / f"{name}.toml").read_text(encoding="utf-8")
+    for name in layered.preset_names():
+        file = layered.preset_text(name) if folder is None else (folder / f"{name}.toml").read_text(encoding="utf-8")
         text = tomllib.loads(file)
-        plan = make_plan(presets.resolve([f"preset={name}"]), gpu_gib=presets.card_gib(name) or 24, read_data=False)
+        plan = make_plan(layered.resolve([f"preset={name}"]), gpu_gib=layered.card_gib(name) or 24, read_data=False)
         rows.append(
             (
                 name, text["card"], f"{plan.known.lengths.longest:,}", f"{plan.chosen.tokens_per_row:,}",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qdpo.diagnose.rules import RULES as FINDINGS
-from qdpo.loss_rules import RULES, default_beta, loss_problems, needs_reference
+from qdpo.settings.loss_rules import RULES, default_beta, loss_problems, needs_reference
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

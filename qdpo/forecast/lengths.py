@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from qdpo.choice import Lengths
-from qdpo.config import RunConfig
 from qdpo.data import pair, source, tokens
 from qdpo.data.limits import Limits
 from qdpo.data.pair import Pair
 from qdpo.errors import DataError
-from qdpo.presets import shipped_folder
+from qdpo.forecast.choose import Lengths
 from qdpo.run.folder import RunDir
+from qdpo.settings.layered import shipped_folder
+from qdpo.settings.schema import RunConfig
 
 SAMPLE = 1000
 """Rows that are tokenised, and at most twice as many of the longest."""

@@ -9,7 +9,7 @@ Letters: T tokens of a row · N of them in answers · G keys (prompts count twic
 
 from dataclasses import dataclass
 
-from qdpo.shapes import Shape
+from qdpo.families.shapes import Shape
 
 GIB = 2**30
 # Weights and their float32 gradients, per trained number; the optimizer's two states come on top.

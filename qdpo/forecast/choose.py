@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdpo import memory, timing
-from qdpo.memory import GIB, Row, Settings
-from qdpo.shapes import Shape
+from qdpo.families.shapes import Shape
+from qdpo.forecast import memory, timing
+from qdpo.forecast.memory import GIB, Row, Settings
 
 ROWS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
 # On CPUs longer rows gain nothing.

@@ -14,10 +14,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from qdpo.config import RunConfig, Section, problems_across
 from qdpo.errors import ConfigError
-from qdpo.loss_rules import RENAMED
-from qdpo.refusal import explain
+from qdpo.settings.bad_value import explain
+from qdpo.settings.loss_rules import RENAMED
+from qdpo.settings.schema import RunConfig, Section, problems_across
 
 # Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
 # long.
@@ -57,8 +57,9 @@ class Resolved:
 
 def shipped_folder() -> Path:
     """Presets and bundled pairs: inside the installed package, or beside it in a clone."""
-    packaged = Path(__file__).parent / "_shipped"
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "presets"
+    package = Path(__file__).parents[1]
+    packaged = package / "_shipped"
+    return packaged if packaged.is_dir() else package.parent / "presets"
 
 
 def preset_names() -> list[str]:

@@ -12,9 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from qdpo import shapes
+from qdpo.families import shapes
+from qdpo.families.shapes import FAMILY_OF, KNOWN
 from qdpo.model import attention, base, quant
-from qdpo.shapes import FAMILY_OF, KNOWN
 
 
 def config_of(name: str, *, layers: int | None = None) -> Any:
