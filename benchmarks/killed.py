@@ -218,7 +218,7 @@ def main(words: list[str]) -> None:
     assert dashes == "--", words
     folder = next(word.partition("=")[2] for word in command if word.startswith("output.dir="))
     killer = arm(instant, int(count), folder)
-    from qdpo.cli import main as qdpo
+    from qdpo.cli.main import main as qdpo
 
     sys.argv = ["qdpo", *command]
     try:

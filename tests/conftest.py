@@ -179,7 +179,7 @@ def train(settings: dict[str, str]) -> Callable[..., tuple[dict[str, Any], Quiet
 def qdpo(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line, in a process of its own, in an environment without a hub."""
     return subprocess.run(
-        [sys.executable, "-m", "qdpo.cli", *words],
+        [sys.executable, "-m", "qdpo", *words],
         cwd=cwd,
         env={**AS_USER, **environment},
         capture_output=True,
@@ -191,6 +191,6 @@ def qdpo(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 def start_qdpo(*words: str, cwd: Path) -> subprocess.Popen[str]:
     """The same, not waited for, and in a process group of its own, as a terminal starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", *words], cwd=cwd, env=AS_USER, text=True, start_new_session=True,
+        [sys.executable, "-m", "qdpo", *words], cwd=cwd, env=AS_USER, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

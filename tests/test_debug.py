@@ -11,13 +11,13 @@ from tests.conftest import ROOT, arguments
 # Runs the command line with one function broken.
 BROKEN = """
 import sys
-from qdpo import cli
+from qdpo.cli.main import main
 from qdpo.train import {module}
 def broken(*arguments, **more):
     raise RuntimeError("something odd\\nwith hf_abcdefghijklmnop in it")
 {module}.{name} = broken
 sys.argv = ["qdpo", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 

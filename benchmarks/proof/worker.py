@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.proof import items
 from benchmarks.rounds import Parent
 from qdpo import errors
-from qdpo.cli_measure import quiet_libraries
+from qdpo.cli.common import quiet_libraries
 
 
 def main() -> None:

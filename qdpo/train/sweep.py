@@ -113,7 +113,7 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> tuple[list[Ended], in
                 continue
             say(f"\nrun {number} of {len(sweep.runs)}: {words_of(planned.differs)} → {planned.run.path}")
             # -P: nothing in the user's folder may stand for a library.
-            stop.process = subprocess.Popen([sys.executable, "-P", "-m", "qdpo.cli", "run", *planned.arguments])
+            stop.process = subprocess.Popen([sys.executable, "-P", "-m", "qdpo", "run", *planned.arguments])
             code = stop.process.wait()
             code = 128 - code if code < 0 else code
             if code in STOPPED:

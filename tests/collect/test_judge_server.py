@@ -333,7 +333,7 @@ def test_killed_in_the_middle_the_same_command_asks_only_about_the_rest(serve: A
     server, out = serve(slow(0.1, LIKES_HIGHER)), tmp_path / "pairs.jsonl"
     journal, prompts = tmp_path / "pairs.decisions.jsonl", {item.id: item.prompt for item in candidates(tmp_path, 24)}
     words = ["judge", "candidates.jsonl", "--by", f"openai:{server.url}", "--judge-model", "m", "--out", "pairs.jsonl"]
-    process = subprocess.Popen([sys.executable, "-m", "qdpo.cli", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, "-m", "qdpo", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     while process.poll() is None and (journal.read_bytes() if journal.exists() else b"").count(b"\n") < 6:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_at_once_and_does_not_wait_for_the_server(serve: Any, tmp_
     candidates(tmp_path, 6)
     words = ["judge", "candidates.jsonl", "--by", f"openai:{server.url}", "--judge-model", "m", "--out", "pairs.jsonl"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo.cli", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+        [sys.executable, "-m", "qdpo", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
     )
     while len(server.asked) < 4:
         time.sleep(0.02)

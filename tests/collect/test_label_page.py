@@ -27,7 +27,7 @@ class Sitting:
 
     def __init__(self, folder: Path, *options: str, port: int = 0):
         self.out = folder / "pairs.jsonl"
-        command = [sys.executable, "-m", "qdpo.cli", "label", "candidates.jsonl", "--out", "pairs.jsonl"]
+        command = [sys.executable, "-m", "qdpo", "label", "candidates.jsonl", "--out", "pairs.jsonl"]
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *options], cwd=folder, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},

@@ -21,8 +21,8 @@ from pathlib import Path
 
 peak = Path(sys.argv.pop())
 atexit.register(lambda: peak.write_text(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
-from qdpo import cli
-cli.main()
+from qdpo.cli.main import main
+main()
 """
 
 

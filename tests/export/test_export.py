@@ -12,8 +12,8 @@ import pytest
 import transformers as hf
 from typer.testing import CliRunner, Result
 
-from qdpo import cli_ship
-from qdpo.cli import app
+from qdpo.cli import ship
+from qdpo.cli.main import app
 from qdpo.errors import ConfigError, QdpoError, VerificationError
 from qdpo.export import targets
 from tests.conftest import qdpo
@@ -49,7 +49,7 @@ def everything(folder: Path) -> list[str]:
 
 
 def test_every_target(run: Path) -> None:
-    assert tuple(targets.TARGETS) == cli_ship.TARGETS
+    assert tuple(targets.TARGETS) == ship.TARGETS
     out = run / "export"
     for to, written in (
         ("peft", "peft/adapter_config.json"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qdpo.cli import app
+from qdpo.cli.main import app
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import verify
 from qdpo.export.compare import TIE, Tally, distance

@@ -89,7 +89,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch, error: Exception | None, mark:
 
 
 def test_little_memory_is_held_against_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qdpo.cli_report import _preset_here
+    from qdpo.cli.machine import _preset_here
 
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**28))

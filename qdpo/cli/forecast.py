@@ -1,21 +1,13 @@
-"""The verbs that forecast and measure: plan, fit, bench. `cli` registers them."""
+"""The verbs that forecast and measure: plan, fit, bench, presets."""
 
 import json
-import os
 from typing import Annotated
 
 import typer
 
+from qdpo.cli.common import Settings, quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[preset=NAME] [FILE.toml] [key=value …]",
-        help="Settings; later layers win: defaults, preset, file, key=value.",
-    ),
-]
 
 
 def plan(
@@ -96,17 +88,12 @@ def bench(
         typer.echo(f"written to {write_measured(resolved.preset, found, layered.shipped_folder())}", err=json_)
 
 
-def quiet_libraries() -> None:
-    """No telemetry, and no library noise on the screen, unless the user's environment asks for them."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # On CPUs, two caches keep a compiled bf16 product and its buffers for each shape met, 1,024 of them each: oneDNN's
-    # own and that of torch's binding. With rows of all lengths they grew without end.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
-    import logging
-    import warnings
+def presets_(name: Annotated[str | None, typer.Argument(help="Show this preset's file.")] = None) -> None:
+    """List the presets with their forecast and measured peaks, or print one with its comments."""
+    if name is not None:
+        typer.echo(layered.preset_text(name))
+        return
+    from qdpo.forecast.preset_table import preset_table
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|datasets)\b.*")
+    for line in preset_table():
+        typer.echo(line)

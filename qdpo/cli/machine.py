@@ -1,28 +1,18 @@
-"""The verbs that show whether a run worked, and whether this machine can run one: report, doctor. `cli` has them."""
+"""The verbs about this machine: doctor, and cache with ls, verify, clear."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qdpo.cli_measure import quiet_libraries
+from qdpo.cli.common import quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
 
-
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="Run folders, finished or not.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The page. Default: RUN/report.html; for several runs ./report.html.")
-    ] = None,
-) -> None:
-    """Write a page that says whether a run worked, with curves, samples and settings; several runs are compared.
-
-    Example: qdpo report runs/demo-1a2b3c
-    """
-    from qdpo.report.page import write_report
-
-    typer.echo(f"report: {write_report(runs, out).absolute()}")
+cache = typer.Typer(no_args_is_help=True, help="List, check or clear reference log-probs and converted models.")
+CacheDir = Annotated[
+    Path | None, typer.Option("--dir", help="The cache folder. Default: $QDPO_CACHE, else qdpo in the user's cache.")
+]
 
 
 def doctor() -> None:
@@ -60,3 +50,34 @@ def _preset_here(name: str, device: str, free_gib: float) -> str:
     if not plan.fits:
         return f"does not fit: forecast {peak:.1f} GiB with pairs of {longest:,} tokens, {free_gib:.1f} are free"
     return f"fits: forecast {peak:.1f} GiB with pairs of {longest:,} tokens, {free_gib:.1f} are free"
+
+
+@cache.command()
+def ls(folder: CacheDir = None) -> None:
+    """List references with what they belong to, converted models, and files set aside as damaged."""
+    from qdpo.report.caches import list_lines
+
+    typer.echo("\n".join(list_lines(folder)))
+
+
+@cache.command()
+def verify(folder: CacheDir = None) -> None:
+    """Check every row of every reference."""
+    from qdpo.report.caches import verify_lines
+
+    for line in verify_lines(folder):
+        typer.echo(line)
+
+
+@cache.command()
+def clear(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME…]", help="References, or how they begin.")] = None,
+    corrupt: Annotated[bool, typer.Option("--corrupt", help="Remove files that were set aside as damaged.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all, converted models too.")] = False,
+    folder: CacheDir = None,
+) -> None:
+    """Remove references, and say what was freed; the next run that needs one computes it anew."""
+    from qdpo.report.caches import clear_lines
+
+    for line in clear_lines(folder, names or [], corrupt=corrupt, everything=everything):
+        typer.echo(line)

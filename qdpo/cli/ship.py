@@ -1,4 +1,4 @@
-"""The verb that merges. `cli` registers it."""
+"""The verbs that ship a trained run: merge, export, push."""
 
 import dataclasses
 import json
@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli_measure import quiet_libraries
+from qdpo.cli.common import Run, quiet_libraries
+from qdpo.errors import ConfigError
+
+TARGETS = ("peft", "gguf-adapter", "gguf", "ollama", "vllm")
 
 
 class Base(StrEnum):
@@ -45,7 +48,6 @@ def merge(
     Example: qdpo merge runs/7b-24gb-1a2b3c
     """
     quiet_libraries()
-    from qdpo.errors import ConfigError
     from qdpo.export.prove import Options, check_again, merge_proved, table
     from qdpo.report.terminal import Terminal
     from qdpo.run.folder import RunDir
@@ -76,3 +78,59 @@ def merge(
         typer.echo(line)
     if report:
         typer.echo(f"merged model: {report.folder}  ({report.bytes / 2**30:.2f} GiB in {report.seconds:.0f} s)")
+
+
+def export(
+    run_folder: Run,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Where to write. Default: in RUN/export.")] = None,
+    to: Annotated[str, typer.Option(help="peft, gguf-adapter, gguf, ollama or vllm.")] = "",
+    quant: Annotated[str | None, typer.Option(help="Type in the GGUF: f32, f16, bf16 (default), q8_0.")] = None,
+    merged: Annotated[Path | None, typer.Option(help="The merged model's folder. Default: RUN/merged.")] = None,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="For ollama and vllm: serve base and adapter, unmerged.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="What servers call the model. Default: the run's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there already.")] = False,
+) -> None:
+    """Write what was trained for other programs, and check that it is the same.
+
+    peft: the adapter as every loader reads it. gguf-adapter: for llama.cpp's --lora. gguf: the merged model for
+    llama.cpp. ollama: a folder with a Modelfile. vllm: the command that serves it.
+
+    Example: qdpo export runs/demo --to gguf --quant q8_0
+    """
+    if to not in TARGETS:
+        raise ConfigError(f"--to={to} is not known. Choose one of {', '.join(TARGETS)}.")
+    quiet_libraries()
+    from qdpo.export import targets
+    from qdpo.export.trained import trained_run
+
+    trained = trained_run(run_folder)
+    order = targets.Order(trained, out, quant, merged, lora, name or trained.name, force, typer.echo)
+    targets.TARGETS[to](order)
+
+
+def push(
+    run_folder: Run,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: owner/name, or name under your account.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged instead of the adapter.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it. Default: only you.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Upload the adapter or the merged model with its card to the Hugging Face hub; private unless told otherwise.
+
+    Shows every file first and asks. No path of this machine leaves it.
+
+    Example: qdpo push runs/demo my-name/my-adapter
+    """
+    quiet_libraries()
+    from qdpo.export import push as pushing
+    from qdpo.export.trained import trained_run
+
+    parcel = pushing.pack(trained_run(run_folder), repo, merged=merged, public=public, say=typer.echo)
+    for line in parcel.listing():
+        typer.echo(line)
+    if not yes and not typer.confirm(f"Upload to {parcel.repo} ({'PUBLIC' if public else 'private'})?"):
+        typer.echo("nothing was uploaded")
+        return
+    typer.echo(f"uploaded: {parcel.send()}")

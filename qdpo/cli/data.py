@@ -1,4 +1,4 @@
-"""The verbs of data: check, show, convert, split. `cli` registers them."""
+"""The verbs of data: check, show, convert, split."""
 
 import dataclasses
 import json
@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli_measure import Settings, quiet_libraries
+from qdpo.cli.common import EXTRA, Settings, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
-EXTRA = {"ignore_unknown_options": True}
 Source = Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 

@@ -1,4 +1,4 @@
-"""The verbs that look at what training did: compare, chat, sweep. `cli` registers them."""
+"""The verbs that look at what training did: report, runs, eval, compare, chat, metrics."""
 
 import json
 import sys
@@ -7,16 +7,48 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli_measure import Settings, quiet_libraries
-from qdpo.errors import ConfigError
+from qdpo.cli.common import MaxNewTokens, Places, Run, Seed, quiet_libraries
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
-Places = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value …]", help="model.device, memory.* and cache.dir may differ from the run's."),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option(min=0, help="Draws the answers where the temperature is above 0.")]
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="Run folders, finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page. Default: RUN/report.html; for several runs ./report.html.")
+    ] = None,
+) -> None:
+    """Write a page that says whether a run worked, with curves, samples and settings; several runs are compared.
+
+    Example: qdpo report runs/demo-1a2b3c
+    """
+    from qdpo.report.page import write_report
+
+    typer.echo(f"report: {write_report(runs, out).absolute()}")
+
+
+def runs(folder: Annotated[Path, typer.Argument(help="Folder that holds the run folders.")] = Path("runs")) -> None:
+    """List runs with their state and result."""
+    from qdpo.report.runs import run_lines
+
+    for line in run_lines(folder):
+        typer.echo(line)
+
+
+def eval_(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[data.path=…] [key=value …]")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Score a trained run again, on its own held-out pairs or on others."""
+    quiet_libraries()
+    from qdpo.report.terminal import Terminal, print_evaluation
+    from qdpo.train.rescore import rescore
+
+    terminal = Terminal(stderr=json_)
+    try:
+        scored = rescore(run_folder, settings or [], terminal)
+    finally:
+        terminal.finish()
+    print_evaluation(scored, as_json=json_)
 
 
 def compare(
@@ -86,31 +118,20 @@ def chat(
     talk(Chat(policy, tokenizer, opened.config.data, drawing, seed), sys.stdin, sys.stdout)
 
 
-def sweep(settings: Settings = None) -> None:
-    """Train once for each combination of the values that commas part, one run after the other, and compare them.
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="A metric, a loss or a modifier. Default: the whole page.")] = None,
+) -> None:
+    """Explain the metrics, beta, the losses and their modifiers.
 
-    Each is an ordinary run in output.dir; the same command continues where it was stopped, and shows what is finished.
-
-    Example: qdpo sweep preset=7b-24gb loss.beta=0.05,0.1,0.3 train.learning_rate=5e-6,1e-5
+    Example: qdpo metrics rewards/margins
     """
-    from qdpo.report.sweep import print_sweep, write_sweep
-    from qdpo.train.sweep import plan_sweep, run_sweep
+    from rich.console import Console
+    from rich.markdown import Markdown
 
-    planned = plan_sweep(settings or [])
-    ended, exit_code = run_sweep(planned, typer.echo)
-    print_sweep(ended, write_sweep(planned.folder, ended))
-    done = [one.planned.run.path for one in ended if one.exit_code == 0]
-    if len(done) > 1:
-        typer.echo(_overlaid(done, planned.folder / "sweep.html"))
-    if exit_code:
-        raise typer.Exit(exit_code)
+    from qdpo.report.explain import explain
 
-
-def _overlaid(runs: list[Path], out: Path) -> str:
-    """Writes the page that compares the runs; a line for the user."""
-    from qdpo.report.page import write_report
-
-    try:
-        return f"report: {write_report(runs, out)}"
-    except ConfigError as error:  # the curves' library is an extra, and the runs are done without it
-        return f"no report: {error}"
+    text, console = explain(name), Console()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        typer.echo(text)

@@ -1,0 +1,102 @@
+"""The command line: the verbs in the order of their help, and a QdpoError as one message and an exit code."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qdpo import __version__
+from qdpo.cli import collect, common, data, forecast, machine, review, ship, train
+from qdpo.cli.common import EXTRA
+from qdpo.errors import QdpoError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Preference-tune a 7B-13B language model on one consumer GPU: DPO with a LoRA adapter over a 4-bit base.",
+)
+app.add_typer(machine.cache, name="cache")
+app.add_typer(data.app, name="data")
+app.command(context_settings=EXTRA)(train.run)
+app.command(context_settings=EXTRA)(forecast.plan)
+app.command()(forecast.fit)
+app.command(context_settings=EXTRA)(forecast.bench)
+app.command(context_settings=EXTRA)(collect.sample)
+app.command()(collect.label)
+app.command()(collect.judge)
+app.command()(review.report)
+app.command(context_settings=EXTRA)(review.compare)
+app.command(context_settings=EXTRA)(review.chat)
+app.command(context_settings=EXTRA)(train.sweep)
+app.command()(ship.merge)
+app.command()(ship.export)
+app.command()(ship.push)
+app.command()(machine.doctor)
+app.command(name="presets")(forecast.presets_)
+app.command()(review.runs)
+app.command(name="eval", context_settings=EXTRA)(review.eval_)
+app.command()(review.metrics)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qdpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    os.environ["QDPO_VERBOSE"] = "1" if verbose else ""
+
+
+def main() -> None:
+    """Console entry: exit codes are those of `errors`; 130 for an interruption before anything was saved."""
+    try:
+        app()
+    except QdpoError as error:
+        _show_traceback()
+        if common.run_folder and common.run_folder[-1].is_dir():
+            _note(common.run_folder[-1], error)
+        print(f"qdpo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("qdpo: stopped. What was saved before is intact; the same command continues.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        _show_traceback()
+        from qdpo.run.disk import cache_folder
+
+        is_run = bool(common.run_folder) and common.run_folder[-1].is_dir()
+        path = _note(common.run_folder[-1] if is_run else cache_folder(None), error)
+        what = (str(error).splitlines() or [""])[0]
+        print(
+            f"qdpo: unexpected {type(error).__name__}: {what}. This is a bug in qdpo; what was saved before is intact. "
+            f"The traceback is in {path or 'no file: none could be written (-v shows it)'}; please report it.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _show_traceback() -> None:
+    if os.environ.get("QDPO_VERBOSE"):
+        traceback.print_exc()
+
+
+def _note(folder: Path, error: Exception) -> Path | None:
+    from qdpo.report.debug import note
+
+    return note(folder, error, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The verbs that train: run, sweep."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qdpo.cli import common
+from qdpo.cli.common import Settings, quiet_libraries
+from qdpo.errors import ConfigError
+from qdpo.settings import layered
+
+
+def run(
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings with their origins, and stop.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew; an earlier run of the same settings is kept aside.")
+    ] = False,
+) -> None:
+    """Train a LoRA adapter on preference pairs; the same command again continues or shows the result.
+
+    Example: qdpo run preset=7b-24gb data.path=pairs.jsonl
+
+    Every setting and its default: qdpo run preset=demo --dry-run
+    """
+    resolved = layered.resolve(settings or [])
+    for note in resolved.notes:
+        typer.echo(note, err=dry_run)
+    from qdpo.run import lock, record
+
+    if dry_run:
+        typer.echo(record.config_toml(resolved, {}))
+        return
+    folder = record.run_folder(resolved)
+    common.run_folder.append(folder.path)
+    if fresh and folder.path.exists():
+        typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
+    from qdpo.report.terminal import Terminal, print_result
+    from qdpo.run.disk import read_json
+
+    terminal = Terminal()
+    if folder.result.exists():
+        record.check_unchanged(folder, resolved)
+        terminal.say(f"{folder.path} is finished; --fresh would start anew")
+        result = read_json(folder.result)
+    else:
+        result = _train(resolved, terminal)
+    if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
+        from qdpo.report.card import write_card
+
+        with lock.alone(folder):
+            lock.clear_leftovers(folder)
+            write_card(folder, resolved)
+    print_result(folder, result, terminal.console)
+
+
+def _train(resolved: layered.Resolved, terminal: Any) -> dict[str, Any]:
+    quiet_libraries()
+    if resolved.preset is not None:
+        for name, what in (("model.path", "model"), ("data.path", "preference pairs")):
+            if resolved.origins[name] == f"preset {resolved.preset}":
+                value = layered.flat(resolved.config)[name]
+                terminal.say(f"{what}: {value}, the preset's own; {name}=… replaces it")
+    from qdpo.train.loop import run_training
+
+    try:
+        with _left_at_once():
+            return run_training(resolved, terminal)
+    finally:
+        terminal.finish()
+
+
+@contextlib.contextmanager
+def _left_at_once() -> Iterator[None]:
+    """A second Ctrl-C: typer would exit without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("qdpo: left at once. What was saved before is intact; the same command continues.", err=True)
+        raise typer.Exit(130) from None
+
+
+def sweep(settings: Settings = None) -> None:
+    """Train once for each combination of the values that commas part, one run after the other, and compare them.
+
+    Each is an ordinary run in output.dir; the same command continues where it was stopped, and shows what is finished.
+
+    Example: qdpo sweep preset=7b-24gb loss.beta=0.05,0.1,0.3 train.learning_rate=5e-6,1e-5
+    """
+    from qdpo.report.sweep import print_sweep, write_sweep
+    from qdpo.train.sweep import plan_sweep, run_sweep
+
+    planned = plan_sweep(settings or [])
+    ended, exit_code = run_sweep(planned, typer.echo)
+    print_sweep(ended, write_sweep(planned.folder, ended))
+    done = [one.planned.run.path for one in ended if one.exit_code == 0]
+    if len(done) > 1:
+        typer.echo(_overlaid(done, planned.folder / "sweep.html"))
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _overlaid(runs: list[Path], out: Path) -> str:
+    """Writes the page that compares the runs; a line for the user."""
+    from qdpo.report.page import write_report
+
+    try:
+        return f"report: {write_report(runs, out)}"
+    except ConfigError as error:  # the curves' library is an extra, and the runs are done without it
+        return f"no report: {error}"
