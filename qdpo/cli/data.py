@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from qdpo.cli.common import EXTRA, Settings, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
+
+if TYPE_CHECKING:
+    from qdpo.data.origin import Origin
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
 Source = Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")]
@@ -40,7 +44,8 @@ def check(
     config = layered.resolve([*(settings or []), f"data.path={path}"]).config
     terminal = Terminal(stderr=json_)
     try:
-        checked = check_data(config, terminal, report)
+        tokenizer, policy = model_side(config, terminal.say)
+        checked = check_data(config, tokenizer, policy, terminal, report)
     finally:
         terminal.finish()
     if json_:
@@ -115,6 +120,27 @@ def split(
 
     config = _data(path, settings)
     typer.echo(split_data(config, out, Terminal(stderr=True), fraction=fraction, seed=seed, force=force))
+
+
+def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Origin]":
+    """The tokenizer of the model to be trained, and that model's name; peft is needed only for adapter.start.
+
+    Raises: ConfigError if there is no tokenizer, or adapter.start is not an adapter.
+    """
+    from qdpo.data.origin import Origin
+    from qdpo.model import fetch
+    from qdpo.run.disk import cache_folder
+
+    name, cache = str(config.model.path), cache_folder(config.cache.dir)
+    tokenizer = fetch.locate_tokenizer(name, revision=config.model.revision, cache_dir=cache, announce=say)
+    if config.adapter.start is None:
+        return tokenizer, Origin(name)
+    from qdpo.model.adapter import WEIGHTS, check_adapter_folder
+    from qdpo.run.record import file_record
+
+    folder = Path(config.adapter.start)
+    check_adapter_folder(folder)
+    return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS)["sha256"])
 
 
 def _data(path: str, settings: list[str] | None) -> RunConfig:

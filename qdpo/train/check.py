@@ -10,7 +10,6 @@ from qdpo.data.notes import RowNote
 from qdpo.data.origin import Origin
 from qdpo.data.store import TokenPair
 from qdpo.errors import DataError
-from qdpo.model import fetch
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import RunConfig
@@ -28,15 +27,13 @@ class Checked:
     tokenizer: Any
 
 
-def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checked:
+def check_data(config: RunConfig, tokenizer: Any, policy: Origin, watcher: Watcher, report_path: Path) -> Checked:
     """Reads data.path as a run would, writes the row report to `report_path`, and judges.
 
-    Raises: DataError where not a single pair is usable; ConfigError if there is no tokenizer.
+    `policy` is the model to be trained, by whose name the on-policy answers are counted.
+    Raises: DataError where not a single pair is usable.
     """
     cache = disk.cache_folder(config.cache.dir)
-    tokenizer = fetch.locate_tokenizer(
-        str(config.model.path), revision=config.model.revision, cache_dir=cache, announce=watcher.say
-    )
     found = prepare.read_data(config.data, tokenizer, watcher, scratch=cache)
     notes, overlap = list(found.prepared.notes), None
     if config.data.eval_path or config.data.eval_split:
@@ -55,23 +52,11 @@ def check_data(config: RunConfig, watcher: Watcher, report_path: Path) -> Checke
         prepare.limits_of(config.data),
         max_drop_fraction=config.data.max_drop_fraction,
         overlap=overlap,
-        policy=_policy(config),
+        policy=policy,
         template_notes=found.template_notes,
     )
     places = sorted({0, len(pairs) // 2, len(pairs) - 1})[:SHOWN]
     return Checked(report, [pairs[place] for place in places], tokenizer)
-
-
-def _policy(config: RunConfig) -> Origin:
-    """The model to be trained, by name; peft is needed only where it starts from an adapter."""
-    if config.adapter.start is None:
-        return Origin(str(config.model.path))
-    from qdpo.model.adapter import WEIGHTS, check_adapter_folder
-    from qdpo.run.record import file_record
-
-    folder = Path(config.adapter.start)
-    check_adapter_folder(folder)
-    return Origin(str(config.model.path), adapter=file_record(folder / WEIGHTS)["sha256"])
 
 
 def _write(path: Path, notes: list[RowNote]) -> None:

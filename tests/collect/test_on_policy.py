@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qdpo.cli.data import model_side
 from qdpo.data.check import DataReport
 from qdpo.run.record import file_record
 from qdpo.settings import layered
@@ -17,7 +18,7 @@ from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 def check(settings: dict[str, str], tmp_path: Path) -> Callable[..., DataReport]:
     def run(path: Path, **changes: str) -> DataReport:
         config = layered.resolve(arguments(settings, data__path=str(path), **changes)).config
-        return check_data(config, Quiet(), tmp_path / "report.jsonl").report
+        return check_data(config, *model_side(config, print), Quiet(), tmp_path / "report.jsonl").report
 
     return run
 

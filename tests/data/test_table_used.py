@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from qdpo.cli.data import model_side
 from qdpo.errors import DataError
 from qdpo.settings import layered
 from qdpo.train import prepare
@@ -216,7 +217,7 @@ def test_data_check_warns_as_a_run_does_and_the_date_is_kept(tmp_path: Path) -> 
     tokenizer_of("llama31").save_pretrained(model)
     path = write(tmp_path / "pairs.jsonl", rows_of("text"))
     config = layered.resolve([f"model.path={model}", f"data.path={path}", f"cache.dir={tmp_path / 'cache'}"]).config
-    checked = check_data(config, Quiet(), tmp_path / "report.jsonl")
+    checked = check_data(config, *model_side(config, print), Quiet(), tmp_path / "report.jsonl")
     own, date = checked.report.warnings[-2:]
     assert "puts text of its own before every conversation" in own and "writes a date into prompts" in date
     outcome = prepare_file(path, tokenizer_of("llama31"))
