@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Parent
-from qdpo.data import tokens
+from qdpo.data import prepare
+from qdpo.data.tokens import sieve
 from qdpo.model import base
 from qdpo.settings import layered
-from qdpo.train import prepare
 from qdpo.train.meters import peak_gib
 
 
@@ -37,8 +37,8 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             begun = time.monotonic()
             data = prepare.prepare_data(config, tokenizer, seed=0, watcher=Silent(), scratch=Path(folder))
-            tokens.save_pairs(Path(folder) / "train.safetensors", data.train)
-            tokens.save_pairs(Path(folder) / "held_out.safetensors", data.held_out)
+            sieve.save_pairs(Path(folder) / "train.safetensors", data.train)
+            sieve.save_pairs(Path(folder) / "held_out.safetensors", data.held_out)
             seconds = time.monotonic() - begun
         parent.answer(
             seconds=seconds, pairs=len(data.train) + len(data.held_out), peak_gib=peak_gib(torch.device("cpu"))

@@ -10,12 +10,12 @@ import torch
 from benchmarks.pairs import Candidate, read_candidates, same_in_both, write_rows
 from benchmarks.rounds import Side
 from benchmarks.tiny import save_tiny_base
+from qdpo.data import prepare
 from qdpo.model import adapter, base, fetch
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train import prepare
 from qdpo.train.plan import Plan
 from qdpo.train.start import cache_folder
 

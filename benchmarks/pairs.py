@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.pair import Rejection, detect_layout, to_pair
-from qdpo.data.render import Rendered, Renderer
-from qdpo.data.source import open_source
-from qdpo.data.tokens import TokenPair
+from qdpo.data import prepare
+from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
+from qdpo.data.read.source import open_source
+from qdpo.data.tokens.render import Rendered, Renderer
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.report.terminal import Terminal
 from qdpo.settings import layered
-from qdpo.train import prepare
 
 
 @dataclass(frozen=True)

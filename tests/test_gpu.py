@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo.data.pack import PairRow, pack_rows
+from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.measure.bench import run_bench
 from qdpo.measure.random_base import config_of, random_base

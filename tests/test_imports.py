@@ -13,7 +13,7 @@ LAYER |= {"forecast": 5, "train": 6, "measure": 7, "review": 7, "machine": 7, "r
 LAYER |= {"api": 10, "cli": 10, "__main__": 11}
 IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
-    "datasets": {"data/hub"},
+    "datasets": {"data/read/hub"},
     "bitsandbytes": {"model/quant", "train/optim"},
     "peft": {"model/adapter", "export/verify", "export/lora"},
 }
@@ -25,7 +25,7 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every imported module; `from qdpo.data import pack` counts as qdpo.data.pack."""
+    """Every imported module; `from qdpo.data import pack` counts as qdpo.data.tokens.pack."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdpo.data.store import TokenPair, save_pairs
+from qdpo.data.tokens.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.forecast.plan import make_plan
 from qdpo.forecast.preset_table import preset_table

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
-from qdpo.data.pack import pack_rows
+from qdpo.data import prepare
+from qdpo.data.tokens.pack import pack_rows
 from qdpo.model import fast, fetch
 from qdpo.model.base import load_tokenizer
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES
-from qdpo.train import prepare
 from qdpo.train.loop import run_training
 from qdpo.train.policy import load_policy
 from qdpo.train.start import cache_folder
@@ -75,7 +75,7 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("qdpo-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    script = "import qdpo, sys; from qdpo.data.source import open_source; from qdpo.settings import layered\n"
+    script = "import qdpo, sys; from qdpo.data.read.source import open_source; from qdpo.settings import layered\n"
     script += "rows = open_source('bundled:demo-train.jsonl', shipped=layered.shipped_folder()).rows.look_over()\n"
     script += "print(qdpo.__file__, rows.count, *layered.preset_names())"
     shown = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.proof import settings
 from benchmarks.proof.items import Failed
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import OutOfMemoryError
 from qdpo.families import shapes
 from qdpo.families.shapes import Shape

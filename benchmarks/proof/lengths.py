@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.measure.steps import random_pair
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.rounds import Parent
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.families import shapes
 from qdpo.forecast import choose, memory
 from qdpo.forecast.memory import GIB

@@ -14,7 +14,7 @@ from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 
 if TYPE_CHECKING:
-    from qdpo.data.origin import Origin
+    from qdpo.data.layouts.origin import Origin
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
 Source = Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")]
@@ -37,9 +37,9 @@ def check(
     Example: qdpo data check pairs.jsonl model.path=Qwen/Qwen2.5-7B-Instruct data.max_tokens=2048
     """
     quiet_libraries()
+    from qdpo.data.check import check_data
     from qdpo.report.dataset import print_report, print_token_pair, print_verdict
     from qdpo.report.terminal import Terminal
-    from qdpo.train.check import check_data
 
     config = layered.resolve([*(settings or []), f"data.path={path}"]).config
     terminal = Terminal(stderr=json_)
@@ -73,9 +73,9 @@ def show(
     """
     from rich.console import Console
 
+    from qdpo.data.convert import pairs_of_rows
     from qdpo.report.dataset import print_row
     from qdpo.report.terminal import Terminal
-    from qdpo.train.convert import pairs_of_rows
 
     console = Console(highlight=False, soft_wrap=True)
     found = pairs_of_rows(_data(path, settings), {row} if row else {1, 2, 3}, Terminal(stderr=True))
@@ -96,8 +96,8 @@ def convert(
 
     Example: qdpo data convert Anthropic/hh-rlhf hh.jsonl
     """
+    from qdpo.data.convert import convert_data
     from qdpo.report.terminal import Terminal
-    from qdpo.train.convert import convert_data
 
     typer.echo(convert_data(_data(path, settings), out, Terminal(stderr=True), force=force))
 
@@ -115,8 +115,8 @@ def split(
 
     Example: qdpo data split pairs.jsonl split --fraction 0.1
     """
+    from qdpo.data.convert import split_data
     from qdpo.report.terminal import Terminal
-    from qdpo.train.convert import split_data
 
     config = _data(path, settings)
     typer.echo(split_data(config, out, Terminal(stderr=True), fraction=fraction, seed=seed, force=force))
@@ -127,7 +127,7 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
 
     Raises: ConfigError if there is no tokenizer, or adapter.start is not an adapter.
     """
-    from qdpo.data.origin import Origin
+    from qdpo.data.layouts.origin import Origin
     from qdpo.model import fetch
     from qdpo.run.disk import cache_folder
 

@@ -13,9 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.files import missing_file
-from qdpo.data.origin import Origin, read_origin
-from qdpo.data.turns import Message, RowProblem, excerpt, read_text, read_turns
+from qdpo.data.layouts.origin import Origin, read_origin
+from qdpo.data.layouts.turns import Message, RowProblem, excerpt, read_text, read_turns
+from qdpo.data.read.files import missing_file
 from qdpo.errors import DataError
 
 ID_LETTERS = 16

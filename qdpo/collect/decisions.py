@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from filelock import FileLock, Timeout
 
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.data.origin import COLUMNS
+from qdpo.data.layouts.origin import COLUMNS
 from qdpo.errors import ConfigError, DataError
 from qdpo.run import disk
 

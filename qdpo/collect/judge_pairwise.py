@@ -14,7 +14,7 @@ from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import Judge, Outcome, Unanswered, left_open, picked
 from qdpo.collect.judge_server import NoAnswer, Server, TornReply
 from qdpo.collect.ranking import Ranking, comparisons
-from qdpo.data.turns import Message, excerpt
+from qdpo.data.layouts.turns import Message, excerpt
 
 ATTEMPTS = 3
 """How often one question is asked before an answer without a verdict is taken as none."""

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import Judge, Outcome, left_open, picked
-from qdpo.data.turns import excerpt
+from qdpo.data.layouts.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import base, fetch, reward
 from qdpo.model.folder import read_json

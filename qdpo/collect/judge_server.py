@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 from urllib3.util.retry import RequestHistory
 
-from qdpo.data.turns import Message, excerpt
+from qdpo.data.layouts.turns import Message, excerpt
 from qdpo.errors import ConfigError
 
 OWN_KEY, OPENAI_KEY, OPENAI_HOST = "QDPO_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"

@@ -14,8 +14,8 @@ import torch
 from qdpo.collect.candidates import Answer, Candidates, read_lines
 from qdpo.collect.decisions import held
 from qdpo.collect.sampler import Sampler
-from qdpo.data.prompts import Prompt, encode_prompts, prompts_of
-from qdpo.data.templates import uses_chat_template
+from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, prompts_of
+from qdpo.data.tokens.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from qdpo.model.sampling import Draw, Drawn, bytes_an_answer, draw
 from qdpo.run import disk

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from qdpo.data.origin import Origin
-from qdpo.data.templates import settle_template
+from qdpo.data.layouts.origin import Origin
+from qdpo.data.tokens.templates import settle_template
 from qdpo.model import base, fetch, quant
 from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
 from qdpo.run.disk import cache_folder

@@ -1,301 +1,67 @@
-"""What became of the rows of a data set: counts, lengths, biases, a verdict, and the report file."""
+"""`qdpo data check`: the very preparation of a run, without a model."""
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from qdpo.data import prepare
+from qdpo.data.layouts.notes import RowNote
+from qdpo.data.layouts.origin import Origin
+from qdpo.data.report import DataReport, make_report, overlap_places, write_report
+from qdpo.data.tokens import sieve
+from qdpo.data.tokens.store import TokenPair
+from qdpo.errors import DataError
+from qdpo.run import disk
+from qdpo.run.watcher import Watcher
+from qdpo.settings.schema import RunConfig
 
-from qdpo.data.layout import Layout
-from qdpo.data.limits import Limits
-from qdpo.data.notes import RowNote
-from qdpo.data.origin import Origin
-from qdpo.data.render import Fact
-from qdpo.data.source import Source
-from qdpo.data.store import TokenPair
-from qdpo.data.tokens import Prepared
-
-LENGTH_BIAS = 0.9
-"""From this share of longer chosen answers on, length alone tells the answers apart."""
-FEW_PAIRS = 200
-MUCH_CUT = 0.1
-NOT_COUNTED = {"tie"}
-"""Reasons that say nothing about the quality of the data: these rows were never preferences."""
-TRIED_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-SIDES = ("prompt", "chosen", "rejected")
-BINS = 16
-FACTS = {
-    "thinking_stripped": "the chat template leaves out the thoughts of earlier answers in {count:,} pairs, as it will "
-    "when the model is served (first: {example})",
-    "text_before_answer": "the chat template puts text before {count:,} answers, which is trained on: {example!r}",
-    "prompt_kept": "with an answer behind them, the chat template writes {count:,} prompts otherwise ({example}); each "
-    "was kept as it is when the model is asked",
-    "thinking_kept": "{count:,} answers hold a thought that the chat template would rewrite; they are trained on as "
-    "they stand in the data (first: {example})",
-    "system_folded": "the chat template does not take system messages ({example}): {count:,} were put before the first "
-    "question (data.refused_system=drop leaves them out)",
-    "system_left_out": "the chat template does not take system messages ({example}): {count:,} were left out, as "
-    "data.refused_system=drop says",
-    "system_unfoldable": "the chat template does not take system messages ({example}): {count:,} were left out, as "
-    "an answer follows them and no question that could begin with them. The data report names these rows "
-    "(system_unfoldable); begin them with a question, or remove them",
-    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought: it counts as "
-    "prompt, as at inference with enable_thinking=false",
-}
+SHOWN = 3
 
 
 @dataclass(frozen=True)
-class DataReport:
-    """A data set as it would be trained on. Lengths are in tokens; shares are of usable pairs."""
+class Checked:
+    """The report, and some pairs with the tokenizer that reads them."""
 
-    sources: list[dict[str, Any]]
-    seen: int
-    outcomes: int
-    usable: int
-    cut: int
-    dropped: dict[str, int]
-    mended: dict[str, int]
-    drop_fraction: float
-    """Share of the pairs that cannot be used, ties left aside."""
-    lengths: dict[str, dict[str, Any]]
-    what_if: list[dict[str, int]]
-    """For each data.max_tokens: pairs that stay whole, are cut, or are dropped for their length."""
-    longest: dict[str, int]
-    chosen_longer: float
-    length_correlation: float
-    """Pearson's r between the length of an answer and its being the chosen one."""
-    scores_disagree: int
-    overlap: int | None
-    origins: dict[str, int]
-    """Answers by who wrote them; empty where no row says."""
-    on_policy: float | None
-    """Share of the answers that the model to be trained wrote; None where no row says who wrote them."""
-    warnings: list[str]
-    """In order of damage."""
-    fit: bool
+    report: DataReport
+    shown: list[TokenPair]
+    tokenizer: Any
 
 
-def write_report(path: Path, notes: Sequence[RowNote]) -> None:
-    """Adds one JSON object a line for each row that was dropped, cut or mended, with its file and line."""
-    lines = []
-    for note in notes:
-        entry = asdict(note)
-        entry["file"], entry["line"] = entry.pop("place") or (None, None)
-        lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    with path.open("a", encoding="utf-8") as report:
-        report.writelines(lines)
+def check_data(config: RunConfig, tokenizer: Any, policy: Origin, watcher: Watcher, report_path: Path) -> Checked:
+    """Reads data.path as a run would, writes the row report to `report_path`, and judges.
 
-
-def summary_lines(prepared: Prepared, layouts: Sequence[Layout], sources: Sequence[Source]) -> list[str]:
-    """The data set in a few lines: how it was understood, what is used, what is not and why, and how long it is."""
-    lines = []
-    for source, layout in zip(sources, layouts, strict=True):
-        lines.append(f"data: {source.name}" + (f" (licence: {source.license})" if source.license else ""))
-        lines.append(f"layout: {layout.name}: {layout.why}")
-    lines.append(count_line(prepared))
-    if prepared.dropped:
-        lines.append("dropped: " + counted(prepared.dropped))
-    if mended := mended_counts(prepared):
-        lines.append("mended: " + counted(mended))
-    if not len(prepared.pairs):
-        return lines
-    lengths = prepared.pairs.lengths
-    sides = zip(SIDES, np.median(lengths, axis=0), lengths.max(axis=0), strict=True)
-    lines.append("tokens (median / longest): " + ", ".join(f"{side} {mid:,.0f} / {top:,}" for side, mid, top in sides))
-    longest = prepared.pairs[longest_place(prepared)]
-    lines.append(
-        f"longest pair: {longest.tokens:,} tokens (row {longest.row}); chosen is longer in "
-        f"{chosen_longer(prepared):.0%} of pairs"
-    )
-    return lines + [f"warning: {text}" for text in data_warnings(prepared, layouts)]
-
-
-def count_line(prepared: Prepared) -> str:
-    """Rows and pairs in one line."""
-    made = "" if prepared.outcomes == prepared.seen else f", which make {prepared.outcomes:,} pairs"
-    cut = sum(note.action == "cut" for note in prepared.notes)
-    return (
-        f"rows: {prepared.seen:,} seen{made}, {len(prepared.pairs):,} usable, {prepared.dropped.total():,} dropped, "
-        f"{cut:,} cut"
-    )
-
-
-def counted(reasons: Counter[str]) -> str:
-    """Reasons with their counts, the most frequent first."""
-    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-
-
-def mended_counts(prepared: Prepared) -> Counter[str]:
-    """Rows that were put right, by what was done."""
-    return Counter(note.reason for note in prepared.notes if note.action == "mended")
-
-
-def longest_place(prepared: Prepared) -> int:
-    """Place of the pair with the longest prompt and answer."""
-    lengths = prepared.pairs.lengths
-    return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).argmax())
-
-
-def chosen_longer(prepared: Prepared) -> float:
-    """Share of pairs whose chosen answer is the longer one."""
-    return float((prepared.pairs.lengths[:, 1] > prepared.pairs.lengths[:, 2]).mean())
-
-
-def drop_fraction(prepared: Prepared) -> float:
-    """Share of the pairs that cannot be used, ties left aside."""
-    dropped = sum(count for reason, count in prepared.dropped.items() if reason not in NOT_COUNTED)
-    return dropped / max(1, prepared.outcomes)
-
-
-def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
-    """What is questionable in usable data, in order of damage."""
-    warnings, pairs = [], max(1, len(prepared.pairs))
-    scores = next((layout.scores for layout in layouts if layout.form == "pairs" and layout.scores), None)
-    if prepared.scores_disagree and scores:
-        share = prepared.scores_disagree / pairs
-        advice = ": the labels look swapped" if share > 0.5 else ""
-        warnings.append(f"{scores[0]} is below {scores[1]} in {share:.0%} of the pairs{advice}")
-    if contradictions := prepared.dropped["contradiction"]:
-        warnings.append(
-            f"{contradictions:,} pairs contradict another one (the same answers with the labels swapped) and are left "
-            "out: the labels are noisy"
-        )
-    warnings += [_fact(name, prepared.facts[name]) for name in FACTS if name in prepared.facts]
-    if len(prepared.pairs) and chosen_longer(prepared) >= LENGTH_BIAS:
-        warnings.append("length alone tells chosen from rejected here, so the model may only learn to write more")
-    if prepared.chosen_cut:
-        warnings.append(
-            f"{prepared.chosen_cut:,} chosen answers ended at the length limit when they were drawn: they teach to "
-            "stop in mid-sentence. Draw with a higher --max-new-tokens, or choose others"
-        )
-    cut = sum(note.action == "cut" for note in prepared.notes)
-    if cut > MUCH_CUT * pairs:
-        warnings.append(f"answers are cut at their end in {cut:,} pairs; a higher data.max_tokens keeps them whole")
-    if spelt := mended_counts(prepared)["special_token_text"]:
-        warnings.append(f"{spelt:,} pairs hold the text of a special token; it is trained on as ordinary text")
-    if prepared.merged:
-        warnings.append(
-            f"{prepared.merged:,} answers would share a token with their prompt; they are tokenised by themselves, as "
-            "at inference"
-        )
-    if len(prepared.pairs) < FEW_PAIRS:
-        warnings.append(f"{len(prepared.pairs):,} pairs are few: a model is changed noticeably from some hundreds on")
-    return warnings
-
-
-def make_report(
-    prepared: Prepared,
-    layouts: Sequence[Layout],
-    sources: Sequence[Source],
-    limits: Limits,
-    *,
-    max_drop_fraction: float,
-    overlap: int | None,
-    policy: Origin,
-    template_notes: Sequence[str],
-) -> DataReport:
-    """All that can be said of a data set. `overlap` counts held-out pairs whose prompt is trained on.
-
-    `policy` is the model to be trained; the identity of its weights is not known without loading them.
+    `policy` is the model to be trained, by whose name the on-policy answers are counted.
+    Raises: DataError where not a single pair is usable.
     """
-    share, warnings = drop_fraction(prepared), data_warnings(prepared, layouts)
-    if overlap:
-        warnings.insert(0, f"{overlap:,} held-out prompts are also trained on, so held-out figures flatter")
-    if share > max_drop_fraction:
-        warnings.insert(0, too_many_dropped(prepared, max_drop_fraction))
-    lengths, usable = prepared.pairs.lengths, len(prepared.pairs)
-    longest = prepared.pairs[longest_place(prepared)] if usable else None
-    return DataReport(
-        sources=[
-            {"name": source.name, "license": source.license, "layout": layout.name, "why": layout.why}
-            for source, layout in zip(sources, layouts, strict=True)
-        ],
-        seen=prepared.seen,
-        outcomes=prepared.outcomes,
-        usable=usable,
-        cut=sum(note.action == "cut" for note in prepared.notes),
-        dropped=dict(prepared.dropped.most_common()),
-        mended=dict(mended_counts(prepared).most_common()),
-        drop_fraction=share,
-        lengths={side: _lengths(lengths[:, n]) for n, side in enumerate(SIDES)} if usable else {},
-        what_if=[_what_if(prepared.full_lengths, tokens, limits) for tokens in _tried(limits)],
-        longest={"row": longest.row, "tokens": longest.tokens} if longest else {},
-        chosen_longer=chosen_longer(prepared) if usable else 0.0,
-        length_correlation=_correlation(lengths) if usable else 0.0,
-        scores_disagree=prepared.scores_disagree,
+    cache = disk.cache_folder(config.cache.dir)
+    found = prepare.read_data(config.data, tokenizer, watcher, scratch=cache)
+    notes, overlap = list(found.prepared.notes), None
+    if config.data.eval_path or config.data.eval_split:
+        held_out = prepare.read_held_out(config.data, tokenizer, watcher, scratch=cache)
+        notes += held_out.prepared.notes
+        overlap = len(overlap_places(found.prepared.pairs, held_out.prepared.pairs))
+    _write(report_path, notes)
+    pairs = found.prepared.pairs
+    if not len(pairs):
+        error = sieve.nothing_usable(found.prepared)
+        raise DataError(f"{error} {report_path} names each.")
+    report = make_report(
+        found.prepared,
+        found.layouts,
+        found.sources,
+        prepare.limits_of(config.data),
+        max_drop_fraction=config.data.max_drop_fraction,
         overlap=overlap,
-        origins=_by_name(prepared.origins),
-        on_policy=_on_policy(prepared.origins, policy),
-        warnings=warnings + list(template_notes),
-        fit=bool(usable) and share <= max_drop_fraction,
+        policy=policy,
+        template_notes=found.template_notes,
     )
+    places = sorted({0, len(pairs) // 2, len(pairs) - 1})[:SHOWN]
+    return Checked(report, [pairs[place] for place in places], tokenizer)
 
 
-def _by_name(origins: Counter[Origin | None]) -> dict[str, int]:
-    if set(origins) <= {None}:
-        return {}
-    found = Counter[str]()
-    for origin, count in origins.items():
-        found["unknown" if origin is None else "a person, by editing" if origin.edited else origin.name] += count
-    return dict(found.most_common())
-
-
-def _on_policy(origins: Counter[Origin | None], policy: Origin) -> float | None:
-    if set(origins) <= {None}:
-        return None
-    own = sum(count for origin, count in origins.items() if origin is not None and origin.is_of(policy))
-    return own / origins.total()
-
-
-def too_many_dropped(prepared: Prepared, allowed: float) -> str:
-    """The sentence for a data set of which too much cannot be used."""
-    reasons = Counter({reason: n for reason, n in prepared.dropped.items() if reason not in NOT_COUNTED})
-    worst = reasons.most_common(1)[0][0]
-    first = next(note for note in prepared.notes if note.reason == worst)
-    where = f"{first.place.file}, line {first.place.line}" if first.place else f"row {first.row}"
-    return (
-        f"{drop_fraction(prepared):.0%} of the pairs cannot be used ({counted(reasons)}), more than "
-        f"data.max_drop_fraction={allowed:g} allows. {where}, for one: {first.detail}"
-    )
-
-
-def overlap_places(train: Sequence[TokenPair], held_out: Sequence[TokenPair]) -> list[int]:
-    """Places of the held-out pairs whose prompt is trained on."""
-    trained = {pair.prompt.tobytes() for pair in train}
-    return [place for place, pair in enumerate(held_out) if pair.prompt.tobytes() in trained]
-
-
-def _fact(name: str, fact: Fact) -> str:
-    return FACTS[name].format(count=fact.count, example=fact.example)
-
-
-def _lengths(values: np.ndarray) -> dict[str, Any]:
-    edges = np.geomspace(1, max(2, int(values.max())) + 1, BINS + 1)
-    return {
-        "median": float(np.median(values)),
-        "mean": float(values.mean()),
-        "p95": float(np.percentile(values, 95)),
-        "longest": int(values.max()),
-        "histogram": np.histogram(values, edges)[0].tolist(),
-    }
-
-
-def _tried(limits: Limits) -> list[int]:
-    return sorted({*TRIED_TOKENS, limits.max_tokens})
-
-
-def _what_if(lengths: np.ndarray, tokens: int, limits: Limits) -> dict[str, int]:
-    prompt = tokens if limits.max_prompt_tokens >= limits.max_tokens else limits.max_prompt_tokens
-    tried = Limits(tokens, prompt)
-    counts = Counter(tried.outcome(*map(int, row)) for row in lengths)
-    dropped = counts["prompt_too_long"] + counts["response_cut_too_much"]
-    return {"max_tokens": tokens, "whole": counts["whole"], "cut": counts["cut"], "dropped": dropped}
-
-
-def _correlation(lengths: np.ndarray) -> float:
-    values = lengths[:, 1:].T.reshape(-1).astype(float)
-    chosen = np.repeat([1.0, 0.0], len(lengths))
-    return 0.0 if not values.std() else float(np.corrcoef(values, chosen)[0, 1])
+def _write(path: Path, notes: list[RowNote]) -> None:
+    try:
+        path.write_text("", encoding="utf-8")
+        write_report(path, notes)
+    except OSError as error:
+        raise disk.disk_error(error, path) from error

@@ -6,7 +6,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from qdpo.data.store import TokenPair
+from qdpo.data.tokens.store import TokenPair
 from qdpo.errors import DataError
 
 

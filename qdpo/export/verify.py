@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qdpo import __version__
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import reload
 from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles

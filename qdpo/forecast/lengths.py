@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from qdpo.data import pair, source, tokens
-from qdpo.data.limits import Limits
-from qdpo.data.pair import Pair
+from qdpo.data.layouts import pair
+from qdpo.data.layouts.pair import Pair
+from qdpo.data.read import source
+from qdpo.data.tokens import sieve
+from qdpo.data.tokens.cut import Limits
 from qdpo.errors import DataError
 from qdpo.forecast.choose import Lengths
 from qdpo.run.folder import RunDir
@@ -41,7 +43,7 @@ def prepared(run: RunDir, config: RunConfig) -> Known | None:
     """Exact lengths of a run that has prepared its pairs, else None."""
     if not run.train_pairs.is_file():
         return None
-    train, held_out = tokens.load_pairs(run.train_pairs), tokens.load_pairs(run.held_out_pairs)
+    train, held_out = sieve.load_pairs(run.train_pairs), sieve.load_pairs(run.held_out_pairs)
     sizes = [(len(p.prompt), p.tokens) for p in [*train, *held_out]]
     return Known(_lengths(sizes, config), len(train), f"exact: the pairs that {run.path} has prepared")
 

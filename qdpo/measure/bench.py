@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qdpo import __version__
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.families import shapes
 from qdpo.families.shapes import Shape

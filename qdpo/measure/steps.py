@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo.data.pack import pack_rows
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import pack_rows
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError
 from qdpo.families.shapes import Shape
 from qdpo.forecast import memory

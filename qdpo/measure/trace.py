@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdpo.data.pack import PairRow
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.forecast.memory import Row, Settings
 from qdpo.measure import random_base
 from qdpo.model import adapter, attention, checkpoint, fast, paths, products

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from qdpo.data.pair import Message
-from qdpo.data.prompts import Prompt, encode_prompts
+from qdpo.data.layouts.pair import Message
+from qdpo.data.tokens.prompts_only import Prompt, encode_prompts
 from qdpo.errors import DataError
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import stream

@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qdpo.data.check import SIDES, DataReport
-from qdpo.data.pair import Pair, Rejection
-from qdpo.data.store import TokenPair
+from qdpo.data.layouts.pair import Pair, Rejection
+from qdpo.data.report import SIDES, DataReport
+from qdpo.data.tokens.store import TokenPair
 
 BARS = " ▁▂▃▄▅▆▇█"
 STYLES = {"prompt": "dim", "chosen": "black on green", "rejected": "black on red"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qdpo.data.tokens import TokenPair, load_pairs
+from qdpo.data.tokens.sieve import TokenPair, load_pairs
 from qdpo.diagnose.course import Record, Terms
 from qdpo.diagnose.rules import Seen, follow
 from qdpo.errors import ConfigError

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from qdpo.data.pack import pack_rows
+from qdpo.data.tokens.pack import pack_rows
 from qdpo.run import disk
 from qdpo.train.alarm import Alarm
 from qdpo.train.evaluate import Evaluation, evaluate

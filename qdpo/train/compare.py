@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo.data.pack import PairRow, pack_rows
-from qdpo.data.prompts import encode_prompts, read_prompts
-from qdpo.data.tokens import TokenPair
+from qdpo.data import prepare
+from qdpo.data.tokens.pack import PairRow, pack_rows
+from qdpo.data.tokens.prompts_only import encode_prompts, read_prompts
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DataError
 from qdpo.model.adapter import Policy
 from qdpo.model.divergence import token_kl
@@ -22,7 +23,6 @@ from qdpo.model.forward import response_hidden
 from qdpo.model.generate import complete, end_tokens
 from qdpo.model.logps import response_logps
 from qdpo.run.watcher import Watcher
-from qdpo.train import prepare
 from qdpo.train.feed import row_tensors
 from qdpo.train.reopen import Reopened, reopen, tuned
 from qdpo.train.samples import repetition

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo.data.pack import PairRow
+from qdpo.data.tokens.pack import PairRow
 from qdpo.model.adapter import Policy
 from qdpo.settings.schema import LossConfig
 from qdpo.train.feed import Reference, ready

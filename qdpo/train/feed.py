@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qdpo.data.pack import PairRow, pack_rows
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow, pack_rows
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.probe import RowTensors
 
 # Reference log-probs of a pair's chosen and rejected tokens, float32.

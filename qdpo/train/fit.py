@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo.data.pack import PairRow, pack_rows
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow, pack_rows
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.families import shapes
 from qdpo.forecast import choose

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qdpo.data.pack import PairRow
+from qdpo.data.tokens.pack import PairRow
 from qdpo.model.logps import TokenScores
 from qdpo.model.transfer import to_device
 from qdpo.settings.schema import LossConfig

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qdpo.data.pack import pack_rows, step_indices
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import pack_rows, step_indices
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.adapter import Policy
 from qdpo.settings.schema import TrainConfig
 from qdpo.train.step import score

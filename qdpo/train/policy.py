@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from qdpo.data.pack import PairRow
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import adapter, base, checkpoint, fast, paths, probe, quant
 from qdpo.model.adapter import Policy

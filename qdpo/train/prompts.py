@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.prompts import encode_prompts, read_prompts
-from qdpo.data.templates import settle_template
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.prompts_only import encode_prompts, read_prompts
+from qdpo.data.tokens.sieve import TokenPair
+from qdpo.data.tokens.templates import settle_template
 from qdpo.settings.schema import DataConfig, SamplesConfig
 
 # Where the last user turn begins and ends in the prompts of common templates.

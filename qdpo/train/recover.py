@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from qdpo.data.pack import PairRow
+from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import OutOfMemoryError
 from qdpo.train.feed import ReadyRow, ready
 from qdpo.train.meters import give_back_memory

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError
 
 # Raise it when the rule that turns ids into log-probs changes (shift, mask, precision of the sums).

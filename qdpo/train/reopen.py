@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qdpo.data.templates import settle_template
+from qdpo.data import prepare
+from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.model import base, fetch
 from qdpo.model.adapter import Policy
@@ -16,7 +17,7 @@ from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train import fit, prepare
+from qdpo.train import fit
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.start import cache_folder
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdpo.data.pack import pack_rows
-from qdpo.data.tokens import TokenPair
+from qdpo.data import prepare
+from qdpo.data.tokens.pack import pack_rows
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model import adapter, base
 from qdpo.run.watcher import Watcher
-from qdpo.train import prepare, signals
+from qdpo.train import signals
 from qdpo.train.evaluate import Evaluation, evaluate
 from qdpo.train.policy import probe_pairs
 from qdpo.train.reference import ReferenceCache

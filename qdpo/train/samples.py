@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qdpo.data.turns import excerpt
+from qdpo.data.layouts.turns import excerpt
 from qdpo.model.adapter import Policy
 from qdpo.model.generate import complete
 from qdpo.run import disk

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qdpo.data.pack import PairRow, pack_rows
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow, pack_rows
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import Interrupted, VerificationError
 from qdpo.run.watcher import Watcher
 from qdpo.settings.loss_rules import needs_reference

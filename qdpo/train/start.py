@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from qdpo import __version__
-from qdpo.data.store import PairStore, TokenPair
-from qdpo.data.templates import settle_template
+from qdpo.data import prepare
+from qdpo.data.tokens.store import PairStore, TokenPair
+from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.model import adapter, base, fetch
 from qdpo.model.fetch import BaseFolder
@@ -24,7 +25,7 @@ from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
-from qdpo.train import fit, optim, prepare
+from qdpo.train import fit, optim
 from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
 from qdpo.train.policy import Loaded, load_policy, probe_pairs
 from qdpo.train.prompts import Prompt, held_out_prompts, prompts_of_file

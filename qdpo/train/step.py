@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdpo.data.pack import PairRow
+from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import NonFiniteError
 from qdpo.model.adapter import Policy
 from qdpo.model.forward import row_scores

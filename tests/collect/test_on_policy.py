@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from qdpo.cli.data import model_side
-from qdpo.data.check import DataReport
+from qdpo.data.check import check_data
+from qdpo.data.report import DataReport
 from qdpo.run.record import file_record
 from qdpo.settings import layered
-from qdpo.train.check import check_data
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from qdpo.data.encode import Encoder, IdLists
-from qdpo.data.files import Place
-from qdpo.data.limits import Limits
-from qdpo.data.pair import Message, Pair, Rejection, detect_layout
-from qdpo.data.render import Renderer
-from qdpo.data.tokens import Preparation, Prepared
+from qdpo.data.layouts.pair import Message, Pair, Rejection, detect_layout
+from qdpo.data.read.files import Place
+from qdpo.data.tokens.cut import Limits
+from qdpo.data.tokens.encode import Encoder, IdLists
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.sieve import Preparation, Prepared
 
 
 def ids_of(prompt: list[Message], chosen: str, rejected: str, tokenizer) -> IdLists | Rejection:

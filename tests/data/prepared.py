@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from qdpo.data import prepare
+from qdpo.data.prepare import PreparedData
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
-from qdpo.train import prepare
-from qdpo.train.prepare import PreparedData
 from tests.conftest import Quiet
 from tests.data.template_tokenizers import FAMILIES, tokenizer_of
 

@@ -1,11 +1,11 @@
 import json
 
-from qdpo.data.check import overlap_places, summary_lines, write_report
-from qdpo.data.limits import Limits
-from qdpo.data.pair import detect_layout
-from qdpo.data.render import Renderer
-from qdpo.data.source import open_source
-from qdpo.data.tokens import Preparation
+from qdpo.data.layouts.pair import detect_layout
+from qdpo.data.read.source import open_source
+from qdpo.data.report import overlap_places, summary_lines, write_report
+from qdpo.data.tokens.cut import Limits
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.sieve import Preparation
 
 ROWS = [
     {"prompt": "q1", "chosen": "a long answer", "rejected": "b", "score_chosen": 1, "score_rejected": 2},

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qdpo.data.pair import Rejection, detect_layout, to_pair
-from qdpo.data.tokens import Prepared
+from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
+from qdpo.data.tokens.sieve import Prepared
 from tests.data.chat import prepare_rows
 from tests.data.faults import FORMS, MAX_PROMPT_TOKENS, MAX_TOKENS, ROWS, Row, faulty_rows
 from tests.data.template_tokenizers import tokenizer_of

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from qdpo.data.layout import sample_of
-from qdpo.data.pair import Pair, Rejection, check_sample, detect_layout, to_pair, to_pairs
-from qdpo.data.render import Rendered, Renderer
+from qdpo.data.layouts.layout import sample_of
+from qdpo.data.layouts.pair import Pair, Rejection, check_sample, detect_layout, to_pair, to_pairs
+from qdpo.data.tokens.render import Rendered, Renderer
 from qdpo.errors import DataError
 
 

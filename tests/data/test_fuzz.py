@@ -13,8 +13,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qdpo.data.reading import BadLine
-from qdpo.data.source import open_source
+from qdpo.data.read.progress import BadLine
+from qdpo.data.read.source import open_source
 from qdpo.errors import DataError
 from tests.data.prepared import Row, rows_of
 

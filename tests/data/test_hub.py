@@ -30,7 +30,7 @@ REPOS = {
 OPEN_EACH = """
 import json, sys
 from pathlib import Path
-from qdpo.data.source import open_source
+from qdpo.data.read.source import open_source
 from qdpo.errors import DataError
 for path in sys.argv[1:]:
     try:

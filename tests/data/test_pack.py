@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qdpo.data.pack import PairRow, epoch_order, pack_rows, step_indices
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow, epoch_order, pack_rows, step_indices
+from qdpo.data.tokens.sieve import TokenPair
 
 
 def pair(row: int, prompt: int, chosen: int, rejected: int) -> TokenPair:

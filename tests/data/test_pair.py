@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from qdpo.data.pair import Pair, Rejection, detect_layout, to_pair
-from qdpo.data.winner import scores_disagree
+from qdpo.data.layouts.pair import Pair, Rejection, detect_layout, to_pair
+from qdpo.data.layouts.winner import scores_disagree
 from qdpo.errors import ConfigError, DataError
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from qdpo.data import check
-from qdpo.data.origin import Origin
-from qdpo.data.store import Spool, TokenPair, load_pairs, save_pairs
+from qdpo.data import prepare
+from qdpo.data.layouts.origin import Origin
+from qdpo.data.report import make_report
+from qdpo.data.tokens.store import Spool, TokenPair, load_pairs, save_pairs
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
-from qdpo.train import prepare
 from tests.conftest import Quiet, qdpo, tiny_rows, write_jsonl
 
 
@@ -122,7 +122,7 @@ def test_the_report_counts_what_each_length_would_drop(chat_tokenizer, tmp_path)
     config = layered.resolve(["model.path=given", f"data.path={path}", "data.max_tokens=1024"]).config.data
     found = prepare.read_data(config, chat_tokenizer, Quiet())
     limits = prepare.limits_of(config)
-    report = check.make_report(
+    report = make_report(
         found.prepared, found.layouts, found.sources, limits, max_drop_fraction=0.1, overlap=None,
         policy=Origin("given"), template_notes=[],
     )  # fmt: skip

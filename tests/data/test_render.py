@@ -3,10 +3,10 @@ import copy
 import pytest
 from tokenizers import pre_tokenizers
 
-from qdpo.data.encode import Encoder
-from qdpo.data.pair import Pair, Rejection
-from qdpo.data.render import Renderer
-from qdpo.data.templates import settle_template, template_warnings
+from qdpo.data.layouts.pair import Pair, Rejection
+from qdpo.data.tokens.encode import Encoder
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.templates import settle_template, template_warnings
 from qdpo.errors import ConfigError, DataError
 from tests.data.chat import prepare_rows
 from tests.data.conftest import CHATML

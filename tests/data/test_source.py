@@ -8,8 +8,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from qdpo.data import filetext
-from qdpo.data.source import HUB_NAME, open_source
+from qdpo.data.read import filetext
+from qdpo.data.read.source import HUB_NAME, open_source
 from qdpo.errors import ConfigError, DataError
 
 ROWS = [{"prompt": f"q{n}", "chosen": f"yes {n}\u2028or so", "rejected": "NA"} for n in range(7)]

@@ -13,10 +13,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from qdpo.cli.data import model_side
+from qdpo.data import prepare
+from qdpo.data.check import check_data
 from qdpo.errors import DataError
 from qdpo.settings import layered
-from qdpo.train import prepare
-from qdpo.train.check import check_data
 from tests.conftest import Quiet, save_tiny_base, tiny_rows, write_jsonl
 from tests.data.prepared import (
     BYTE,

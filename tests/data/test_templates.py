@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from qdpo.data.pair import Message, Rejection
+from qdpo.data.layouts.pair import Message, Rejection
 from tests.data.chat import ids_of
 from tests.data.template_tokenizers import FAMILIES, Family, tokenizer_of
 

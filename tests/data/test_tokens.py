@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdpo.data.files import Place
-from qdpo.data.limits import Limits
-from qdpo.data.pair import detect_layout
-from qdpo.data.render import Renderer
-from qdpo.data.source import open_source
+from qdpo.data.layouts.pair import detect_layout
+from qdpo.data.read.files import Place
+from qdpo.data.read.source import open_source
 from qdpo.data.split import held_out_places
-from qdpo.data.tokens import Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
+from qdpo.data.tokens.cut import Limits
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.sieve import Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
 from qdpo.errors import DataError, DiskError
 
 HH = Path("/work/shared/data/hh-harmless-1600.jsonl.gz")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.prepare import prepare_data, read_pairs
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DataError
 from qdpo.forecast import lengths
 from qdpo.forecast.lengths import Known
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train.prepare import prepare_data, read_pairs
 from tests.conftest import NOUNS, Quiet, tiny_rows, tiny_tokenizer, write_jsonl
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdpo.data.tokens import TokenPair, save_pairs
+from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan

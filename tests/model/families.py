@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import transformers as hf
 
-from qdpo.data.pack import PairRow
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model import adapter, attention, checkpoint
 from qdpo.model.adapter import Layout, Policy
 from qdpo.model.forward import row_scores

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdpo.data.pack import Span
+from qdpo.data.tokens.pack import Span
 from qdpo.model import attention, scored
 from qdpo.model.attention import PAIRWISE, SCORED, VARLEN, PairSpans, path_name, shared_prompt_attention
 from qdpo.model.forward import visible_keys

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdpo.data.pack import PairRow
+from qdpo.data.tokens.pack import PairRow
 from qdpo.model import blocks, checkpoint, fast, products, quant
 from qdpo.model.adapter import Policy
 from qdpo.train.step import row_tensors

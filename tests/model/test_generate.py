@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from qdpo.data.files import Place
-from qdpo.data.limits import Limits
-from qdpo.data.pair import detect_layout
-from qdpo.data.render import Renderer
-from qdpo.data.tokens import Preparation
+from qdpo.data.layouts.pair import detect_layout
+from qdpo.data.read.files import Place
+from qdpo.data.tokens.cut import Limits
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.sieve import Preparation
 from qdpo.model.base import load_tokenizer
 from qdpo.model.generate import complete
 from tests.conftest import tiny_rows, untouched_policy

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qdpo.data.pack import PairRow
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.pack import PairRow
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model import quant
 from qdpo.model.base import load_base
 from qdpo.settings.schema import RunConfig

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from qdpo.data.prompts import Prompt, encode_prompts, read_prompts
+from qdpo.data import prepare
+from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, read_prompts
 from qdpo.errors import ConfigError, DataError
 from qdpo.model import divergence
 from qdpo.model.adapter import Policy
@@ -20,7 +21,6 @@ from qdpo.model.generate import complete, stream
 from qdpo.model.logps import Head
 from qdpo.report.compare import print_comparison
 from qdpo.settings.schema import RunConfig
-from qdpo.train import prepare
 from qdpo.train.compare import Drawing, compare, compare_run
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 

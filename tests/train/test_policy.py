@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.train.policy import probe_pairs
 
 

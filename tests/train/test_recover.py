@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdpo.data.pack import pack_rows
+from qdpo.data.tokens.pack import pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir

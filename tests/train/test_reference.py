@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError, VerificationError
 from qdpo.run import record
 from qdpo.settings import layered
@@ -337,7 +337,7 @@ def test_cached_pairs_are_checked(settings: dict[str, str], tmp_path: Path) -> N
 
 
 def one_row(pair: TokenPair) -> object:
-    from qdpo.data.pack import PairRow
+    from qdpo.data.tokens.pack import PairRow
 
     return PairRow([pair])
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qdpo.data.pack import PairRow, pack_rows, step_indices
-from qdpo.data.tokens import TokenPair, load_pairs
+from qdpo.data.tokens.pack import PairRow, pack_rows, step_indices
+from qdpo.data.tokens.sieve import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
 from qdpo.model import adapter
 from qdpo.run.folder import RunDir

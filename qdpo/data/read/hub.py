@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from qdpo.data.files import SAMPLED_ROWS, Advance, Place, Sample
-from qdpo.data.reading import BadLine, Row
+from qdpo.data.read.files import SAMPLED_ROWS, Advance, Place, Sample
+from qdpo.data.read.progress import BadLine, Row
 from qdpo.errors import DataError
 
 HUB_NAME = re.compile(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from qdpo.data.reading import BadLine, Reading
+from qdpo.data.read.progress import BadLine, Reading
 from qdpo.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"

@@ -7,15 +7,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO
 
-from qdpo.data import pair
-from qdpo.data.pair import Pair, Rejection
-from qdpo.data.reading import BadLine
+from qdpo.data.layouts import pair
+from qdpo.data.layouts.pair import Pair, Rejection
+from qdpo.data.prepare import open_sources
+from qdpo.data.read.progress import BadLine
 from qdpo.data.split import chosen_prompts
 from qdpo.errors import ConfigError, DataError
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import RunConfig
-from qdpo.train.prepare import open_sources
 
 
 def pairs_of_rows(config: RunConfig, wanted: set[int], watcher: Watcher) -> list[tuple[int, list[Pair | Rejection]]]:

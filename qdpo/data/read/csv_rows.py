@@ -4,8 +4,8 @@ import csv
 import sys
 from collections.abc import Iterator
 
-from qdpo.data.filetext import lines
-from qdpo.data.reading import Numbered, Reading
+from qdpo.data.read.filetext import lines
+from qdpo.data.read.progress import Numbered, Reading
 from qdpo.errors import DataError
 
 

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.columns import PROMPTS
-from qdpo.data.encode import Encoder
-from qdpo.data.files import FileRows, data_files, missing_file
-from qdpo.data.layout import detect_layout
-from qdpo.data.pair import Message, Pair, Rejection, to_pair
-from qdpo.data.reading import BadLine
-from qdpo.data.render import Renderer
-from qdpo.data.source import open_source
-from qdpo.data.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
+from qdpo.data.layouts.columns import PROMPTS
+from qdpo.data.layouts.layout import detect_layout
+from qdpo.data.layouts.pair import Message, Pair, Rejection, to_pair
+from qdpo.data.layouts.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
+from qdpo.data.read.files import FileRows, data_files, missing_file
+from qdpo.data.read.progress import BadLine
+from qdpo.data.read.source import open_source
+from qdpo.data.tokens.encode import Encoder
+from qdpo.data.tokens.render import Renderer
 from qdpo.errors import DataError
 from qdpo.settings.schema import DataConfig
 

@@ -7,10 +7,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
-from qdpo.data.files import Advance, FileRows, Place, Sample, data_files, missing_file, sha256_of
-from qdpo.data.hub import HUB_NAME, HubName, open_hub
-from qdpo.data.readers import READERS
-from qdpo.data.reading import BadLine, Row
+from qdpo.data.read.files import Advance, FileRows, Place, Sample, data_files, missing_file, sha256_of
+from qdpo.data.read.hub import HUB_NAME, HubName, open_hub
+from qdpo.data.read.progress import BadLine, Row
+from qdpo.data.read.readers import READERS
 from qdpo.errors import ConfigError
 
 BUNDLED = "bundled:"

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qdpo.data.render import Rendered, special_tokens
-from qdpo.data.templates import uses_chat_template
+from qdpo.data.tokens.render import Rendered, special_tokens
+from qdpo.data.tokens.templates import uses_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

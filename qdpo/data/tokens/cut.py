@@ -5,9 +5,9 @@ from typing import Literal
 
 import numpy as np
 
-from qdpo.data.encode import IdLists
-from qdpo.data.notes import RowNote, Where
-from qdpo.data.store import TokenPair
+from qdpo.data.layouts.notes import RowNote, Where
+from qdpo.data.tokens.encode import IdLists
+from qdpo.data.tokens.store import TokenPair
 
 MIN_KEPT_SHARE = 0.5
 MIN_KEPT_TOKENS = 32

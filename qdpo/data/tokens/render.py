@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from qdpo.data.pair import Message, Pair, Rejection
-from qdpo.data.templates import end_token, uses_chat_template
-from qdpo.data.turns import RowProblem, excerpt
+from qdpo.data.layouts.pair import Message, Pair, Rejection
+from qdpo.data.layouts.turns import RowProblem, excerpt
+from qdpo.data.tokens.templates import end_token, uses_chat_template
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:

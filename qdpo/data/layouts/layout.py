@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdpo.data.columns import Form, Found, Sign, find_columns, finite, winner_sign
-from qdpo.data.files import SAMPLED_ROWS, Sample
-from qdpo.data.reading import Row as Row
-from qdpo.data.turns import Kind, excerpt, kind_of
+from qdpo.data.layouts.columns import Form, Found, Sign, find_columns, finite, winner_sign
+from qdpo.data.layouts.turns import Kind, excerpt, kind_of
+from qdpo.data.read.files import SAMPLED_ROWS, Sample
+from qdpo.data.read.progress import Row as Row
 from qdpo.errors import DataError
 
 TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qdpo.data.files import Sample
-from qdpo.data.turns import excerpt
+from qdpo.data.layouts.turns import excerpt
+from qdpo.data.read.files import Sample
 from qdpo.errors import ConfigError, DataError
 
 Form = Literal["pairs", "winner", "ranked"]

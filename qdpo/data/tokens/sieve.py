@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qdpo.data.encode import Encoder, IdLists
-from qdpo.data.files import Place
-from qdpo.data.layout import Layout, Row
-from qdpo.data.limits import Limits, fit
-from qdpo.data.notes import RowNote, Where
-from qdpo.data.origin import Origin, Origins, origins_of
-from qdpo.data.pair import Pair, Rejection, to_pairs, without_oldest_turns
-from qdpo.data.reading import BadLine
-from qdpo.data.render import Fact, Rendered, Renderer
-from qdpo.data.store import Ids as Ids
-from qdpo.data.store import PairStore, Spool, digest_of
-from qdpo.data.store import TokenPair as TokenPair
-from qdpo.data.store import load_pairs as load_pairs
-from qdpo.data.store import save_pairs as save_pairs
-from qdpo.data.winner import scores_disagree
+from qdpo.data.layouts.layout import Layout, Row
+from qdpo.data.layouts.notes import RowNote, Where
+from qdpo.data.layouts.origin import Origin, Origins, origins_of
+from qdpo.data.layouts.pair import Pair, Rejection, to_pairs, without_oldest_turns
+from qdpo.data.layouts.winner import scores_disagree
+from qdpo.data.read.files import Place
+from qdpo.data.read.progress import BadLine
+from qdpo.data.tokens.cut import Limits, fit
+from qdpo.data.tokens.encode import Encoder, IdLists
+from qdpo.data.tokens.render import Fact, Rendered, Renderer
+from qdpo.data.tokens.store import Ids as Ids
+from qdpo.data.tokens.store import PairStore, Spool, digest_of
+from qdpo.data.tokens.store import TokenPair as TokenPair
+from qdpo.data.tokens.store import load_pairs as load_pairs
+from qdpo.data.tokens.store import save_pairs as save_pairs
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:

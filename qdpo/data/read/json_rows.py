@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.filetext import chunks, lines, opened
-from qdpo.data.reading import BadLine, Numbered, Reading, Row
+from qdpo.data.read.filetext import chunks, lines, opened
+from qdpo.data.read.progress import BadLine, Numbered, Reading, Row
 from qdpo.errors import DataError
 
 SHOWN_BEFORE = 25

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qdpo.data.files import Place
+from qdpo.data.read.files import Place
 
 Action = Literal["dropped", "cut", "mended"]
 

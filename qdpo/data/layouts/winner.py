@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qdpo.data.columns import finite, first_wins
-from qdpo.data.layout import TEXT_KEYS, Layout, Row, answer_score
-from qdpo.data.turns import RowProblem, excerpt, read_text
+from qdpo.data.layouts.columns import finite, first_wins
+from qdpo.data.layouts.layout import TEXT_KEYS, Layout, Row, answer_score
+from qdpo.data.layouts.turns import RowProblem, excerpt, read_text
 
 RANKED_REJECTED = "\0rejected"
 """The second column that a ranking is given, whose answers share one."""

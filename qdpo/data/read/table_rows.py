@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qdpo.data.reading import Numbered, Reading
+from qdpo.data.read.progress import Numbered, Reading
 from qdpo.errors import DataError
 
 

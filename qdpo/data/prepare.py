@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.data import check, pair, source, split, templates, tokens
-from qdpo.data.layout import Layout
-from qdpo.data.limits import Limits
-from qdpo.data.notes import RowNote
-from qdpo.data.render import Renderer
-from qdpo.data.source import Source
-from qdpo.data.store import PairStore, TokenPair
-from qdpo.data.tokens import Prepared
+from qdpo.data import report, split
+from qdpo.data.layouts import pair
+from qdpo.data.layouts.layout import Layout
+from qdpo.data.layouts.notes import RowNote
+from qdpo.data.read import source
+from qdpo.data.read.source import Source
+from qdpo.data.tokens import sieve, templates
+from qdpo.data.tokens.cut import Limits
+from qdpo.data.tokens.render import Renderer
+from qdpo.data.tokens.sieve import Prepared
+from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.errors import DataError
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
@@ -105,7 +108,7 @@ def read_pairs(config: DataConfig, tokenizer: Any, watcher: Watcher) -> tuple[st
     found = read_data(config, tokenizer, watcher)
     _tell(found, watcher.say, "")
     if not len(found.prepared.pairs):
-        raise tokens.nothing_usable(found.prepared)
+        raise sieve.nothing_usable(found.prepared)
     return found.name, found.prepared.pairs
 
 
@@ -160,7 +163,7 @@ def _read(
     if note := templates.settle_template(tokenizer, config.template):
         watcher.say(note)
     renderer = Renderer(tokenizer, config.template, config.system, config.refused_system, config.merge_same_role)
-    work = tokens.Preparation(
+    work = sieve.Preparation(
         tokenizer, limits_of(config), renderer, keep_empty_rejected=config.keep_empty_rejected, scratch=scratch
     )
     opened = open_sources(config, path, chosen_split, watcher)
@@ -199,7 +202,7 @@ class _Bytes:
 
 
 def _tell(found: ReadData, say: Any, before: str) -> None:
-    lines = check.summary_lines(found.prepared, found.layouts, found.sources)
+    lines = report.summary_lines(found.prepared, found.layouts, found.sources)
     lines += [f"warning: {note}" for note in found.template_notes]
     for line in lines:
         say(before + line)
@@ -207,16 +210,16 @@ def _tell(found: ReadData, say: Any, before: str) -> None:
 
 def _refuse(config: DataConfig, found: ReadData) -> None:
     if not len(found.prepared.pairs):
-        raise tokens.nothing_usable(found.prepared)
-    if check.drop_fraction(found.prepared) > config.max_drop_fraction:
+        raise sieve.nothing_usable(found.prepared)
+    if report.drop_fraction(found.prepared) > config.max_drop_fraction:
         raise DataError(
-            f"{found.name}: {check.too_many_dropped(found.prepared, config.max_drop_fraction)}. `qdpo data check` "
+            f"{found.name}: {report.too_many_dropped(found.prepared, config.max_drop_fraction)}. `qdpo data check` "
             "lists every one; if they may go, set data.max_drop_fraction higher."
         )
 
 
 def _without_overlap(config: DataConfig, train: PairStore, held_out: PairStore, say: Any) -> PairStore:
-    shared = check.overlap_places(train, held_out)
+    shared = report.overlap_places(train, held_out)
     if not shared:
         return held_out
     if not config.drop_overlap:
@@ -237,14 +240,14 @@ def store(run: RunDir, prepared: PreparedData) -> None:
     """Writes prepared/ and data_report.jsonl. The ids are never rendered again: a template may print today's date."""
 
     def fill(folder: Path) -> None:
-        tokens.save_pairs(folder / run.train_pairs.name, prepared.train)
-        tokens.save_pairs(folder / run.held_out_pairs.name, prepared.held_out)
+        sieve.save_pairs(folder / run.train_pairs.name, prepared.train)
+        sieve.save_pairs(folder / run.held_out_pairs.name, prepared.held_out)
 
     run.data_report.write_text("", encoding="utf-8")
-    check.write_report(run.data_report, prepared.notes)
+    report.write_report(run.data_report, prepared.notes)
     disk.write_folder(run.prepared, fill)
 
 
 def load(run: RunDir) -> tuple[PairStore, PairStore]:
     """The stored training and held-out pairs."""
-    return tokens.load_pairs(run.train_pairs), tokens.load_pairs(run.held_out_pairs)
+    return sieve.load_pairs(run.train_pairs), sieve.load_pairs(run.held_out_pairs)

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from qdpo.data.readers import READERS, TABLES
-from qdpo.data.reading import BadLine, Gauge, Reading, Row
+from qdpo.data.read.progress import BadLine, Gauge, Reading, Row
+from qdpo.data.read.readers import READERS, TABLES
 from qdpo.errors import ConfigError, DataError
 
 LFS_POINTER = b"version https://git-lfs"

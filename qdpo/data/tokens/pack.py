@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qdpo.data.tokens import TokenPair
+from qdpo.data.tokens.sieve import TokenPair
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-from qdpo.data.csv_rows import read_comma, read_tab
-from qdpo.data.json_rows import read_json
-from qdpo.data.reading import Numbered, Reading
-from qdpo.data.table_rows import read_arrow, read_parquet
+from qdpo.data.read.csv_rows import read_comma, read_tab
+from qdpo.data.read.json_rows import read_json
+from qdpo.data.read.progress import Numbered, Reading
+from qdpo.data.read.table_rows import read_arrow, read_parquet
 
 READERS: dict[str, Callable[[Reading], Iterator[Numbered]]] = {
     ".jsonl": read_json,
