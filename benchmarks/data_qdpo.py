@@ -11,8 +11,8 @@ from benchmarks.rounds import Parent
 from qdpo.data import prepare
 from qdpo.data.tokens import sieve
 from qdpo.model import base
+from qdpo.model.device import peak_gib
 from qdpo.settings import layered
-from qdpo.train.meters import peak_gib
 
 
 class Silent:

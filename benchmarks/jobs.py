@@ -16,8 +16,8 @@ from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train.plan import Plan
-from qdpo.train.start import cache_folder
+from qdpo.train.start.length import Plan
+from qdpo.train.start.open_run import cache_folder
 
 MAX_TOKENS = 1024  # TRL's default max_length
 PAIRS_PER_STEP, SEED, LEARNING_RATE = 8, 0, 1e-4

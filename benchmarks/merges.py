@@ -19,10 +19,10 @@ from qdpo.export import shards
 from qdpo.export.merge import merge_run
 from qdpo.export.shards import Planned
 from qdpo.measure.random_base import config_of
+from qdpo.model.device import peak_gib
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
-from qdpo.train.meters import peak_gib
 
 WAYS = ("dequantized", "original", "peft")
 

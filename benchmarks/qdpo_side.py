@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Parent
+from qdpo.model.device import peak_gib
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
-from qdpo.train.meters import peak_gib
 
 
 class Rounds:

@@ -19,7 +19,7 @@ from qdpo.model.adapter import Policy
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 from qdpo.train.loop import run_training
-from qdpo.train.policy import load_policy, probe_pairs
+from qdpo.train.policy.build import load_policy, probe_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CHATML = (

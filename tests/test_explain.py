@@ -14,9 +14,9 @@ from qdpo.errors import ConfigError
 from qdpo.report.explain import PAGE, explain
 from qdpo.settings.loss_rules import RULES, default_beta
 from qdpo.settings.schema import LossConfig
-from qdpo.train.loss import LOSSES
-from qdpo.train.metrics import MEAN_OVER
-from qdpo.train.pairs import Pairs
+from qdpo.train.step.answer_sums import Pairs
+from qdpo.train.step.losses import LOSSES
+from qdpo.train.step.measures import MEAN_OVER
 from tests.conftest import ROOT, Quiet, qdpo
 
 METRICS = [*MEAN_OVER, "grad_norm", "learning_rate", "tokens_per_s", "pairs_per_s", "peak_gib", "num_tokens", "step"]

@@ -21,10 +21,11 @@ from qdpo.model.base import embeddings_to_host
 from qdpo.model.logps import Head, plain_logps, response_logps
 from qdpo.settings import layered
 from qdpo.settings.schema import LossConfig
-from qdpo.train import fit, optim
-from qdpo.train.feed import ready
-from qdpo.train.policy import load_policy
-from qdpo.train.step import score, train_step
+from qdpo.train.policy.build import load_policy
+from qdpo.train.start import auto_memory
+from qdpo.train.step.feed import ready
+from qdpo.train.step.optimizer import make_optimizer
+from qdpo.train.step.step import score, train_step
 from tests.conftest import Quiet, arguments
 from tests.model.test_attention import POSITION_T, SPANS, dense
 from tests.train.test_step import make
@@ -81,7 +82,7 @@ def zeros(pair: Any) -> tuple[np.ndarray, np.ndarray]:
 def step(loaded: Any, pairs: list[Any]) -> dict[str, torch.Tensor]:
     """The gradients of one step that updates nothing."""
     parameters = loaded.policy.adapter_parameters()
-    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer = make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 0.0
     rows = [ready(row, zeros, pin=True) for row in pack_rows(pairs, 120)]
     scaler = torch.amp.GradScaler("cuda", enabled=False)
@@ -193,7 +194,7 @@ def test_the_longest_row_is_tried_under_a_cap(settings: dict[str, str]) -> None:
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
     try:
         with pytest.raises(OutOfMemoryError, match="Nothing was trained"):
-            fit.try_worst_row(
+            auto_memory.try_worst_row(
                 loaded, pairs, tokens_per_row=4096, kept_layers="all", may_lower=True, optimizer_bytes=2**30,
                 say=lambda line: None,
             )  # fmt: skip

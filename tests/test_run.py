@@ -23,9 +23,9 @@ from qdpo.model import adapter
 from qdpo.run import lock
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
-from qdpo.train import reference
 from qdpo.train.loop import run_training
-from qdpo.train.meters import read_metrics
+from qdpo.train.policy import reference_cache
+from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
@@ -203,9 +203,11 @@ def test_other_weights_or_tokens_need_one(
 
 def test_a_wrong_cache_is_noticed(train: Train, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(train__steps="2")
-    get = reference.ReferenceCache.get
+    get = reference_cache.ReferenceCache.get
     monkeypatch.setattr(
-        reference.ReferenceCache, "get", lambda self, pair: tuple(part - 1 for part in get(self, pair) or ()) or None
+        reference_cache.ReferenceCache,
+        "get",
+        lambda self, pair: tuple(part - 1 for part in get(self, pair) or ()) or None,
     )
     with pytest.raises(VerificationError, match="does not belong to this model"):
         train(train__steps="2", output__name="second")

@@ -18,9 +18,9 @@ from qdpo.model.base import load_tokenizer
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES
 from qdpo.train.loop import run_training
-from qdpo.train.policy import load_policy
-from qdpo.train.start import cache_folder
-from qdpo.train.step import score
+from qdpo.train.policy.build import load_policy
+from qdpo.train.start.open_run import cache_folder
+from qdpo.train.step.step import score
 from tests.conftest import ROOT, Quiet, qdpo, tiny_rows, tiny_tokenizer, write_jsonl
 from tests.train.test_step import MOVES
 

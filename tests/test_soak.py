@@ -14,7 +14,7 @@ import pytest
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
-from qdpo.train.meters import read_metrics
+from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import ROOT, Quiet, arguments
 
 pytestmark = pytest.mark.slow

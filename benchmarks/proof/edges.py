@@ -18,12 +18,11 @@ from qdpo.forecast import choose, memory, model_table, plan
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, Row, Settings
 from qdpo.measure import random_base, steps
-from qdpo.model import base
+from qdpo.model import base, device
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
-from qdpo.train import fit as trying
-from qdpo.train import meters
-from qdpo.train.policy import Loaded, make_policy, probe_pairs
+from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
+from qdpo.train.start import auto_memory as trying
 
 # Bisecting stops once fitting and unfitting are this close, and when this long has passed.
 CLOSE, ENOUGH_S = 0.02, 110.0
@@ -127,7 +126,7 @@ class Stand:
     def fits(self, pairs: list[TokenPair], kept_layers: int) -> bool:
         """Whether forward, backward and the optimizer's states of this row fit."""
         self.loaded.layers.keep(kept_layers)  # lets go of what a failed try left on the host
-        meters.give_back_memory(self.device)
+        device.give_back_memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         begun = time.monotonic()
@@ -145,4 +144,4 @@ class Stand:
     def peaks(self, row: Row) -> dict[str, float]:
         """The last try's peak, and the forecast of its row; on CUDA of torch's allocator."""
         forecast = memory.peak(self.shape, self.run, row)
-        return {"peak_gib": meters.peak_gib(self.device), "forecast_gib": forecast / GIB}
+        return {"peak_gib": device.peak_gib(self.device), "forecast_gib": forecast / GIB}

@@ -18,8 +18,9 @@ from qdpo.forecast.memory import GIB
 from qdpo.measure import random_base, steps
 from qdpo.model import base
 from qdpo.settings import layered
-from qdpo.train import fit, meters, optim
-from qdpo.train.policy import Loaded, make_policy, probe_pairs
+from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
+from qdpo.train.start import auto_memory
+from qdpo.train.step.optimizer import choose_optimizer
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     job = parent.job
     config = layered.resolve(job["words"]).config
     device = base.choose_device(config.model.device, print)
-    allowed = fit.available(device)
+    allowed = auto_memory.available(device)
     if job["allowed_gib"] is not None:
         allowed = job["allowed_gib"] * GIB
         total = torch.cuda.get_device_properties(device).total_memory
@@ -38,7 +39,7 @@ def main() -> None:
     loaded, found = _load(job, config, device, allowed, pairs)
     parent.answer(found=found)
     running = steps.timed_steps(
-        fit.settled(config, found), loaded, pairs, tokens_per_row=found["memory.tokens_per_row"],
+        auto_memory.settled(config, found), loaded, pairs, tokens_per_row=found["memory.tokens_per_row"],
         optimizer_name=found["optimizer"],
     )  # fmt: skip
     for number, size in enumerate(job["rounds"]):
@@ -48,7 +49,7 @@ def main() -> None:
         taken = [next(running) for _step in range(size)]
         parent.answer(
             seconds=sum(step.seconds for step in taken), positions=sum(step.tokens for step in taken),
-            peak_gib=meters.peak_gib(device),
+            peak_gib=device.peak_gib(device),
         )  # fmt: skip
 
 
@@ -59,26 +60,27 @@ def _load(
     dtype = base.choose_dtype(config.model.dtype, device, print)
     architecture = AutoConfig.from_pretrained(job["shape"], local_files_only=True)
     shape = shapes.from_config(architecture.to_dict(), job["shape"])
-    optimizer, values = optim.choose_optimizer("auto", device, print), layered.flat(config)
+    optimizer, values = choose_optimizer("auto", device, print), layered.flat(config)
     cuda = device.type == "cuda"
     run = choose.settings_of(
         values, optimizer=optimizer, element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda
     )
     chosen = choose.choose(
-        shape, run, fit.lengths_of(pairs, config.train.pairs_per_step), choose.given_of(values, shape),
-        limit=allowed * choose.PLANNED_SHARE, host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
+        shape, run, auto_memory.lengths_of(pairs, config.train.pairs_per_step), choose.given_of(values, shape),
+        limit=allowed * choose.PLANNED_SHARE,
+        host_limit=auto_memory.HOST_SHARE * auto_memory.available(auto_memory.CPU),
     )  # fmt: skip
     place = "host" if chosen.run.host_embeddings else "device"
     settings = (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place)
-    found = dict(zip(fit.SETTINGS, settings, strict=True))
+    found = dict(zip(auto_memory.SETTINGS, settings, strict=True))
     torch.manual_seed(0)
     model = random_base.random_base(
         architecture, quantization="nf4", double_quant=True, dtype=base.DTYPES[dtype], device=device
     )
     loaded = make_policy(
-        fit.settled(config, found), model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=print
+        auto_memory.settled(config, found), model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=print
     )
-    kept = fit.try_worst_row(
+    kept = auto_memory.try_worst_row(
         loaded, pairs, tokens_per_row=chosen.tokens_per_row, kept_layers=chosen.run.kept_layers, may_lower=True,
         optimizer_bytes=memory.STATE_BYTES[optimizer] * memory.adapter_numbers(shape, run.rank), say=print,
     )  # fmt: skip

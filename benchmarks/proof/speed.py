@@ -18,11 +18,11 @@ from benchmarks.shares import shares
 from qdpo.families import shapes
 from qdpo.families.shapes import Shape
 from qdpo.measure import random_base, steps
-from qdpo.model import base
+from qdpo.model import base, device
 from qdpo.settings.schema import RunConfig
-from qdpo.train import meters, optim
-from qdpo.train.policy import Loaded, make_policy, probe_pairs
-from qdpo.train.step import RowTooLarge
+from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
+from qdpo.train.step import optimizer
+from qdpo.train.step.step import RowTooLarge
 
 HERE = "benchmarks.proof.speed"
 MODELS = {"7B": "Qwen/Qwen2.5-7B", "13B": "meta-llama/Llama-2-13b-hf"}
@@ -74,7 +74,7 @@ class Ready:
             self.config, model, device=device, dtype=self.dtype, probe_with=probe_pairs(self.pairs), say=print
         )
         self.device = device
-        self.optimizer = optim.choose_optimizer("auto", device, print)
+        self.optimizer = optimizer.choose_optimizer("auto", device, print)
 
     def steps(self, rows: int) -> Iterator[steps.Step]:
         """A step to warm up, and TIMED more."""
@@ -88,7 +88,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     ready = Ready(job)
     points: list[dict[str, Any]] = []
     for rows in (64, 128) if job["tiny"] else ROWS:
-        meters.give_back_memory(ready.device)
+        device.give_back_memory(ready.device)
         if ready.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ready.device)
         try:
@@ -102,7 +102,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
             {
                 "rows": rows, "tokens_per_s": tokens / sum(seconds),
                 "pairs_per_s": len(timed) * ready.profile.pairs_per_step / sum(seconds),
-                "utilisation": useful / sum(seconds) / ready.rate, "peak_gib": meters.peak_gib(ready.device),
+                "utilisation": useful / sum(seconds) / ready.rate, "peak_gib": device.peak_gib(ready.device),
                 "step_s": seconds,
             }
         )  # fmt: skip

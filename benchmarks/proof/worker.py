@@ -52,7 +52,7 @@ def ran_out() -> tuple[type[Exception], ...]:
         return (errors.OutOfMemoryError,)
     import torch
 
-    from qdpo.train.step import RowTooLarge
+    from qdpo.train.step.step import RowTooLarge
 
     return errors.OutOfMemoryError, torch.cuda.OutOfMemoryError, RowTooLarge
 

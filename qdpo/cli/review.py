@@ -41,7 +41,7 @@ def eval_(
     """Score a trained run again, on its own held-out pairs or on others."""
     quiet_libraries()
     from qdpo.report.terminal import Terminal, print_evaluation
-    from qdpo.train.rescore import rescore
+    from qdpo.review.score import rescore
 
     terminal = Terminal(stderr=json_)
     try:
@@ -73,7 +73,7 @@ def compare(
     quiet_libraries()
     from qdpo.report.compare import print_comparison
     from qdpo.report.terminal import Terminal
-    from qdpo.train.compare import Drawing, compare_run
+    from qdpo.review.compare import Drawing, compare_run
 
     terminal = Terminal(stderr=json_)
     drawing = Drawing(max_new_tokens, temperature, seed)
@@ -104,9 +104,9 @@ def chat(
     Example: qdpo chat runs/demo
     """
     quiet_libraries()
-    from qdpo.report.chat import Chat, talk
     from qdpo.report.terminal import Terminal
-    from qdpo.train.reopen import reopen, tuned
+    from qdpo.review.chat import Chat, talk
+    from qdpo.review.open import reopen, tuned
 
     terminal = Terminal(stderr=not sys.stdout.isatty())
     try:

@@ -14,9 +14,9 @@ from qdpo.collect.judge import Judge, Outcome, left_open, picked
 from qdpo.data.layouts.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import base, fetch, reward
+from qdpo.model.device import give_back_memory
 from qdpo.model.folder import read_json
 from qdpo.run import disk
-from qdpo.train.meters import give_back_memory
 
 Say = Callable[[str], None]
 Rows = dict[str, list[int]]

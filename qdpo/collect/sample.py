@@ -21,7 +21,7 @@ from qdpo.model.sampling import Draw, Drawn, bytes_an_answer, draw
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import shipped_folder
-from qdpo.train import fit
+from qdpo.train.start import auto_memory
 
 MEMORY_SHARE = 0.8
 """Of what is free after loading: the rest is for what generation itself computes."""
@@ -199,7 +199,7 @@ def _try(sampler: Sampler, draws: list[Draw], drawing: Drawing) -> list[Drawn] |
 def _at_once(sampler: Sampler, longest: int, drawing: Drawing) -> int:
     element = sampler.model.get_output_embeddings().weight.element_size()
     one = bytes_an_answer(sampler.model.config, element, longest, drawing.max_new_tokens)
-    fits = int(fit.available(sampler.device) * MEMORY_SHARE / one)
+    fits = int(auto_memory.available(sampler.device) * MEMORY_SHARE / one)
     return max(1, min(fits, MOST_AT_ONCE[sampler.device.type]))
 
 

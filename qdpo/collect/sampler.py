@@ -10,13 +10,13 @@ from qdpo.data.layouts.origin import Origin
 from qdpo.data.tokens.templates import settle_template
 from qdpo.model import base, fetch, quant
 from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
+from qdpo.review.open import reopen, tuned
 from qdpo.run.disk import cache_folder
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import DataConfig
-from qdpo.train.policy import load_base
-from qdpo.train.reopen import reopen, tuned
+from qdpo.train.policy.build import load_base
 
 
 @dataclass(frozen=True)

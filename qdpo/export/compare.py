@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qdpo.settings.schema import LossConfig
-from qdpo.train.loss import rewards
-from qdpo.train.pairs import sum_pairs
+from qdpo.train.step.answer_sums import sum_pairs
+from qdpo.train.step.losses import rewards
 
 # Nats between two tokens that 16-bit inference cannot tell apart: a bf16 logit between 4 and 8 has steps of 0.03.
 TIE = 0.02

@@ -29,15 +29,15 @@ from qdpo.export import reload
 from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
 from qdpo.model import adapter, quant
 from qdpo.model.base import load_base
+from qdpo.model.device import give_back_memory
 from qdpo.model.logps import Head, head_logits, response_logps
+from qdpo.review.score import choose
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings.loss_rules import needs_reference
 from qdpo.settings.schema import LossConfig
-from qdpo.train.meters import give_back_memory
-from qdpo.train.rescore import choose
 
 FILE = "qdpo_verification.json"
 PAIRS = 32

@@ -24,10 +24,12 @@ from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, Settings
 from qdpo.measure import random_base, steps
 from qdpo.model import base
+from qdpo.model.device import give_back_memory, peak_gib
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
-from qdpo.train import fit, meters, optim
-from qdpo.train.policy import Loaded, make_policy, probe_pairs
+from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
+from qdpo.train.start import auto_memory
+from qdpo.train.step import optimizer
 
 Say = Callable[[str], None]
 WARM_UP = 1
@@ -73,7 +75,7 @@ def run_bench(
     settings = random_base.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
     free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
-    optimizer_name = optim.choose_optimizer(config.train.optimizer, device, say)
+    optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
     values = layered.flat(config)
     run = choose.settings_of(
         values, optimizer=optimizer_name, element=base.DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False
@@ -81,7 +83,7 @@ def run_bench(
     lengths = _lengths(longest or 2 * config.data.max_tokens, config.train.pairs_per_step)
     chosen = choose.choose(
         shape, run, lengths, choose.given_of(values, shape), limit=allowed * choose.PLANNED_SHARE,
-        host_limit=fit.HOST_SHARE * fit.available(fit.CPU),
+        host_limit=auto_memory.HOST_SHARE * auto_memory.available(auto_memory.CPU),
     )  # fmt: skip
     if chosen.peak > allowed:
         raise OutOfMemoryError(
@@ -90,7 +92,7 @@ def run_bench(
         )
     say(f"memory: {chosen.peak / GIB:.2f} GiB forecast, {allowed / GIB:.2f} of {free / GIB:.1f} GiB free may be used")
     rate = steps.matrix_rate(device, base.DTYPES[dtype])
-    meters.give_back_memory(device)  # what that product left is in nobody's forecast
+    give_back_memory(device)  # what that product left is in nobody's forecast
     begun = time.monotonic()
     loaded, pairs = _build(resolved, settings, shape, chosen, lengths, number, device, dtype, say)
     build_s = time.monotonic() - begun
@@ -104,7 +106,7 @@ def run_bench(
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", limit_gib, chosen.tokens_per_row,
         chosen.run.kept_layers, chosen.run.offload, "host" if chosen.run.host_embeddings else "device",
         lengths.longest, tokens / spent, number * config.train.pairs_per_step / spent,
-        meters.peak_gib(device), _forecast(shape, chosen, pairs, device),
+        peak_gib(device), _forecast(shape, chosen, pairs, device),
         torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None, rate / 1e12,
         useful / spent / rate, build_s, seconds,
     )  # fmt: skip
@@ -133,8 +135,10 @@ def _build(
     """The policy with random weights and its pairs, after the longest row was tried."""
     config = resolved.config
     place = "host" if chosen.run.host_embeddings else "device"
-    found = zip(fit.SETTINGS, (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place), strict=True)
-    config = fit.settled(config, dict(found))
+    found = zip(
+        auto_memory.SETTINGS, (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place), strict=True
+    )
+    config = auto_memory.settled(config, dict(found))
     torch.manual_seed(0)
     model = random_base.random_base(
         settings, quantization=config.model.quantization, double_quant=config.model.double_quant,
@@ -145,7 +149,7 @@ def _build(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     states = memory.STATE_BYTES[chosen.run.optimizer] * memory.adapter_numbers(shape, chosen.run.rank)
-    fit.try_worst_row(
+    auto_memory.try_worst_row(
         loaded, pairs, tokens_per_row=chosen.tokens_per_row, kept_layers=chosen.run.kept_layers, may_lower=False,
         optimizer_bytes=states, say=say,
     )  # fmt: skip
@@ -154,7 +158,7 @@ def _build(
 
 def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
     """GiB forecast for the fullest row of these pairs; on CUDA in torch's allocator, which holds workspaces too."""
-    rows = fit.worst_rows(pairs, chosen.tokens_per_row)
+    rows = auto_memory.worst_rows(pairs, chosen.tokens_per_row)
     run: Settings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)
     sizes = [
         memory.Row(row.tokens, sum(len(pair.prompt) for pair in row.pairs), len(row.pairs)) for row in rows

@@ -20,10 +20,11 @@ from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import OTHERS_GIB
 from qdpo.settings.loss_rules import needs_reference
 from qdpo.settings.schema import RunConfig
-from qdpo.train import fit, optim
-from qdpo.train.feed import ReadyRow, ready
-from qdpo.train.policy import Loaded
-from qdpo.train.step import train_step
+from qdpo.train.policy.build import Loaded
+from qdpo.train.start import auto_memory
+from qdpo.train.step.feed import ReadyRow, ready
+from qdpo.train.step.optimizer import make_optimizer
+from qdpo.train.step.step import train_step
 
 
 def hold_to_card(
@@ -33,7 +34,7 @@ def hold_to_card(
 
     `limit_gib` is a card's memory, of which what other programs hold and the CUDA context are taken off.
     """
-    free = fit.available(device)
+    free = auto_memory.available(device)
     if device.type != "cuda" or limit_gib is None:
         return free, free if limit_gib is None else min(free, limit_gib * GIB)
     others = (OTHERS_GIB if others_gib is None else others_gib) * GIB
@@ -69,7 +70,7 @@ def timed_steps(
     """Trains on the pairs in order, pairs_per_step at a time; the caller leaves out the first step, which warms up."""
     device, size = loaded.policy.device, config.train.pairs_per_step
     parameters = list(loaded.policy.adapter_parameters().values())
-    optimizer = optim.make_optimizer(optimizer_name, parameters, weight_decay=config.train.weight_decay)
+    optimizer = make_optimizer(optimizer_name, parameters, weight_decay=config.train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     for group in optimizer.param_groups:
         group["lr"] = config.train.learning_rate

@@ -24,8 +24,8 @@ from qdpo.model import adapter, attention, checkpoint, fast, paths, products
 from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
 from qdpo.settings.schema import LossConfig
-from qdpo.train.feed import ready
-from qdpo.train.step import backward_by_row
+from qdpo.train.step.feed import ready
+from qdpo.train.step.step import backward_by_row
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

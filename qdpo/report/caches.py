@@ -14,7 +14,7 @@ from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
 from qdpo.run.disk import cache_folder
-from qdpo.train.reference import ERRORS, is_damage, is_intact
+from qdpo.train.policy.reference_cache import ERRORS, is_damage, is_intact
 
 PLACES = ("reference", "bases")
 SHOWN_DIGITS = 12

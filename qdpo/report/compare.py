@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qdpo.train.prompts import question
+from qdpo.train.watch.prompts import question
 
 if TYPE_CHECKING:
-    from qdpo.train.compare import Answer, Compared, Comparison
+    from qdpo.review.compare import Answer, Compared, Comparison
 
 LABELS = {
     "tokens": "tokens",

@@ -15,7 +15,7 @@ from qdpo.errors import ConfigError
 from qdpo.report import curves, plots, verdict
 from qdpo.report.facts import Facts, read_facts
 from qdpo.run import disk
-from qdpo.train.prompts import question
+from qdpo.train.watch.prompts import question
 
 PAGES = Path(__file__).with_name("pages")
 MOST_RUNS = 6

@@ -24,10 +24,10 @@ from rich.text import Text
 from qdpo.report.spark import sparkline
 from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
-from qdpo.train.prompts import question
+from qdpo.train.watch.prompts import question
 
 if TYPE_CHECKING:
-    from qdpo.train.rescore import Rescored
+    from qdpo.review.score import Rescored
 
 # What is shown with its trend: metric → label and format.
 TRENDS = {

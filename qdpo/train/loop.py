@@ -13,23 +13,26 @@ import torch
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model import adapter
+from qdpo.model.device import give_back_memory, peak_gib
 from qdpo.run import disk, lock, record
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import Resolved
-from qdpo.train import checkpoint, fit, optim, signals
-from qdpo.train.alarm import Alarm, terms
-from qdpo.train.checkpoint import Trained
-from qdpo.train.checkup import Checkup
-from qdpo.train.evaluate import Evaluation, reference_offset
-from qdpo.train.feed import Feed, ReadyRow
-from qdpo.train.meters import Metrics, give_back_memory, peak_gib
-from qdpo.train.plan import Plan
-from qdpo.train.recover import Recovery
-from qdpo.train.saving import Saver
-from qdpo.train.signals import StopRequest
-from qdpo.train.start import Job, open_run, plan_run, try_worst_row
-from qdpo.train.step import StepReport, train_step
+from qdpo.train.between_steps import Checkup
+from qdpo.train.keep import checkpoint
+from qdpo.train.keep.checkpoint import Trained
+from qdpo.train.keep.disk_full import Saver
+from qdpo.train.keep.stop import StopRequest, listen
+from qdpo.train.start import auto_memory
+from qdpo.train.start.length import Plan
+from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
+from qdpo.train.step.feed import Feed, ReadyRow
+from qdpo.train.step.optimizer import learning_rate, make_optimizer
+from qdpo.train.step.out_of_memory import Recovery
+from qdpo.train.step.step import StepReport, train_step
+from qdpo.train.watch.alarm import Alarm, terms
+from qdpo.train.watch.evaluate import Evaluation, reference_offset
+from qdpo.train.watch.metrics_file import Metrics
 
 
 def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
     """
     run = record.run_folder(resolved)
     try:
-        with lock.alone(run), signals.listen(watcher.say) as stop:
+        with lock.alone(run), listen(watcher.say) as stop:
             return _run(resolved, run, watcher, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
@@ -57,9 +60,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
         used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
         job.scorer.fill([job.train[index] for index in sorted(used)], job.held_out)
         parameters = list(job.loaded.policy.adapter_parameters().values())
-        optimizer = optim.make_optimizer(
-            job.found["train.optimizer"], parameters, weight_decay=job.config.train.weight_decay
-        )
+        optimizer = make_optimizer(job.found["train.optimizer"], parameters, weight_decay=job.config.train.weight_decay)
         # fp16 gradients underflow without a loss scale; other types need none, and a disabled scaler does nothing.
         scaler = torch.amp.GradScaler(
             job.loaded.policy.device.type, enabled=job.found["model.dtype"] == "fp16", init_scale=2.0**14
@@ -107,7 +108,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
     job.watcher.advance(state["step"])
     for step in range(state["step"], plan.steps):
         begun = time.monotonic()
-        rate = optim.learning_rate(
+        rate = learning_rate(
             step,
             steps=plan.steps,
             warmup_steps=plan.warmup_steps,
@@ -128,7 +129,7 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
             report = recovery.take(step, rows, compute)
         except OutOfMemoryError as error:
             save()
-            raise OutOfMemoryError(f"{error} {fit.after_failure(job.config, job.train, state)}") from None
+            raise OutOfMemoryError(f"{error} {auto_memory.after_failure(job.config, job.train, state)}") from None
         tokens += report.tokens
         seconds = time.monotonic() - begun
         state = _after_step(job, state, step, report, seconds)

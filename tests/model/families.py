@@ -14,7 +14,7 @@ from qdpo.model.adapter import Layout, Policy
 from qdpo.model.forward import row_scores
 from qdpo.model.logps import Head
 from qdpo.model.probe import RowTensors
-from qdpo.train.step import row_tensors
+from qdpo.train.step.step import row_tensors
 
 CPU = torch.device("cpu")
 Families = dict[str, Callable[[], Any]]

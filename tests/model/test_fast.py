@@ -10,7 +10,7 @@ from torch import nn
 from qdpo.data.tokens.pack import PairRow
 from qdpo.model import blocks, checkpoint, fast, products, quant
 from qdpo.model.adapter import Policy
-from qdpo.train.step import row_tensors
+from qdpo.train.step.step import row_tensors
 from tests.model.families import CPU, SHARED, assert_equal, differentiated, make_policy, scores, tiny_row
 
 
@@ -137,7 +137,7 @@ def test_inputs_on_the_host_change_nothing() -> None:
 def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str, str]) -> None:
     """Never compared with each other: both with fp32."""
     from qdpo.settings import layered
-    from qdpo.train.policy import load_policy
+    from qdpo.train.policy.build import load_policy
     from tests.conftest import arguments
     from tests.train.test_step import make
 

@@ -13,8 +13,8 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model import quant
 from qdpo.model.base import load_base
 from qdpo.settings.schema import RunConfig
-from qdpo.train.policy import Loaded, load_policy
-from qdpo.train.step import score
+from qdpo.train.policy.build import Loaded, load_policy
+from qdpo.train.step.step import score
 
 PAIRS = [TokenPair(*(np.arange(start, start + n, dtype=np.int32) for n in (12, 6, 9)), start) for start in (5, 90)]
 CPU = torch.device("cpu")

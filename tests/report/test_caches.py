@@ -8,7 +8,7 @@ import pytest
 
 from qdpo.errors import ConfigError
 from qdpo.report.caches import clear_lines
-from qdpo.train.reference import ReferenceCache, answer_keys, identity
+from qdpo.train.policy.reference_cache import ReferenceCache, answer_keys, identity
 from tests.conftest import ROOT, qdpo
 from tests.train.test_reference import PAIRS, VALUES, fill, flipped, place_of
 

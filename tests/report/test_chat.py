@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qdpo.report import chat as room
-from qdpo.report.chat import Chat, talk
-from qdpo.train.reopen import reopen, tuned
+from qdpo.review import chat as room
+from qdpo.review.chat import Chat, talk
+from qdpo.review.open import reopen, tuned
 from tests.conftest import Quiet, qdpo
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]

@@ -12,9 +12,9 @@ import torch
 from qdpo.errors import ConfigError, DataError, StoppedByFinding
 from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
-from qdpo.train import samples
-from qdpo.train.meters import read_metrics
-from qdpo.train.samples import repetition
+from qdpo.train.watch import samples
+from qdpo.train.watch.metrics_file import read_metrics
+from qdpo.train.watch.samples import repetition
 from tests.conftest import Quiet, write_jsonl
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]

@@ -20,8 +20,8 @@ from qdpo.model.divergence import token_kl
 from qdpo.model.generate import complete, stream
 from qdpo.model.logps import Head
 from qdpo.report.compare import print_comparison
+from qdpo.review.compare import Drawing, compare, compare_run
 from qdpo.settings.schema import RunConfig
-from qdpo.train.compare import Drawing, compare, compare_run
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 
 QUESTIONS = [f"tell me about {one} {other}" for one, other in zip(NOUNS, NOUNS[3:], strict=False)]

@@ -13,7 +13,7 @@ from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base import embeddings_to_host
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
-from qdpo.train import fit
+from qdpo.train.start import auto_memory
 from tests.conftest import Quiet
 from tests.train.test_step import make
 
@@ -74,7 +74,7 @@ def test_layers_are_given_up_until_the_longest_row_fits(
 ) -> None:
     loaded, pairs = make_loaded(settings)
     said: list[str] = []
-    trial, failures = fit._try, [2]
+    trial, failures = auto_memory._try, [2]
 
     def full_twice(*arguments: Any) -> None:
         if failures[0]:
@@ -82,19 +82,19 @@ def test_layers_are_given_up_until_the_longest_row_fits(
             raise torch.cuda.OutOfMemoryError("out of memory\nmore")
         trial(*arguments)
 
-    monkeypatch.setattr(fit, "_try", full_twice)
+    monkeypatch.setattr(auto_memory, "_try", full_twice)
     ask: dict[str, Any] = {"tokens_per_row": 100, "kept_layers": "all", "optimizer_bytes": 10, "say": said.append}
-    assert fit.try_worst_row(loaded, pairs, may_lower=True, **ask) == 0
+    assert auto_memory.try_worst_row(loaded, pairs, may_lower=True, **ask) == 0
     assert len(said) == 2 and "does not fit with 2 layers kept; trying 1" in said[0]
     failures[0] = 1
     with pytest.raises(OutOfMemoryError, match="Nothing was trained. Lower data.max_tokens"):
-        fit.try_worst_row(loaded, pairs, may_lower=False, **ask)
+        auto_memory.try_worst_row(loaded, pairs, may_lower=False, **ask)
     assert all(p.grad is None for p in loaded.policy.adapter_parameters().values())
 
 
 def make_loaded(settings: dict[str, str]) -> tuple[Any, Any]:
     from qdpo.settings import layered
-    from qdpo.train.policy import load_policy
+    from qdpo.train.policy.build import load_policy
     from tests.conftest import arguments
 
     _, pairs = make(settings)
@@ -109,11 +109,11 @@ def make_loaded(settings: dict[str, str]) -> tuple[Any, Any]:
 def test_the_worst_row_is_the_fullest(settings: dict[str, str]) -> None:
     _, pairs = make(settings)
     longest = max(pair.tokens for pair in pairs)
-    (alone,) = fit.worst_rows(pairs, 0)
+    (alone,) = auto_memory.worst_rows(pairs, 0)
     assert alone.tokens == longest
-    (full,) = fit.worst_rows(pairs, 3 * longest)
+    (full,) = auto_memory.worst_rows(pairs, 3 * longest)
     assert 2 * longest < full.tokens <= 3 * longest
-    (longer,) = fit.worst_rows(pairs, longest - 5)
+    (longer,) = auto_memory.worst_rows(pairs, longest - 5)
     assert longer.tokens == longest
 
 

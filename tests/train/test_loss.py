@@ -15,8 +15,8 @@ from torch import Tensor
 
 from qdpo.settings.loss_rules import RULES
 from qdpo.settings.schema import LossConfig
-from qdpo.train.loss import LOSSES, loss_slopes, pair_losses, rewards
-from qdpo.train.pairs import Pairs, join, sum_pairs
+from qdpo.train.step.answer_sums import Pairs, join, sum_pairs
+from qdpo.train.step.losses import LOSSES, loss_slopes, pair_losses, rewards
 from tests.conftest import ROOT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CHILD = "import torch; from qdpo.train.meters import peak_gib; print(peak_gib(torch.device('cpu')))"
+CHILD = "import torch; from qdpo.train.watch.metrics_file import peak_gib; print(peak_gib(torch.device('cpu')))"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands a parent's peak on")

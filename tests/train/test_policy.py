@@ -3,7 +3,7 @@
 import numpy as np
 
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.train.policy import probe_pairs
+from qdpo.train.policy.build import probe_pairs
 
 
 def test_long_pairs_are_cut_for_the_probe() -> None:

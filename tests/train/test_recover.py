@@ -13,9 +13,9 @@ from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.settings.schema import LossConfig
 from qdpo.train import loop
-from qdpo.train.feed import ready
-from qdpo.train.recover import HALVES, NAMES, SIDED, SINGLE, WHOLE, Recovery, split
-from qdpo.train.step import RowTooLarge, train_step
+from qdpo.train.step.feed import ready
+from qdpo.train.step.out_of_memory import HALVES, NAMES, SIDED, SINGLE, WHOLE, Recovery, split
+from qdpo.train.step.step import RowTooLarge, train_step
 from tests.conftest import Quiet
 from tests.train.test_step import LISTS, make, near
 

@@ -20,9 +20,10 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError, VerificationError
 from qdpo.run import record
 from qdpo.settings import layered
-from qdpo.train import reference, signals
-from qdpo.train.reference import ReferenceCache
-from qdpo.train.start import Job, open_run
+from qdpo.train.keep.stop import listen
+from qdpo.train.policy import reference_cache
+from qdpo.train.policy.reference_cache import ReferenceCache
+from qdpo.train.start.open_run import Job, open_run
 from tests.conftest import ROOT, Quiet, arguments, qdpo
 
 Values = list[tuple[np.ndarray, np.ndarray]]
@@ -95,7 +96,7 @@ def place_of(content: bytes, part: bytes, *, last: bool = False) -> int:
     return 8 * (content.rindex(part) if last else content.index(part))
 
 
-KEY = reference.answer_keys(PAIRS[3])[0]
+KEY = reference_cache.answer_keys(PAIRS[3])[0]
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "two thirds": lambda content: content[: 2 * len(content) // 3],
     "half a page": lambda content: content[:2000],
@@ -158,7 +159,7 @@ def test_a_row_under_another_key_is_not_taken(tmp_path: Path) -> None:
     """As a damaged index would lead to it: whole, with a checksum, of the same length."""
     cache = ReferenceCache(tmp_path, "name")
     fill(cache)
-    keys = [key for pair in PAIRS[:2] for key in reference.answer_keys(pair)]
+    keys = [key for pair in PAIRS[:2] for key in reference_cache.answer_keys(pair)]
     with sqlite3.connect(cache.path) as other:
         rows = [other.execute("SELECT value, crc FROM logps WHERE key = ?", (key,)).fetchone() for key in keys]
         for key, row in zip(keys, reversed(rows), strict=True):
@@ -206,7 +207,7 @@ def test_a_full_disk_loses_nothing_and_is_no_damage(tmp_path: Path) -> None:
 
 
 def test_a_busy_file_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "WAIT_S", 0.1)
+    monkeypatch.setattr(reference_cache, "WAIT_S", 0.1)
     cache = ReferenceCache(tmp_path, "name")
     fill(cache)
     other = sqlite3.connect(cache.path, isolation_level=None)
@@ -255,7 +256,7 @@ def opened(settings: dict[str, str], **changes: str) -> Iterator[tuple[Job, Quie
     """A run just before its reference pass."""
     watcher = Quiet()
     resolved = layered.resolve(arguments(settings, **changes))
-    with signals.listen(watcher.say) as stop:
+    with listen(watcher.say) as stop:
         job = open_run(resolved, record.run_folder(resolved), watcher, stop)
         try:
             yield job, watcher
@@ -367,7 +368,7 @@ def test_what_changes_the_reference_is_computed_anew_and_nothing_else(settings: 
 FILLS = """
 import json, os, random, signal, sys
 from pathlib import Path
-from qdpo.train.reference import ReferenceCache
+from qdpo.train.policy.reference_cache import ReferenceCache
 from tests.train.test_reference import scored
 
 settings, changes, computed, kill_at, seed = json.loads(sys.argv[1])

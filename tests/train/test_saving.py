@@ -10,10 +10,10 @@ import pytest
 
 from qdpo.errors import DiskError
 from qdpo.run import disk
-from qdpo.train import checkpoint, saving
-from qdpo.train.meters import Metrics, read_metrics
-from qdpo.train.saving import Saver
-from qdpo.train.signals import StopRequest
+from qdpo.train.keep import checkpoint, disk_full
+from qdpo.train.keep.disk_full import Saver
+from qdpo.train.keep.stop import StopRequest
+from qdpo.train.watch.metrics_file import Metrics, read_metrics
 from tests.conftest import Quiet
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]
@@ -32,7 +32,7 @@ class Disk:
 
 
 def test_a_save_on_the_way_may_fail_and_the_last_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "RETRY_S", 0.0)
+    monkeypatch.setattr(disk_full, "RETRY_S", 0.0)
     said: list[str] = []
     stop = StopRequest()
     saver = Saver(said.append, stop, "wait")
@@ -67,7 +67,7 @@ def full_for(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> l
 
 def test_a_run_outlives_a_full_disk(train: Train, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     train(train__steps="6", output__name="golden")
-    monkeypatch.setattr(saving, "RETRY_S", 0.0)
+    monkeypatch.setattr(disk_full, "RETRY_S", 0.0)
     calls = full_for(monkeypatch, lambda call: call in (2, 6, 7))  # the save of step 2, then twice the last one
     _, watcher = train(train__steps="6", train__save_every="1")
     assert len(calls) == 8

@@ -20,13 +20,13 @@ from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES, needs_reference
 from qdpo.settings.schema import LossConfig
-from qdpo.train import optim
-from qdpo.train.feed import Feed, ready
-from qdpo.train.meters import read_metrics
-from qdpo.train.metrics import MEAN_OVER
-from qdpo.train.plan import plan_steps
-from qdpo.train.policy import load_policy
-from qdpo.train.step import score, train_step
+from qdpo.train.policy.build import load_policy
+from qdpo.train.start.length import plan_steps
+from qdpo.train.step.feed import Feed, ready
+from qdpo.train.step.measures import MEAN_OVER
+from qdpo.train.step.optimizer import learning_rate, make_optimizer
+from qdpo.train.step.step import score, train_step
+from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def step_with(
     loss: LossConfig = LossConfig(),  # noqa: B008
 ) -> tuple[Any, dict]:
     parameters = policy.adapter_parameters()
-    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer = make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = rate
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     report = train_step(
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(settings: dict[str, s
 def test_fp16_overflow_skips_the_update_and_is_counted(settings: dict[str, str]) -> None:
     policy, pairs = make(settings)
     parameters = policy.adapter_parameters()
-    optimizer = optim.make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
+    optimizer = make_optimizer("adamw", list(parameters.values()), weight_decay=0.0)
     optimizer.param_groups[0]["lr"] = 1.0
     before = {name: p.detach().clone() for name, p in parameters.items()}
     scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
@@ -338,7 +338,7 @@ def test_the_8_bit_optimizer_follows_the_fp32_one(train: Callable[..., tuple[dic
 
 def test_schedules() -> None:
     rates = {
-        s: [optim.learning_rate(i, steps=10, warmup_steps=2, peak=1.0, schedule=s) for i in range(10)]
+        s: [learning_rate(i, steps=10, warmup_steps=2, peak=1.0, schedule=s) for i in range(10)]
         for s in ("cosine", "linear", "constant")
     }
     assert all(values[:2] == [0.5, 1.0] for values in rates.values())

@@ -14,7 +14,7 @@ from qdpo.errors import ConfigError
 from qdpo.run.disk import read_json
 from qdpo.run.record import run_folder
 from qdpo.settings import layered
-from qdpo.train.meters import read_metrics
+from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments, qdpo
 
 Train = Callable[..., tuple[dict[str, Any], Quiet]]

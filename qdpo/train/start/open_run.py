@@ -25,14 +25,15 @@ from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
-from qdpo.train import fit, optim
-from qdpo.train.plan import Passes, Plan, measure_speed, plan_steps, within_hours
-from qdpo.train.policy import Loaded, load_policy, probe_pairs
-from qdpo.train.prompts import Prompt, held_out_prompts, prompts_of_file
-from qdpo.train.reference import ReferenceCache
-from qdpo.train.scoring import Scorer
-from qdpo.train.signals import StopRequest
-from qdpo.train.track import Tracker, check_package
+from qdpo.train.keep.stop import StopRequest
+from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
+from qdpo.train.policy.reference_cache import ReferenceCache
+from qdpo.train.policy.reference_fill import Scorer
+from qdpo.train.start import auto_memory
+from qdpo.train.start.length import Passes, Plan, measure_speed, plan_steps, within_hours
+from qdpo.train.step import optimizer
+from qdpo.train.watch.prompts import Prompt, held_out_prompts, prompts_of_file
+from qdpo.train.watch.tracker import Tracker, check_package
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
@@ -81,7 +82,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     pinned = disk.read_json(run.record)["base"]["commit"] if run.record.exists() else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: fit.refuse_hopeless(config, found, device),
+        refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
     tokenizer = base.load_tokenizer(folder.folder)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
@@ -91,7 +92,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     record.take_neutral(run, layered.flat(config))
     train, held_out = prepare.load(run)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
-    config = fit.settled(config, disk.read_json(run.record)["found"])
+    config = auto_memory.settled(config, disk.read_json(run.record)["found"])
     watcher.begin("loading the model", 1, "model")
     dtype = disk.read_json(run.record)["found"]["model.dtype"]
     loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
@@ -119,7 +120,7 @@ def try_worst_row(job: Job) -> None:
     state_bytes = 8 if job.found["train.optimizer"] == "adamw" else 2
     kept = job.config.memory.kept_layers
     assert kept != "auto"
-    fits = fit.try_worst_row(
+    fits = auto_memory.try_worst_row(
         job.loaded,
         [*job.train, *job.held_out],
         tokens_per_row=job.scorer.tokens_per_row,
@@ -196,9 +197,9 @@ def _first_start(
         files.append(Path(config.adapter.start) / adapter.WEIGHTS)
     found: dict[str, Any] = {
         "model.dtype": dtype,
-        "train.optimizer": optim.choose_optimizer(config.train.optimizer, device, say),
+        "train.optimizer": optimizer.choose_optimizer(config.train.optimizer, device, say),
     }
-    found |= fit.choose_memory(
+    found |= auto_memory.choose_memory(
         config,
         shape,
         pairs,

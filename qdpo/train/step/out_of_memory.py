@@ -7,9 +7,9 @@ import torch
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import OutOfMemoryError
-from qdpo.train.feed import ReadyRow, ready
-from qdpo.train.meters import give_back_memory
-from qdpo.train.step import RowTooLarge, StepReport
+from qdpo.model.device import give_back_memory
+from qdpo.train.step.feed import ReadyRow, ready
+from qdpo.train.step.step import RowTooLarge, StepReport
 
 # How a step's rows are computed, from the usual way to the one that takes least memory.
 WHOLE, HALVES, SINGLE, SIDED = range(4)

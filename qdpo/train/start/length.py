@@ -12,7 +12,7 @@ from qdpo.data.tokens.pack import pack_rows, step_indices
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.adapter import Policy
 from qdpo.settings.schema import TrainConfig
-from qdpo.train.step import score
+from qdpo.train.step.step import score
 
 # Pairs that are timed for train.hours, and the share of the hours that is planned for: the rest is saving and samples.
 TIMED_PAIRS, PLANNED_SHARE = 8, 0.95

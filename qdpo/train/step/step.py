@@ -18,10 +18,10 @@ from qdpo.model.logps import TokenScores
 from qdpo.model.probe import RowTensors
 from qdpo.settings.loss_rules import couples_pairs
 from qdpo.settings.schema import LossConfig
-from qdpo.train.feed import ReadyRow, row_tensors
-from qdpo.train.loss import loss_slopes, pair_losses
-from qdpo.train.metrics import counts, means, pair_sums, token_sums
-from qdpo.train.pairs import Pairs, sum_pairs
+from qdpo.train.step.answer_sums import Pairs, sum_pairs
+from qdpo.train.step.feed import ReadyRow, row_tensors
+from qdpo.train.step.losses import loss_slopes, pair_losses
+from qdpo.train.step.measures import counts, means, pair_sums, token_sums
 
 
 def score(policy: Policy, row: PairRow, *, metrics: bool) -> TokenScores:

@@ -8,14 +8,14 @@ from qdpo.data import prepare
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model import adapter, base
+from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
-from qdpo.train import signals
-from qdpo.train.evaluate import Evaluation, evaluate
-from qdpo.train.policy import probe_pairs
-from qdpo.train.reference import ReferenceCache
-from qdpo.train.reopen import PLACES, Reopened, load_reopened, reopen
-from qdpo.train.scoring import Scorer
-from qdpo.train.start import cache_folder
+from qdpo.train.keep.stop import listen
+from qdpo.train.policy.build import probe_pairs
+from qdpo.train.policy.reference_cache import ReferenceCache
+from qdpo.train.policy.reference_fill import Scorer
+from qdpo.train.start.open_run import cache_folder
+from qdpo.train.watch.evaluate import Evaluation, evaluate
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     opened, pairs = chosen.opened, chosen.pairs
     run, config = opened.run, opened.config
     loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
-    with signals.listen(watcher.say) as stop:
+    with listen(watcher.say) as stop:
         cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
         scorer = Scorer(loaded, cache, opened.tokens_per_row, watcher, stop, config.loss, config.train.seed)
         scorer.fill(pairs)

@@ -12,8 +12,8 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.model.logps import TokenScores
 from qdpo.model.transfer import to_device
 from qdpo.settings.schema import LossConfig
-from qdpo.train.loss import rewards
-from qdpo.train.pairs import Pairs
+from qdpo.train.step.answer_sums import Pairs
+from qdpo.train.step.losses import rewards
 
 # Metric name → what its sum is divided by.
 MEAN_OVER = {

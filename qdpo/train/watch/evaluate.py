@@ -10,11 +10,11 @@ import torch
 from qdpo.data.tokens.pack import PairRow
 from qdpo.model.adapter import Policy
 from qdpo.settings.schema import LossConfig
-from qdpo.train.feed import Reference, ready
-from qdpo.train.loss import pair_losses, rewards
-from qdpo.train.metrics import counts, means, pair_sums
-from qdpo.train.pairs import join
-from qdpo.train.step import score_row
+from qdpo.train.step.answer_sums import join
+from qdpo.train.step.feed import Reference, ready
+from qdpo.train.step.losses import pair_losses, rewards
+from qdpo.train.step.measures import counts, means, pair_sums
+from qdpo.train.step.step import score_row
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 
 from qdpo.data.layouts.turns import excerpt
 from qdpo.model.adapter import Policy
+from qdpo.model.device import give_back_memory
 from qdpo.model.generate import complete
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import SamplesConfig
-from qdpo.train.meters import give_back_memory
-from qdpo.train.prompts import Prompt, question
+from qdpo.train.watch.prompts import Prompt, question
 
 Line = dict[str, Any]
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from qdpo.errors import DiskError
-from qdpo.train.signals import StopRequest
+from qdpo.train.keep.stop import StopRequest
 
 RETRY_S = 15.0
 

@@ -17,9 +17,9 @@ from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train import fit
-from qdpo.train.policy import Loaded, load_policy, probe_pairs
-from qdpo.train.start import cache_folder
+from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
+from qdpo.train.start import auto_memory
+from qdpo.train.start.open_run import cache_folder
 
 # Settings that may differ from the run's: where to compute, how, and where the cache lies.
 PLACES = ("model.device", "memory.", "cache.dir")
@@ -57,7 +57,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
     if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
         found = kept["found"]
         names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
-        config = fit.settled(config, {name: found.get(name, value) for name, value in names.items()})
+        config = auto_memory.settled(config, {name: found.get(name, value) for name, value in names.items()})
     if config.memory.tokens_per_row == "auto":
         raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
     device = base.choose_device(config.model.device, watcher.say)

@@ -22,10 +22,10 @@ from qdpo.model.divergence import token_kl
 from qdpo.model.forward import response_hidden
 from qdpo.model.generate import complete, end_tokens
 from qdpo.model.logps import response_logps
+from qdpo.review.open import Reopened, reopen, tuned
 from qdpo.run.watcher import Watcher
-from qdpo.train.feed import row_tensors
-from qdpo.train.reopen import Reopened, reopen, tuned
-from qdpo.train.samples import repetition
+from qdpo.train.step.feed import row_tensors
+from qdpo.train.watch.samples import repetition
 
 # Means and medians of the summary are of these.
 MEASURES = ("tokens", "repeated", "base_logp", "tuned_logp")

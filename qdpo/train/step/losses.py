@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from qdpo.settings.schema import LossConfig
-from qdpo.train.pairs import Pairs, join
+from qdpo.train.step.answer_sums import Pairs, join
 
 # e^80 is finite in float32; beyond it a divergence is constant, with gradient 0.
 _LARGEST_EXPONENT = 80.0

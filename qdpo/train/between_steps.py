@@ -5,12 +5,12 @@ from typing import Any
 
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.run import disk
-from qdpo.train.alarm import Alarm
-from qdpo.train.evaluate import Evaluation, evaluate
-from qdpo.train.meters import Metrics
-from qdpo.train.samples import Samples
-from qdpo.train.saving import Saver
-from qdpo.train.start import Job
+from qdpo.train.keep.disk_full import Saver
+from qdpo.train.start.open_run import Job
+from qdpo.train.watch.alarm import Alarm
+from qdpo.train.watch.evaluate import Evaluation, evaluate
+from qdpo.train.watch.metrics_file import Metrics
+from qdpo.train.watch.samples import Samples
 
 
 class Checkup:

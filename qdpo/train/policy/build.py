@@ -15,8 +15,8 @@ from qdpo.model.adapter import Policy
 from qdpo.model.logps import Head
 from qdpo.run.record import file_record
 from qdpo.settings.schema import RunConfig
-from qdpo.train import reference
-from qdpo.train.feed import row_tensors
+from qdpo.train.policy import reference_cache
+from qdpo.train.step.feed import row_tensors
 
 Say = Callable[[str], None]
 
@@ -133,4 +133,4 @@ def _reference_name(config: RunConfig, policy: Policy, attention: str, weights: 
         "attention": attention,
         "device": policy.device.type if policy.device.type != "cpu" else torch.backends.cpu.get_cpu_capability(),
     }
-    return reference.identity(weights, start, path)
+    return reference_cache.identity(weights, start, path)

@@ -12,11 +12,11 @@ from qdpo.errors import Interrupted, VerificationError
 from qdpo.run.watcher import Watcher
 from qdpo.settings.loss_rules import needs_reference
 from qdpo.settings.schema import LossConfig
-from qdpo.train.feed import Reference
-from qdpo.train.policy import Loaded
-from qdpo.train.reference import ReferenceCache
-from qdpo.train.signals import StopRequest
-from qdpo.train.step import score
+from qdpo.train.keep.stop import StopRequest
+from qdpo.train.policy.build import Loaded
+from qdpo.train.policy.reference_cache import ReferenceCache
+from qdpo.train.step.feed import Reference
+from qdpo.train.step.step import score
 
 # Cached pairs that every run computes again.
 CHECKED_PAIRS = 3

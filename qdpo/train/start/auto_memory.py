@@ -13,11 +13,11 @@ from qdpo.families import shapes
 from qdpo.forecast import choose
 from qdpo.forecast.choose import Lengths
 from qdpo.forecast.memory import GIB
+from qdpo.model.device import give_back_memory
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train.meters import give_back_memory
-from qdpo.train.policy import Loaded
-from qdpo.train.step import score
+from qdpo.train.policy.build import Loaded
+from qdpo.train.step.step import score
 
 Say = Callable[[str], None]
 SETTINGS = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload", "memory.embeddings")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qdpo.errors import VerificationError
 from qdpo.model.adapter import Policy, adapter_tensors, load_adapter_tensors
 from qdpo.run import disk
-from qdpo.train.optim import optimizer_tensors, restore_optimizer
+from qdpo.train.step.optimizer import optimizer_tensors, restore_optimizer
 
 ADAPTER, OPTIMIZER, STATE, MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
 
