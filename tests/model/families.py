@@ -88,7 +88,9 @@ SCORED: Families = {
 MASKED: Families = {
     "falcon": lambda: hf.FalconConfig(**FALCON),
     "stablelm": lambda: hf.StableLmConfig(**SIZE),
-    "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4),
+    "xglm": lambda: hf.XGLMConfig(
+        vocab_size=160, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, init_std=0.2, scale_embedding=False
+    ),
 }
 # Families in which a shared row would be wrong.
 SEPARATE: Families = {

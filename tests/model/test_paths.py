@@ -16,7 +16,7 @@ from tests.model.families import MASKED, SEPARATE, SHARED, Families, assert_equa
 PATHS = (
     [(SHARED, family, f"spans, {PAIRWISE}") for family in SHARED]
     + [(families.SCORED, family, f"spans, {SCORED}") for family in families.SCORED]
-    + [(MASKED, "falcon", "mask, sdpa"), (MASKED, "stablelm", "mask, sdpa"), (MASKED, "gptj", "mask, eager")]
+    + [(MASKED, "falcon", "mask, sdpa"), (MASKED, "stablelm", "mask, sdpa"), (MASKED, "xglm", "mask, eager")]
 )
 
 
