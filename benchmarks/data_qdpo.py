@@ -10,7 +10,7 @@ import torch
 from benchmarks.rounds import Parent
 from qdpo.data import prepare
 from qdpo.data.tokens import sieve
-from qdpo.model import base
+from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import peak_gib
 from qdpo.settings import layered
 
@@ -28,7 +28,7 @@ class Silent:
 def main() -> None:
     parent = Parent()
     job = parent.job
-    tokenizer = base.load_tokenizer(Path(job["folder"]))
+    tokenizer = load_tokenizer(Path(job["folder"]))
     settings = ["model.path=given", f"data.path={job['file']}", f"data.max_tokens={job['max_tokens']}"]
     config = layered.resolve(settings).config.data
     parent.answer(peak_gib=peak_gib(torch.device("cpu")))

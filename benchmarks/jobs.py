@@ -11,7 +11,9 @@ from benchmarks.pairs import Candidate, read_candidates, same_in_both, write_row
 from benchmarks.rounds import Side
 from benchmarks.tiny import save_tiny_base
 from qdpo.data import prepare
-from qdpo.model import adapter, base, fetch
+from qdpo.model.base import fetch
+from qdpo.model.base.load import load_base, load_tokenizer
+from qdpo.model.policy import adapter
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
@@ -29,7 +31,7 @@ class Start:
     def __init__(self, options: argparse.Namespace, trl_python: str, work: Path, *, steps: int, start_b: float) -> None:
         self.work, self._trl_python = work, trl_python
         self.base = save_tiny_base(work / "base") if options.tiny else _demo_base()
-        candidates = read_candidates(options.data, base.load_tokenizer(self.base), max_tokens=MAX_TOKENS)
+        candidates = read_candidates(options.data, load_tokenizer(self.base), max_tokens=MAX_TOKENS)
         same = self._same_in_both(candidates)
         self.differing = len(same) - sum(same)
         print(f"token ids: {self.differing} of {len(same)} pairs differ between TRL and qdpo; both go without them")
@@ -93,7 +95,7 @@ def _demo_base() -> Path:
 
 def _write_adapter(folder: Path, base_folder: Path, start_b: float) -> None:
     """A fresh qdpo adapter as PEFT saves it, but for B: drawn, so that every term of a step counts."""
-    model = base.load_base(
+    model = load_base(
         base_folder, quantization="none", double_quant=False, dtype="fp32", device=torch.device("cpu"),
         attention_name="sdpa", announce=print,
     )  # fmt: skip

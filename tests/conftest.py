@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model.adapter import Policy
+from qdpo.model.policy.adapter import Policy
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 from qdpo.train.loop import run_training

@@ -15,10 +15,11 @@ from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.measure.bench import run_bench
 from qdpo.measure.random_base import config_of, random_base
-from qdpo.model import attention, fast
-from qdpo.model.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
-from qdpo.model.base import embeddings_to_host
-from qdpo.model.logps import Head, plain_logps, response_logps
+from qdpo.model.base.load import embeddings_to_host
+from qdpo.model.fast import attention
+from qdpo.model.fast.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
+from qdpo.model.fast.logps import Head, plain_logps, response_logps
+from qdpo.model.policy import install
 from qdpo.settings import layered
 from qdpo.settings.schema import LossConfig
 from qdpo.train.policy.build import load_policy
@@ -135,7 +136,7 @@ def test_fast_parts_are_as_exact_as_plain_ones(rounded: dict[str, str], monkeypa
         return step(loaded, pairs)
 
     quick = gradients("bf16")
-    monkeypatch.setattr(fast, "install", lambda peft, device: fast.Installed())
+    monkeypatch.setattr(install, "install", lambda peft, device: install.Installed())
     plain, exact = gradients("bf16"), gradients("fp32")
 
     def error(found: dict[str, torch.Tensor]) -> float:

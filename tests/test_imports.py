@@ -14,8 +14,8 @@ LAYER |= {"api": 10, "cli": 10, "__main__": 11}
 IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/read/hub"},
-    "bitsandbytes": {"model/quant", "train/step/optimizer"},
-    "peft": {"model/adapter", "export/verify", "export/lora"},
+    "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
+    "peft": {"model/policy/adapter", "export/verify", "export/lora"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

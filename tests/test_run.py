@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, VerificationError
-from qdpo.model import adapter
+from qdpo.model.policy import adapter
 from qdpo.run import lock
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 
 from qdpo.data import prepare
 from qdpo.data.tokens.pack import pack_rows
-from qdpo.model import fast, fetch
-from qdpo.model.base import load_tokenizer
+from qdpo.model.base import fetch
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.policy import install
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES
 from qdpo.train.loop import run_training
@@ -96,7 +97,7 @@ def test_packed_and_lean_equals_separate_and_plain_on_the_demo_model(monkeypatch
     found = {}
     for lean in (True, False):
         if not lean:
-            monkeypatch.setattr(fast, "install", lambda peft, device: fast.Installed())
+            monkeypatch.setattr(install, "install", lambda peft, device: install.Installed())
         loaded = load_policy(
             config, base.folder, device=torch.device("cpu"), dtype="fp32", probe_with=pairs[:2], say=lambda line: None
         )

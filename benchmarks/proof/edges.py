@@ -18,7 +18,8 @@ from qdpo.forecast import choose, memory, model_table, plan
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, Row, Settings
 from qdpo.measure import random_base, steps
-from qdpo.model import base, device
+from qdpo.model import device
+from qdpo.model.device import DTYPES, choose_device, choose_dtype
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -91,22 +92,22 @@ class Stand:
             "memory.tokens_per_row=64", *words,
         )  # fmt: skip
         config = resolved.config
-        self.device = base.choose_device(config.model.device, print)
+        self.device = choose_device(config.model.device, print)
         settings.check_card(job)
-        dtype = base.choose_dtype(config.model.dtype, self.device, print)
+        dtype = choose_dtype(config.model.dtype, self.device, print)
         architecture = random_base.config_for(str(config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(config.model.path))
         _free, self.allowed = steps.hold_to_card(self.device, job["card_gib"], None, job["context_gib"])
         cuda = self.device.type == "cuda"
         self.run = choose.settings_of(
             layered.flat(config), optimizer="paged_adamw8bit" if cuda else "adamw8bit",
-            element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda,
+            element=DTYPES[dtype].itemsize, cuda=cuda, context=not cuda,
             offload=config.memory.offload is True and cuda, host_embeddings=config.memory.embeddings == "host",
         )  # fmt: skip
         torch.manual_seed(0)
         model = random_base.random_base(
             architecture, quantization=config.model.quantization, double_quant=config.model.double_quant,
-            dtype=base.DTYPES[dtype], device=self.device,
+            dtype=DTYPES[dtype], device=self.device,
         )  # fmt: skip
         few = [self.pair(128) for _ in range(2)]
         self.loaded: Loaded = make_policy(

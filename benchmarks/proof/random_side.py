@@ -16,7 +16,7 @@ from qdpo.families import shapes
 from qdpo.forecast import choose, memory
 from qdpo.forecast.memory import GIB
 from qdpo.measure import random_base, steps
-from qdpo.model import base
+from qdpo.model.device import DTYPES, choose_device, choose_dtype
 from qdpo.settings import layered
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
 from qdpo.train.start import auto_memory
@@ -27,7 +27,7 @@ def main() -> None:
     parent = Parent()
     job = parent.job
     config = layered.resolve(job["words"]).config
-    device = base.choose_device(config.model.device, print)
+    device = choose_device(config.model.device, print)
     allowed = auto_memory.available(device)
     if job["allowed_gib"] is not None:
         allowed = job["allowed_gib"] * GIB
@@ -57,14 +57,12 @@ def _load(
     job: dict[str, Any], config: Any, device: torch.device, allowed: float, pairs: list[TokenPair]
 ) -> tuple[Loaded, dict[str, Any]]:
     """The policy with what `auto` finds for these pairs and this memory, its longest row tried."""
-    dtype = base.choose_dtype(config.model.dtype, device, print)
+    dtype = choose_dtype(config.model.dtype, device, print)
     architecture = AutoConfig.from_pretrained(job["shape"], local_files_only=True)
     shape = shapes.from_config(architecture.to_dict(), job["shape"])
     optimizer, values = choose_optimizer("auto", device, print), layered.flat(config)
     cuda = device.type == "cuda"
-    run = choose.settings_of(
-        values, optimizer=optimizer, element=base.DTYPES[dtype].itemsize, cuda=cuda, context=not cuda
-    )
+    run = choose.settings_of(values, optimizer=optimizer, element=DTYPES[dtype].itemsize, cuda=cuda, context=not cuda)
     chosen = choose.choose(
         shape, run, auto_memory.lengths_of(pairs, config.train.pairs_per_step), choose.given_of(values, shape),
         limit=allowed * choose.PLANNED_SHARE,
@@ -75,7 +73,7 @@ def _load(
     found = dict(zip(auto_memory.SETTINGS, settings, strict=True))
     torch.manual_seed(0)
     model = random_base.random_base(
-        architecture, quantization="nf4", double_quant=True, dtype=base.DTYPES[dtype], device=device
+        architecture, quantization="nf4", double_quant=True, dtype=DTYPES[dtype], device=device
     )
     loaded = make_policy(
         auto_memory.settled(config, found), model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=print

@@ -18,7 +18,8 @@ from benchmarks.shares import shares
 from qdpo.families import shapes
 from qdpo.families.shapes import Shape
 from qdpo.measure import random_base, steps
-from qdpo.model import base, device
+from qdpo.model import device
+from qdpo.model.device import DTYPES, choose_device, choose_dtype
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
 from qdpo.train.step import optimizer
@@ -54,8 +55,8 @@ class Ready:
         # Where kept layers are many, a step is cheaper in memory with nothing else on the host.
         words = (f"model.path={job['model']}", "memory.offload=false", "memory.embeddings=device", "adapter.rank=16")
         resolved = settings.resolve(job, *words, "memory.head_tile_mib=192")
-        device = base.choose_device(resolved.config.model.device, print)
-        self.dtype = base.choose_dtype(resolved.config.model.dtype, device, print)
+        device = choose_device(resolved.config.model.device, print)
+        self.dtype = choose_dtype(resolved.config.model.dtype, device, print)
         architecture = random_base.config_for(str(resolved.config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(resolved.config.model.path))
         layers = self.shape.layers
@@ -63,11 +64,11 @@ class Ready:
         section = resolved.config.memory.model_copy(update={"kept_layers": kept})
         train = resolved.config.train.model_copy(update={"pairs_per_step": self.profile.pairs_per_step})
         self.config: RunConfig = resolved.config.model_copy(update={"memory": section, "train": train})
-        self.rate = steps.matrix_rate(device, base.DTYPES[self.dtype])
+        self.rate = steps.matrix_rate(device, DTYPES[self.dtype])
         torch.manual_seed(0)
         model = random_base.random_base(
             architecture, quantization=self.config.model.quantization, double_quant=self.config.model.double_quant,
-            dtype=base.DTYPES[self.dtype], device=device,
+            dtype=DTYPES[self.dtype], device=device,
         )  # fmt: skip
         self.pairs = pairs_of(self.profile, (1 + TIMED) * self.profile.pairs_per_step, self.shape.vocabulary)
         self.loaded: Loaded = make_policy(

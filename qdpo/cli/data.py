@@ -128,14 +128,14 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
     Raises: ConfigError if there is no tokenizer, or adapter.start is not an adapter.
     """
     from qdpo.data.layouts.origin import Origin
-    from qdpo.model import fetch
+    from qdpo.model.base import fetch
     from qdpo.run.disk import cache_folder
 
     name, cache = str(config.model.path), cache_folder(config.cache.dir)
     tokenizer = fetch.locate_tokenizer(name, revision=config.model.revision, cache_dir=cache, announce=say)
     if config.adapter.start is None:
         return tokenizer, Origin(name)
-    from qdpo.model.adapter import WEIGHTS, check_adapter_folder
+    from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder
     from qdpo.run.record import file_record
 
     folder = Path(config.adapter.start)

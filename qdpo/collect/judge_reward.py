@@ -13,9 +13,11 @@ from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import Judge, Outcome, left_open, picked
 from qdpo.data.layouts.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.model import base, fetch, reward
-from qdpo.model.device import give_back_memory
-from qdpo.model.folder import read_json
+from qdpo.model import reward
+from qdpo.model.base import fetch
+from qdpo.model.base.folder import read_json
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.device import choose_device, choose_dtype, give_back_memory
 from qdpo.run import disk
 
 Say = Callable[[str], None]
@@ -117,7 +119,7 @@ def reward_judge(path: str, *, quantization: str, device: str, margin: float, sa
 
 def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any]:
     """Model and tokenizer. Raises: ConfigError for what is no reward model, if possible before it is downloaded."""
-    place = base.choose_device(device, say)
+    place = choose_device(device, say)
     owner = f"The model {path!r} (from --by)"
     try:
         folder = fetch.locate_base(
@@ -127,9 +129,9 @@ def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any
     except ConfigError as error:  # of the room that fetches what model.path names
         raise ConfigError([problem.replace("model.path", "--by") for problem in error.problems]) from error
     reward.check_reward_config(read_json(folder / "config.json"), owner)
-    tokenizer = base.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ConfigError(f"{owner} has no chat template, so nobody knows how it wants to read a dialogue.")
-    dtype = base.choose_dtype("auto", place, say)
+    dtype = choose_dtype("auto", place, say)
     model = reward.load_reward_model(folder, quantization=quantization, dtype=dtype, device=place, announce=say)
     return model, tokenizer

@@ -17,7 +17,7 @@ from qdpo.collect.sampler import Sampler
 from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, prompts_of
 from qdpo.data.tokens.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
-from qdpo.model.sampling import Draw, Drawn, bytes_an_answer, draw
+from qdpo.model.generate.sample import Draw, Drawn, bytes_an_answer, draw
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import shipped_folder

@@ -8,15 +8,17 @@ import torch
 
 from qdpo.data.layouts.origin import Origin
 from qdpo.data.tokens.templates import settle_template
-from qdpo.model import base, fetch, quant
-from qdpo.model.adapter import WEIGHTS, check_adapter_folder, start_adapter
+from qdpo.model.base import fetch, quant
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.device import choose_device, choose_dtype
+from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder, start_adapter
 from qdpo.review.open import reopen, tuned
 from qdpo.run.disk import cache_folder
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import DataConfig
-from qdpo.train.policy.build import load_base
+from qdpo.train.policy.build import base_of
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,15 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
     settings, say = config.model, watcher.say
     if config.adapter.start is not None:
         check_adapter_folder(Path(config.adapter.start))
-    device = base.choose_device(settings.device, say)
+    device = choose_device(settings.device, say)
     place = fetch.locate_base(
         str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say
     )
-    tokenizer = base.load_tokenizer(place.folder)
+    tokenizer = load_tokenizer(place.folder)
     if note := settle_template(tokenizer, config.data.template):
         say(note)
     watcher.begin("loading the model", 1, "model")
-    model = load_base(config, place.folder, device, base.choose_dtype(settings.dtype, device, say), say)
+    model = base_of(config, place.folder, device, choose_dtype(settings.dtype, device, say), say)
     origin = Origin(str(settings.path), quant.weights_checksum(model))
     if config.adapter.start is not None:
         folder = Path(config.adapter.start)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qdpo.errors import VerificationError
-from qdpo.model.folder import WEIGHTS, WEIGHTS_INDEX, read_json
+from qdpo.model.base.folder import WEIGHTS, WEIGHTS_INDEX, read_json
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

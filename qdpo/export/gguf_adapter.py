@@ -16,7 +16,7 @@ from qdpo.export.checkpoint_names import require_layers
 from qdpo.export.families import Family, Names, family_of, row_order
 from qdpo.export.lora import Lora, read_lora
 from qdpo.export.serve import command
-from qdpo.model.base import model_config
+from qdpo.model.base.load import model_config
 from qdpo.run import disk
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}

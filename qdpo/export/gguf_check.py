@@ -13,7 +13,7 @@ from qdpo.errors import VerificationError
 from qdpo.export.checkpoint_names import weight_files, weights
 from qdpo.export.families import FAMILIES, Array, Family, Names, context_length, row_order
 from qdpo.export.vocabulary import PROBES
-from qdpo.model.base import model_config
+from qdpo.model.base.load import model_config
 
 Q = gguf.GGMLQuantizationType
 # Half a unit in the last place of a mantissa of 10 or 7 bits; below 2^-14, float16 has fixed steps of 2^-24.

@@ -26,7 +26,7 @@ from qdpo.export.families import (
 from qdpo.export.gguf_check import check_weights
 from qdpo.export.serve import command
 from qdpo.export.vocabulary import Vocabulary, vocabulary
-from qdpo.model.base import load_tokenizer, model_config
+from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 
 Q = gguf.GGMLQuantizationType

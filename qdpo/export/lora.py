@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qdpo.errors import ConfigError
 from qdpo.export.rounding import rounded
-from qdpo.model.adapter import CONFIG, WEIGHTS, check_adapter_folder
+from qdpo.model.policy.adapter import CONFIG, WEIGHTS, check_adapter_folder
 
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Fields of newer PEFT that change what A and B mean; `model.adapter` refuses the others.

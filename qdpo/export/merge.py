@@ -20,8 +20,8 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import shards
 from qdpo.export.shards import Planned, Stored
 from qdpo.export.source import Source, open_source
-from qdpo.model import quant
-from qdpo.model.base import DTYPES
+from qdpo.model.base import quant
+from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher

@@ -11,7 +11,7 @@ from qdpo.export import verify
 from qdpo.export.compare import TIE, Side
 from qdpo.export.merge import Base, MergeReport, merge_run
 from qdpo.export.verify import PAIRS, Trained, Verification
-from qdpo.model.base import DTYPES
+from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher

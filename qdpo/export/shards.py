@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import ConfigError
-from qdpo.model.folder import WEIGHTS, WEIGHTS_INDEX, leaves_folder, read_json
+from qdpo.model.base.folder import WEIGHTS, WEIGHTS_INDEX, leaves_folder, read_json
 
 TYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,

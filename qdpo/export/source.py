@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from qdpo.errors import ConfigError
 from qdpo.export.lora import Layer, read_lora
 from qdpo.export.shards import Stored, stored_tensors
-from qdpo.model import base, fetch, quant
-from qdpo.model.quant import FourBit
+from qdpo.model.base import fetch, quant
+from qdpo.model.base.load import model_config
+from qdpo.model.base.quant import FourBit
+from qdpo.model.device import DTYPES
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
@@ -88,7 +90,7 @@ def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
     deltas = read_lora(run.adapter).layers
     tensors = stored_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    compute = base.DTYPES[kept["found"]["model.dtype"]]
+    compute = DTYPES[kept["found"]["model.dtype"]]
     if any(MOE.search(name) for name in tensors):
         raise ConfigError(
             f"The base in {place} is a mixture of experts, whose weights are stored in other shapes than they are used "
@@ -140,7 +142,7 @@ def _marks(
         "note: this run recorded no checksums of its 4-bit weights; only the comparison can tell whether they are equal"
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.model_config(folder))
+        model = AutoModelForCausalLM.from_config(model_config(folder))
     return dict.fromkeys(quant.four_bit_names(model, form))
 
 

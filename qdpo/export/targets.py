@@ -12,8 +12,8 @@ from qdpo.export.checkpoint_names import require_layers
 from qdpo.export.lora import is_plain, read_lora
 from qdpo.export.normal import write_normal
 from qdpo.export.trained import Announce, TrainedRun, require_free
-from qdpo.model.base import load_tokenizer, model_config
-from qdpo.model.folder import read_json
+from qdpo.model.base.folder import read_json
+from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 
 # A float32 copy of the merged model and one of what was read back.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.model import fetch
-from qdpo.model.convert import wheel_gguf
-from qdpo.model.folder import check_folder
+from qdpo.model.base import fetch
+from qdpo.model.base.folder import check_folder
+from qdpo.model.base.from_gguf import wheel_gguf
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 

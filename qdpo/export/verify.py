@@ -27,10 +27,11 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import reload
 from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
-from qdpo.model import adapter, quant
-from qdpo.model.base import load_base
+from qdpo.model.base import quant
+from qdpo.model.base.load import load_base
 from qdpo.model.device import give_back_memory
-from qdpo.model.logps import Head, head_logits, response_logps
+from qdpo.model.fast.logps import Head, head_logits, response_logps
+from qdpo.model.policy import adapter
 from qdpo.review.score import choose
 from qdpo.run import disk
 from qdpo.run.folder import RunDir

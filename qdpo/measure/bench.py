@@ -23,8 +23,7 @@ from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, Settings
 from qdpo.measure import random_base, steps
-from qdpo.model import base
-from qdpo.model.device import give_back_memory, peak_gib
+from qdpo.model.device import DTYPES, choose_device, choose_dtype, give_back_memory, peak_gib
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -70,15 +69,15 @@ def run_bench(
     Raises: OutOfMemoryError if the forecast says it cannot fit, or the device says so.
     """
     config = resolved.config
-    device = base.choose_device(config.model.device, say)
-    dtype = base.choose_dtype(config.model.dtype, device, say)
+    device = choose_device(config.model.device, say)
+    dtype = choose_dtype(config.model.dtype, device, say)
     settings = random_base.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
     free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
     values = layered.flat(config)
     run = choose.settings_of(
-        values, optimizer=optimizer_name, element=base.DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False
+        values, optimizer=optimizer_name, element=DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False
     )
     lengths = _lengths(longest or 2 * config.data.max_tokens, config.train.pairs_per_step)
     chosen = choose.choose(
@@ -91,7 +90,7 @@ def run_bench(
             "use. Nothing was built. `qdpo plan` says what would fit."
         )
     say(f"memory: {chosen.peak / GIB:.2f} GiB forecast, {allowed / GIB:.2f} of {free / GIB:.1f} GiB free may be used")
-    rate = steps.matrix_rate(device, base.DTYPES[dtype])
+    rate = steps.matrix_rate(device, DTYPES[dtype])
     give_back_memory(device)  # what that product left is in nobody's forecast
     begun = time.monotonic()
     loaded, pairs = _build(resolved, settings, shape, chosen, lengths, number, device, dtype, say)
@@ -142,7 +141,7 @@ def _build(
     torch.manual_seed(0)
     model = random_base.random_base(
         settings, quantization=config.model.quantization, double_quant=config.model.double_quant,
-        dtype=base.DTYPES[dtype], device=device,
+        dtype=DTYPES[dtype], device=device,
     )  # fmt: skip
     pairs = _pairs(lengths, (number + WARM_UP) * config.train.pairs_per_step, shape.vocabulary)
     loaded = make_policy(config, model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=say)

@@ -14,7 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from qdpo.families import shapes
 from qdpo.families.shapes import FAMILY_OF, KNOWN
-from qdpo.model import attention, base, quant
+from qdpo.model.base import quant
+from qdpo.model.base.load import model_config
+from qdpo.model.fast import attention
 
 
 def config_of(name: str, *, layers: int | None = None) -> Any:
@@ -36,10 +38,10 @@ def config_for(path: str, revision: str | None) -> Any:
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
-        return base.model_config(folder)
+        return model_config(folder)
     cached = shapes.cached_file(path, "config.json", revision)
     if cached is not None:
-        return base.model_config(cached.parent)
+        return model_config(cached.parent)
     name = shapes.known_name(path)
     if name is None:
         shapes.of_model(path)  # says what is missing

@@ -20,9 +20,10 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.forecast.memory import Row, Settings
 from qdpo.measure import random_base
-from qdpo.model import adapter, attention, checkpoint, fast, paths, products
-from qdpo.model.adapter import Policy
-from qdpo.model.logps import Head
+from qdpo.model.fast import attention, products
+from qdpo.model.fast.logps import Head
+from qdpo.model.policy import adapter, choose_attention, install, recompute
+from qdpo.model.policy.adapter import Policy
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.feed import ready
 from qdpo.train.step.step import backward_by_row
@@ -67,7 +68,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.host += size
 
 
-class _HostInputs(checkpoint.HostInputs):
+class _HostInputs(recompute.HostInputs):
     """Host buffers that the count leaves out; copies between fake tensors stand for those to and from the card."""
 
     def __init__(self, count: LiveBytes):
@@ -133,10 +134,10 @@ def trace_peak(config: Any, run: Settings, row: Row, *, targets: Sequence[str] =
                     setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter)))
         causal = model.get_base_model()
         policy = Policy(model, causal.base_model, Head.of(causal), device, "spans", run.tile_mib)
-        assert paths.switch_attention(policy, attention.NAME)
+        assert choose_attention.switch_attention(policy, attention.NAME)
         with random_base.no_fake():
-            fast.install(model, device, weightless=True)
-        layers = checkpoint.Layers(policy.backbone, host=_HostInputs(count) if run.offload else None)
+            install.install(model, device, weightless=True)
+        layers = recompute.Layers(policy.backbone, host=_HostInputs(count) if run.offload else None)
         layers.keep(run.kept_layers)
         if run.host_embeddings:
             count.to_host(causal.get_input_embeddings().weight)

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from qdpo.errors import ConfigError
-from qdpo.model import quant
-from qdpo.model.base import DTYPES, Announce, loading
+from qdpo.model.base import quant
+from qdpo.model.base.load import loading
+from qdpo.model.device import DTYPES, Announce
 
 
 def check_reward_config(config: Mapping[str, Any], owner: str) -> None:

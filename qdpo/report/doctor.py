@@ -108,7 +108,7 @@ def _quantised(machine: Machine) -> Iterator[Check]:
     """A matrix through NF4 and back, by the library that every run uses."""
     import torch
 
-    from qdpo.model.quant import round_trip_error
+    from qdpo.model.base.quant import round_trip_error
 
     try:
         error = round_trip_error(torch.device(machine.device))

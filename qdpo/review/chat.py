@@ -8,8 +8,8 @@ from typing import IO, Any
 from qdpo.data.layouts.pair import Message
 from qdpo.data.tokens.prompts_only import Prompt, encode_prompts
 from qdpo.errors import DataError
-from qdpo.model.adapter import Policy
-from qdpo.model.generate import stream
+from qdpo.model.generate.generate import stream
+from qdpo.model.policy.adapter import Policy
 from qdpo.settings.schema import DataConfig
 
 SIDES = ("base", "tuned")

@@ -17,11 +17,11 @@ from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.data.tokens.prompts_only import encode_prompts, read_prompts
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DataError
-from qdpo.model.adapter import Policy
-from qdpo.model.divergence import token_kl
-from qdpo.model.forward import response_hidden
-from qdpo.model.generate import complete, end_tokens
-from qdpo.model.logps import response_logps
+from qdpo.model.fast.divergence import token_kl
+from qdpo.model.fast.logps import response_logps
+from qdpo.model.generate.generate import complete, end_tokens
+from qdpo.model.policy.adapter import Policy
+from qdpo.model.policy.forward import response_hidden
 from qdpo.review.open import Reopened, reopen, tuned
 from qdpo.run.watcher import Watcher
 from qdpo.train.step.feed import row_tensors

@@ -9,9 +9,11 @@ import torch
 from qdpo.data import prepare
 from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
-from qdpo.model import base, fetch
-from qdpo.model.adapter import Policy
-from qdpo.model.fetch import BaseFolder
+from qdpo.model.base import fetch
+from qdpo.model.base.fetch import BaseFolder
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.device import choose_device
+from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
@@ -60,7 +62,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
         config = auto_memory.settled(config, {name: found.get(name, value) for name, value in names.items()})
     if config.memory.tokens_per_row == "auto":
         raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
-    device = base.choose_device(config.model.device, watcher.say)
+    device = choose_device(config.model.device, watcher.say)
     revision = kept["base"]["commit"] or config.model.revision
     place = fetch.locate_base(
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
@@ -86,7 +88,7 @@ def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
 
     The adapter comes from the run folder alone: a run that continued another adapter does not need that one again.
     """
-    tokenizer = base.load_tokenizer(opened.place.folder)
+    tokenizer = load_tokenizer(opened.place.folder)
     settle_template(tokenizer, opened.config.data.template)
     adapter = opened.config.adapter.model_copy(update={"start": str(opened.run.adapter), "reference": "base"})
     config = opened.config.model_copy(update={"adapter": adapter})

@@ -7,7 +7,8 @@ from pathlib import Path
 from qdpo.data import prepare
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model import adapter, base
+from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.policy import adapter
 from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
 from qdpo.train.keep.stop import listen
@@ -64,7 +65,7 @@ def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
     opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
     if not any(argument.removeprefix("--").startswith("data.") for argument in arguments):
         return Chosen(opened, "the run's held-out pairs", prepare.load(opened.run)[1])
-    tokenizer = base.load_tokenizer(opened.place.folder)
+    tokenizer = load_tokenizer(opened.place.folder)
     source, pairs = prepare.read_pairs(opened.config.data, tokenizer, watcher)
-    prepare.check_ids(pairs, base.model_config(opened.place.folder).get_text_config().vocab_size, tokenizer)
+    prepare.check_ids(pairs, model_config(opened.place.folder).get_text_config().vocab_size, tokenizer)
     return Chosen(opened, source, pairs)

@@ -12,8 +12,8 @@ import torch
 
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
-from qdpo.model import adapter
 from qdpo.model.device import give_back_memory, peak_gib
+from qdpo.model.policy import adapter
 from qdpo.run import disk, lock, record
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher

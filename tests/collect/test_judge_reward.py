@@ -14,7 +14,7 @@ from qdpo.collect.judge import judge_candidates
 from qdpo.collect.judge_reward import RewardJudge, reward_judge
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model import reward
-from qdpo.model.quant import dense_weight, four_bit_layers
+from qdpo.model.base.quant import dense_weight, four_bit_layers
 from tests.conftest import Quiet, qdpo, save_tiny_base, tiny_rows, tiny_tokenizer, write_jsonl
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qdpo.model import quant
-from qdpo.model.base import DTYPES, load_base
+from qdpo.model.base import quant
+from qdpo.model.base.load import load_base
+from qdpo.model.device import DTYPES
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import gguf_adapter, gguf_check, gguf_model, vocabulary
 from qdpo.export.families import FAMILIES
-from qdpo.model.base import load_tokenizer, model_config
+from qdpo.model.base.load import load_tokenizer, model_config
 from tests.conftest import tiny_tokenizer
 from tests.export.made import GEMMA, SHAPE, WRITABLE, pieces_tokenizer, save_adapter, save_base, save_merged
 

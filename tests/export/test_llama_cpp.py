@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, trainers
 from qdpo.export import gguf_adapter, gguf_model
 from qdpo.export.trained import TrainedRun
 from qdpo.export.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
-from qdpo.model import fetch
-from qdpo.model.base import load_tokenizer
+from qdpo.model.base import fetch
+from qdpo.model.base.load import load_tokenizer
 from qdpo.run.disk import cache_folder
 from qdpo.run.folder import RunDir
 from qdpo.settings.layered import resolve

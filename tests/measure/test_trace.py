@@ -11,7 +11,7 @@ from qdpo.families.shapes import FAMILIES, Shape, from_config
 from qdpo.forecast import memory
 from qdpo.forecast.memory import Row, Settings
 from qdpo.measure import random_base, trace
-from qdpo.model.quant import stored_tensors
+from qdpo.model.base.quant import stored_tensors
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 RUNS = [

@@ -9,11 +9,12 @@ import transformers as hf
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model import adapter, attention, checkpoint
-from qdpo.model.adapter import Layout, Policy
-from qdpo.model.forward import row_scores
-from qdpo.model.logps import Head
-from qdpo.model.probe import RowTensors
+from qdpo.model.fast import attention
+from qdpo.model.fast.logps import Head
+from qdpo.model.policy import adapter, recompute
+from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.forward import row_scores
+from qdpo.model.policy.row import RowTensors
 from qdpo.train.step.step import row_tensors
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def make_policy(
             parameter.data.normal_(std=0.1)
     causal = peft.get_base_model()
     policy = Policy(peft, causal.base_model, Head.of(causal), CPU, layout, tile_mib=1)
-    checkpoint.Layers(policy.backbone).keep(kept_layers)
+    recompute.Layers(policy.backbone).keep(kept_layers)
     return policy
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qdpo.data.tokens.pack import Span
-from qdpo.model import attention, scored
-from qdpo.model.attention import PAIRWISE, SCORED, VARLEN, PairSpans, path_name, shared_prompt_attention
-from qdpo.model.forward import visible_keys
+from qdpo.model.fast import attention, scored_attention
+from qdpo.model.fast.attention import PAIRWISE, SCORED, VARLEN, PairSpans, path_name, shared_prompt_attention
+from qdpo.model.policy.forward import visible_keys
 from tests.model.families import SCORED as SCORED_FAMILIES
 from tests.model.families import build
 
@@ -121,7 +121,7 @@ def test_one_varlen_call_equals_a_dense_mask(
     assert_dense(key_heads, window, VARLEN)
 
 
-@pytest.mark.parametrize("block", [scored.BLOCK, 150, 1])
+@pytest.mark.parametrize("block", [scored_attention.BLOCK, 150, 1])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(
     "more", [{"softcap": 1.5}, {"s_aux": torch.randn(4)}, {"softcap": 0.7, "s_aux": torch.randn(4)}]
@@ -130,16 +130,16 @@ def test_soft_caps_and_sinks_equal_a_dense_mask(
     more: dict[str, Any], window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one block of queries, in several, and query by query."""
-    monkeypatch.setattr(scored, "BLOCK", block)
+    monkeypatch.setattr(scored_attention, "BLOCK", block)
     assert_dense(2, window, SCORED, **more)
 
 
 def test_scores_exist_for_one_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scored, "BLOCK", 150)
+    monkeypatch.setattr(scored_attention, "BLOCK", 150)
     query, key, value = inputs(4)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        scored.scored_attention(query, key, value, scale=1.0, window=None, softcap=2.0, sink_H=None)
+        scored_attention.scored_attention(query, key, value, scale=1.0, window=None, softcap=2.0, sink_H=None)
     assert max(tensor.numel() for tensor in kept) == query.numel()
 
 

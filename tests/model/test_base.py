@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qdpo.errors import ConfigError
-from qdpo.model import base
+from qdpo.model.device import choose_device, choose_dtype
 
 CPU = torch.device("cpu")
 
@@ -25,28 +25,28 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_freest_card_is_taken(two_cards: None) -> None:
     said: list[str] = []
-    assert base.choose_device("auto", said.append) == torch.device("cuda", 1)
+    assert choose_device("auto", said.append) == torch.device("cuda", 1)
     assert said == ["device: cuda:1 Some Card, 7.0 GiB free, the freest of 2 devices"]
-    assert base.choose_device("cpu", said.append) == CPU
+    assert choose_device("cpu", said.append) == CPU
 
 
 def test_no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert base.choose_device("auto", print) == CPU
+    assert choose_device("auto", print) == CPU
     with pytest.raises(ConfigError, match="qdpo run preset=demo"):
-        base.choose_device("cuda", print)
+        choose_device("cuda", print)
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(2.5, "bf16"), (0.2, "fp32")])
 def test_the_cpu_computes_in_its_faster_type(monkeypatch: pytest.MonkeyPatch, ratio: float, expected: str) -> None:
     said: list[str] = []
-    monkeypatch.setattr(base, "_cpu_bf16_speed", lambda: ratio)
-    assert base.choose_dtype("auto", CPU, said.append) == expected
+    monkeypatch.setattr("qdpo.model.device._cpu_bf16_speed", lambda: ratio)
+    assert choose_dtype("auto", CPU, said.append) == expected
     assert ("2.5 times as fast" if ratio > 1 else "5.0 times slower") in said[0]
-    assert base.choose_dtype("fp16", CPU, said.append) == "fp16"
+    assert choose_dtype("fp16", CPU, said.append) == "fp16"
 
 
 def test_a_card_without_bf16_gets_fp16_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert base.choose_dtype("auto", torch.device("cuda"), said.append) == "fp16" and "no bf16" in said[0]
+    assert choose_dtype("auto", torch.device("cuda"), said.append) == "fp16" and "no bf16" in said[0]

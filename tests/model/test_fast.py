@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from qdpo.data.tokens.pack import PairRow
-from qdpo.model import blocks, checkpoint, fast, products, quant
-from qdpo.model.adapter import Policy
+from qdpo.model.base import quant
+from qdpo.model.fast import norm_mlp, products
+from qdpo.model.policy import install, recompute
+from qdpo.model.policy.adapter import Policy
 from qdpo.train.step.step import row_tensors
 from tests.model.families import CPU, SHARED, assert_equal, differentiated, make_policy, scores, tiny_row
 
 
-def both(family: str, kept: int | str = "all", **layers: Any) -> tuple[Policy, Policy, fast.Installed]:
+def both(family: str, kept: int | str = "all", **layers: Any) -> tuple[Policy, Policy, install.Installed]:
     """The same policy twice, plain and with fast parts."""
     plain, other = make_policy(SHARED[family]()), make_policy(SHARED[family]())
-    installed = fast.install(other.peft, CPU)
-    checkpoint.Layers(other.backbone, **layers).keep(kept)
+    installed = install.install(other.peft, CPU)
+    recompute.Layers(other.backbone, **layers).keep(kept)
     return plain, other, installed
 
 
@@ -52,10 +54,10 @@ def test_a_wrong_fast_part_is_not_installed(part: str, monkeypatch: pytest.Monke
         right = products.mm_fp32
         monkeypatch.setattr(products, "mm_fp32", lambda left, rest: right(left, rest) * 1.001)
     elif part == "norm":
-        monkeypatch.setattr(blocks, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
+        monkeypatch.setattr(norm_mlp, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
     else:
-        slope = blocks.Activation.slope
-        monkeypatch.setattr(blocks.Activation, "slope", lambda self, x: slope(self, x) * 1.001)
+        slope = norm_mlp.Activation.slope
+        monkeypatch.setattr(norm_mlp.Activation, "slope", lambda self, x: slope(self, x) * 1.001)
     _, _, installed = both("llama")
     kind = {"linear": "adapter linear", "norm": "norm", "mlp": "gated MLP"}[part]
     assert kind not in installed.fast and "differs by 0.00" in str(installed)
@@ -67,7 +69,7 @@ def test_an_unknown_activation_stays_plain() -> None:
         if hasattr(module, "act_fn"):
             module.act_fn = nn.Hardswish()
     assert "gated MLP LlamaMLP stays plain (its activation Hardswish is not known)" in str(
-        fast.install(plain.peft, CPU)
+        install.install(plain.peft, CPU)
     )
 
 
@@ -96,7 +98,7 @@ def test_a_lean_layer_keeps_less() -> None:
     one = SHARED["llama"]()
     one.num_hidden_layers = 1
     single_plain, single = make_policy(one), make_policy(one)
-    fast.install(single.peft, CPU)
+    install.install(single.peft, CPU)
     layer_plain = (kept_bytes(plain, row) - kept_bytes(single_plain, row)) / 4 / tokens
     layer = (kept_bytes(other, row) - kept_bytes(single, row)) / 4 / tokens
     low_rank = 7 * 4 + 2  # x Aᵀ of 7 layers, and a number for each norm
@@ -119,13 +121,13 @@ def test_the_recompute_stops_before_the_last_product(monkeypatch: pytest.MonkeyP
 
 
 def test_inputs_on_the_host_change_nothing() -> None:
-    plain, other, _ = both("llama", kept=1, host=checkpoint.HostInputs())
+    plain, other, _ = both("llama", kept=1, host=recompute.HostInputs())
     row = tiny_row()
     packed, fetched = [], []
-    pack, unpack = checkpoint.HostInputs.pack, checkpoint.HostInputs.unpack
+    pack, unpack = recompute.HostInputs.pack, recompute.HostInputs.unpack
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.HostInputs, "pack", lambda s, t, h: packed.append(r := pack(s, t, h)) or r)
-        patch.setattr(checkpoint.HostInputs, "unpack", lambda s, p: fetched.append(r := unpack(s, p)) or r)
+        patch.setattr(recompute.HostInputs, "pack", lambda s, t, h: packed.append(r := pack(s, t, h)) or r)
+        patch.setattr(recompute.HostInputs, "unpack", lambda s, p: fetched.append(r := unpack(s, p)) or r)
         for _attempt in range(2):  # the second row reuses the buffers of the first
             found = differentiated(other, row, "spans")
     assert_equal(found, differentiated(plain, row, "spans"))
@@ -147,7 +149,7 @@ def test_4_bit_and_bf16_are_as_near_to_fp32_as_the_plain_path(settings: dict[str
         for parts in (True, False):
             with pytest.MonkeyPatch.context() as patch:
                 if not parts:
-                    patch.setattr(fast, "install", lambda peft, device: fast.Installed())
+                    patch.setattr(install, "install", lambda peft, device: install.Installed())
                 words = arguments(settings, model__quantization="nf4", model__dtype=dtype)
                 config = layered.resolve(words).config
                 policy = load_policy(

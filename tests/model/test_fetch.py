@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo.errors import ConfigError, DiskError
-from qdpo.model.convert import made_once
-from qdpo.model.fetch import BaseFolder, locate_base
+from qdpo.model.base.fetch import BaseFolder, locate_base
+from qdpo.model.base.from_gguf import made_once
 from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def edit_json(path: Path, **changes: object) -> None:
 
 LOCATE = """
 from pathlib import Path
-from qdpo.model.fetch import locate_base
+from qdpo.model.base.fetch import locate_base
 for revision in {revisions!r}:
     base = locate_base("org/tiny", revision=revision, cache_dir=Path("/nowhere"), announce=lambda line: None)
     print(base.commit, base.license, base.folder)

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from qdpo.errors import VerificationError
-from qdpo.model import attention, probe
-from qdpo.model.adapter import Policy
-from qdpo.model.logps import Head, plain_logps
+from qdpo.model.fast import attention
+from qdpo.model.fast.logps import Head, plain_logps
+from qdpo.model.policy import probe
+from qdpo.model.policy.adapter import Policy
 from tests.model.families import CPU, SHARED, build, differentiated, make_policy, pairs, scores, tiny_row
 
 

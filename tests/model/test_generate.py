@@ -9,8 +9,8 @@ from qdpo.data.read.files import Place
 from qdpo.data.tokens.cut import Limits
 from qdpo.data.tokens.render import Renderer
 from qdpo.data.tokens.sieve import Preparation
-from qdpo.model.base import load_tokenizer
-from qdpo.model.generate import complete
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.generate.generate import complete
 from tests.conftest import tiny_rows, untouched_policy
 
 

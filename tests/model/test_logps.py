@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from qdpo.model.logps import Head, plain_logps, response_logps
+from qdpo.model.fast.logps import Head, plain_logps, response_logps
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

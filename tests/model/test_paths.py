@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.model import attention, forward, probe
-from qdpo.model.adapter import Layout, Policy
-from qdpo.model.attention import PAIRWISE, SCORED, PairSpans
-from qdpo.model.paths import choose_path, switch_attention
+from qdpo.model.fast import attention
+from qdpo.model.fast.attention import PAIRWISE, SCORED, PairSpans
+from qdpo.model.policy import forward, probe
+from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.choose_attention import choose_path, switch_attention
 from tests.model import families
 from tests.model.families import MASKED, SEPARATE, SHARED, Families, assert_equal, differentiated, make_policy, tiny_row
 

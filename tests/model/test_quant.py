@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model import quant
-from qdpo.model.base import load_base
+from qdpo.model.base import quant
+from qdpo.model.base.load import load_base
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, load_policy
 from qdpo.train.step.step import score

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdpo.model.generate import end_tokens
-from qdpo.model.sampling import Draw, draw
+from qdpo.model.generate.generate import end_tokens
+from qdpo.model.generate.sample import Draw, draw
 
 PROMPTS = [[5, 9, 30], [7, 8, 11, 40, 41, 42, 50], [12]]
 

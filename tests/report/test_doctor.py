@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from qdpo.model import quant
+from qdpo.model.base import quant
 from qdpo.report import doctor
 from tests.conftest import qdpo
 

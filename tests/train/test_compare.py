@@ -13,12 +13,12 @@ from rich.console import Console
 from qdpo.data import prepare
 from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, read_prompts
 from qdpo.errors import ConfigError, DataError
-from qdpo.model import divergence
-from qdpo.model.adapter import Policy
-from qdpo.model.base import load_tokenizer
-from qdpo.model.divergence import token_kl
-from qdpo.model.generate import complete, stream
-from qdpo.model.logps import Head
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.fast import divergence
+from qdpo.model.fast.divergence import token_kl
+from qdpo.model.fast.logps import Head
+from qdpo.model.generate.generate import complete, stream
+from qdpo.model.policy.adapter import Policy
 from qdpo.report.compare import print_comparison
 from qdpo.review.compare import Drawing, compare, compare_run
 from qdpo.settings.schema import RunConfig

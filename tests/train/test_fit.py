@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.model.base import embeddings_to_host
+from qdpo.model.base.load import embeddings_to_host
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.train.start import auto_memory
@@ -36,7 +36,7 @@ def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(
     def loads(*arguments: Any, **more: Any) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("qdpo.model.base.load_base", loads)
+    monkeypatch.setattr("qdpo.train.policy.build.load_base", loads)
     with pytest.raises(OutOfMemoryError) as failure:
         train(memory__limit_gib="0.0008", memory__kept_layers="all", memory__tokens_per_row="4096")
     text = str(failure.value)

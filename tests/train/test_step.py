@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qdpo.data.tokens.pack import PairRow, pack_rows, step_indices
 from qdpo.data.tokens.sieve import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
-from qdpo.model import adapter
+from qdpo.model.policy import adapter
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES, needs_reference

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdpo.errors import VerificationError
-from qdpo.model.adapter import Policy, adapter_tensors, load_adapter_tensors
+from qdpo.model.policy.adapter import Policy, adapter_tensors, load_adapter_tensors
 from qdpo.run import disk
 from qdpo.train.step.optimizer import optimizer_tensors, restore_optimizer
 

@@ -10,9 +10,11 @@ import torch
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.model import adapter, base, checkpoint, fast, paths, probe, quant
-from qdpo.model.adapter import Policy
-from qdpo.model.logps import Head
+from qdpo.model.base import quant
+from qdpo.model.base.load import embeddings_to_host, load_base
+from qdpo.model.fast.logps import Head
+from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
+from qdpo.model.policy.adapter import Policy
 from qdpo.run.record import file_record
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy import reference_cache
@@ -26,7 +28,7 @@ class Loaded:
     """The policy with its untouched adapter, and the identity of the reference in the cache."""
 
     policy: Policy
-    layers: checkpoint.Layers
+    layers: recompute.Layers
     reference_name: str
     reference_is_start: bool
     weights: str
@@ -44,7 +46,7 @@ def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
     """Loads the base from `folder`, and makes the policy of it."""
-    model = load_base(config, folder, device, dtype, say)
+    model = base_of(config, folder, device, dtype, say)
     return make_policy(config, model, device=device, dtype=dtype, probe_with=probe_with, say=say)
 
 
@@ -54,19 +56,19 @@ def make_policy(
     """Attaches the adapter to a base, chooses the attention path by a check on two real pairs, installs fast parts."""
     weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
     if config.memory.embeddings == "host":
-        base.embeddings_to_host(model)
+        embeddings_to_host(model)
     model = _attach(config, model)
     policy = _policy(model, config, device)
     row = row_tensors(PairRow(list(probe_with)), device)
-    path = paths.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
+    path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
     probe.check_head(policy, policy.peft, row)
     if config.train.compile:
         say("compile: kept layers are compiled at their first row, which takes a while; the fast parts are off")
     else:
-        say(f"fast parts: {fast.install(policy.peft, device)}")
+        say(f"fast parts: {install.install(policy.peft, device)}")
     offload = config.memory.offload is True and device.type == "cuda"
-    host = checkpoint.HostInputs() if offload else None
-    layers = checkpoint.Layers(policy.backbone, host=host, compiled=config.train.compile)
+    host = recompute.HostInputs() if offload else None
+    layers = recompute.Layers(policy.backbone, host=host, compiled=config.train.compile)
     recomputed = layers.keep(kept_layers(config))
     if recomputed:
         where = ", their inputs wait in host memory" if offload else ""
@@ -81,11 +83,11 @@ def kept_layers(config: RunConfig) -> int | str:
     return 0 if config.memory.kept_layers == "auto" else config.memory.kept_layers
 
 
-def load_base(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
+def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
     """The frozen base as the model.* settings ask for it. Raises: ConfigError; OutOfMemoryError if it does not fit."""
     settings = config.model
     try:
-        return base.load_base(
+        return load_base(
             folder,
             quantization=settings.quantization,
             double_quant=settings.double_quant,

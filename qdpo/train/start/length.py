@@ -10,7 +10,7 @@ import torch
 
 from qdpo.data.tokens.pack import pack_rows, step_indices
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model.adapter import Policy
+from qdpo.model.policy.adapter import Policy
 from qdpo.settings.schema import TrainConfig
 from qdpo.train.step.step import score
 

@@ -16,8 +16,11 @@ from qdpo.data import prepare
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
-from qdpo.model import adapter, base, fetch
-from qdpo.model.fetch import BaseFolder
+from qdpo.model.base import fetch
+from qdpo.model.base.fetch import BaseFolder
+from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.device import choose_device, choose_dtype, repeat_rounding
+from qdpo.model.policy import adapter
 from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
@@ -75,16 +78,16 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     check_package(config.track.to)
     if config.adapter.start is not None:
         adapter.check_adapter_folder(Path(config.adapter.start))
-    device = base.choose_device(config.model.device, say)
+    device = choose_device(config.model.device, say)
     if config.train.deterministic and device.type == "cuda":
-        base.repeat_rounding()
+        repeat_rounding()
     cache_dir = cache_folder(config)
     pinned = disk.read_json(run.record)["base"]["commit"] if run.record.exists() else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
-    tokenizer = base.load_tokenizer(folder.folder)
+    tokenizer = load_tokenizer(folder.folder)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, watcher)
@@ -185,11 +188,11 @@ def _first_start(
             f"{run.path} exists and is no run that can be continued. Choose another output.name or remove it."
         )
     say = watcher.say
-    dtype = base.choose_dtype(config.model.dtype, device, say)
+    dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
-    shape = base.model_config(folder.folder)
+    shape = model_config(folder.folder)
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdpo.model.transfer import to_device
+from qdpo.model.fast.transfer import to_device
 from qdpo.settings.schema import LossConfig
 
 

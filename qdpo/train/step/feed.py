@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model.probe import RowTensors
+from qdpo.model.policy.row import RowTensors
 
 # Reference log-probs of a pair's chosen and rejected tokens, float32.
 Reference = Callable[[TokenPair], tuple[np.ndarray, np.ndarray]]

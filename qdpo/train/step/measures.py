@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qdpo.data.tokens.pack import PairRow
-from qdpo.model.logps import TokenScores
-from qdpo.model.transfer import to_device
+from qdpo.model.fast.logps import TokenScores
+from qdpo.model.fast.transfer import to_device
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import Pairs
 from qdpo.train.step.losses import rewards

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import NonFiniteError
-from qdpo.model.adapter import Policy
-from qdpo.model.forward import row_scores
-from qdpo.model.logps import TokenScores
-from qdpo.model.probe import RowTensors
+from qdpo.model.fast.logps import TokenScores
+from qdpo.model.policy.adapter import Policy
+from qdpo.model.policy.forward import row_scores
+from qdpo.model.policy.row import RowTensors
 from qdpo.settings.loss_rules import couples_pairs
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import Pairs, sum_pairs

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qdpo.data.tokens.pack import PairRow
-from qdpo.model.adapter import Policy
+from qdpo.model.policy.adapter import Policy
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import join
 from qdpo.train.step.feed import Reference, ready

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from qdpo.data.layouts.turns import excerpt
-from qdpo.model.adapter import Policy
 from qdpo.model.device import give_back_memory
-from qdpo.model.generate import complete
+from qdpo.model.generate.generate import complete
+from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import SamplesConfig

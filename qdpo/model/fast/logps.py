@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdpo.model import products
+from qdpo.model.fast import products
 
 
 @dataclass(frozen=True)

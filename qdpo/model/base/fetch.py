@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.model.convert import convert_gguf, disk_errors, wheel_gguf
-from qdpo.model.folder import (
+from qdpo.model.base.folder import (
     PICKLE_SUFFIXES,
     check_config,
     check_files,
@@ -24,6 +23,7 @@ from qdpo.model.folder import (
     license_of,
     read_json,
 )
+from qdpo.model.base.from_gguf import convert_gguf, disk_errors, wheel_gguf
 from qdpo.run.disk import need_space
 
 Announce = Callable[[str], None]
@@ -86,7 +86,7 @@ def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announ
 
     Raises: ConfigError for a path or repository that cannot be used, or without a tokenizer.
     """
-    from qdpo.model.base import load_tokenizer
+    from qdpo.model.base.load import load_tokenizer
 
     place = Path(path).expanduser()
     if place.is_dir():

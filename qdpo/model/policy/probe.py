@@ -3,35 +3,24 @@
 Letters: T tokens of the row · N response tokens · D hidden width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdpo.errors import VerificationError
-from qdpo.model.adapter import Policy
-from qdpo.model.attention import PairSpans, SpanLike
-from qdpo.model.forward import layer_windows, row_scores
-from qdpo.model.logps import plain_logps
+from qdpo.model.fast.attention import PairSpans
+from qdpo.model.fast.logps import plain_logps
+from qdpo.model.policy.adapter import Policy
+from qdpo.model.policy.forward import layer_windows, row_scores
+from qdpo.model.policy.row import RowTensors
 
 # Root mean square difference of a response token's log-prob, in nats. float32 reassociation stays under 1e-4 on real
 # models; bf16 and fp16 activations move a token's log-prob by 0.03-0.1 whenever the shape of a product changes.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 # What a foreign attention function or module raises when it cannot take the row's layout.
 CANNOT = (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
-
-
-@dataclass(frozen=True)
-class RowTensors:
-    """One row on the device: what `row_scores` takes."""
-
-    token_T: Tensor
-    position_T: Tensor
-    source_N: Tensor
-    label_N: Tensor
-    spans: Sequence[SpanLike]
 
 
 def separate_logps(policy: Policy, row: RowTensors) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qdpo.errors import ConfigError
-from qdpo.model import attention
+from qdpo.model.fast import attention
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:

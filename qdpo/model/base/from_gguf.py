@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
-from qdpo.model.folder import leaves_folder
+from qdpo.model.base.folder import leaves_folder
 from qdpo.run.disk import need_space
 
 Announce = Callable[[str], None]

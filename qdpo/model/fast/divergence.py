@@ -6,7 +6,7 @@ Letters: N tokens · D hidden width · V vocabulary · R rows of one tile.
 import torch
 from torch import Tensor
 
-from qdpo.model.logps import Head, head_logits
+from qdpo.model.fast.logps import Head, head_logits
 
 
 def token_kl(policy_hidden_ND: Tensor, other_hidden_ND: Tensor, head: Head, *, tile_mib: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdpo.model import blocks, linear
+from qdpo.model.fast import linear, norm_mlp
 
 TOKENS = 24
 # Norm of the difference over the norm of the plain result, for each of output and gradients.
@@ -56,7 +56,7 @@ def install(peft: nn.Module, device: torch.device, *, weightless: bool = False) 
             _settle(found, module, "norm", forward, why)
     for _name, module in modules:
         if all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            mlp = (type(module), "mlp", blocks.layer_width(module.up_proj))
+            mlp = (type(module), "mlp", norm_mlp.layer_width(module.up_proj))
             forward, why = _fast_mlp(module, device, known=weightless or mlp in verdicts)
             verdicts.setdefault(mlp, why)
             _settle(found, module, "gated MLP", forward, verdicts[mlp])
@@ -82,13 +82,13 @@ def _fast_norm(module: Any, device: torch.device) -> tuple[Forward | None, str |
     if not isinstance(eps, float) or weight.dim() != 1:
         return None, "its shape or epsilon is not known"
     why: str | None = "no known weighting"
-    for weigh in blocks.WEIGHINGS:
+    for weigh in norm_mlp.WEIGHINGS:
 
-        def fast(x: Tensor, weigh: blocks.Weigh = weigh) -> Tensor:
+        def fast(x: Tensor, weigh: norm_mlp.Weigh = weigh) -> Tensor:
             if not torch.is_grad_enabled() or not x.requires_grad or x.dtype != weight.dtype:
                 result: Tensor = plain(x)
                 return result
-            return blocks.rms_norm(x, weight, eps, weigh)
+            return norm_mlp.rms_norm(x, weight, eps, weigh)
 
         why = _difference(plain, fast, _random(len(weight), weight.dtype, device), [])
         if why is None:
@@ -103,7 +103,7 @@ def _fast_mlp(module: Any, device: torch.device, *, known: bool) -> tuple[Forwar
     dtype = linear.compute_dtype(down.base)
     probe = _random(64, torch.float32, device)
     with torch.no_grad():
-        matching = [act for act in blocks.ACTIVATIONS if torch.allclose(act.function(probe), module.act_fn(probe))]
+        matching = [act for act in norm_mlp.ACTIVATIONS if torch.allclose(act.function(probe), module.act_fn(probe))]
     if not matching:
         return None, f"its activation {type(module.act_fn).__name__} is not known"
 
@@ -112,7 +112,7 @@ def _fast_mlp(module: Any, device: torch.device, *, known: bool) -> tuple[Forwar
         if off or not torch.is_grad_enabled() or x.dtype != dtype:
             result: Tensor = plain(x)
             return result
-        return blocks.gated_mlp(x, module.gate_proj, module.up_proj, down, matching[0])
+        return norm_mlp.gated_mlp(x, module.gate_proj, module.up_proj, down, matching[0])
 
     if known:
         return fast, None

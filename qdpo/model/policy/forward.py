@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdpo.model.adapter import Policy
-from qdpo.model.attention import PairSpans, SpanLike
-from qdpo.model.logps import TokenScores, response_logps
+from qdpo.model.fast.attention import PairSpans, SpanLike
+from qdpo.model.fast.logps import TokenScores, response_logps
+from qdpo.model.policy.adapter import Policy
 
 # transformers' names of the kinds of layers whose attention is known exactly.
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -1,10 +1,6 @@
-"""Chooses device and compute type, and loads tokenizer and frozen base from a local folder."""
+"""Loads tokenizer, config and frozen base from a local folder."""
 
 import json
-import os
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
-from qdpo.model import attention, quant
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-Announce = Callable[[str], None]
-
-
-def choose_device(wanted: str, announce: Announce) -> torch.device:
-    """The device to train on: among several CUDA devices the one with the most free memory.
-
-    Raises: ConfigError if CUDA is asked for and there is none, saying what would run instead.
-    """
-    if wanted == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if wanted == "auto":
-            return torch.device("cpu")
-        raise ConfigError(
-            f"model.device=cuda, but torch {torch.__version__} finds no CUDA device{_driver_hint()}. "
-            "This machine can run `qdpo run preset=demo`; model.device=cpu forces these settings onto the CPU, slowly."
-        )
-    count = torch.cuda.device_count()
-    free = [torch.cuda.mem_get_info(index)[0] for index in range(count)]
-    best = max(range(count), key=lambda index: free[index])
-    torch.cuda.set_device(best)
-    name = torch.cuda.get_device_properties(best).name
-    others = f", the freest of {count} devices" if count > 1 else ""
-    announce(f"device: cuda:{best} {name}, {free[best] / 2**30:.1f} GiB free{others}")
-    return torch.device("cuda", best)
-
-
-def repeat_rounding() -> None:
-    """Holds CUDA to kernels that give the same bits each time. Must come before the first product.
-
-    cuBLAS repeats itself only with a fixed workspace (NVIDIA's documentation, "Results reproducibility").
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-
-
-def _driver_hint() -> str:
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    if found.returncode == 0 and found.stdout.strip():
-        return f" although the driver lists {found.stdout.splitlines()[0]!r}: this torch is probably a CPU build"
-    return ""
-
-
-def choose_dtype(wanted: str, device: torch.device, announce: Announce) -> str:
-    """Name of the compute type: bf16, fp16 or fp32; what `auto` found is announced."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16"
-        announce("compute type: fp16 with loss scaling, because this card has no bf16")
-        return "fp16"
-    ratio = _cpu_bf16_speed()
-    if ratio >= 1:
-        announce(f"compute type: bf16 (this CPU multiplies bf16 matrices {ratio:.1f} times as fast as fp32)")
-        return "bf16"
-    announce(f"compute type: fp32, because this CPU multiplies bf16 matrices {1 / ratio:.1f} times slower than fp32")
-    return "fp32"
-
-
-def _cpu_bf16_speed() -> float:
-    """Measured speed of a bf16 matrix product over an fp32 one on this CPU, with its instruction set as configured."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        best = float("inf")
-        for _attempt in range(5):
-            started = time.perf_counter()
-            left @ right
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    return seconds(torch.float32) / seconds(torch.bfloat16)
+from qdpo.model.base import quant
+from qdpo.model.device import DTYPES, Announce
+from qdpo.model.fast import attention
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdpo.model import products, quant
+from qdpo.model.base import quant
+from qdpo.model.fast import products
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qdpo.model.scored import scored_attention
-from qdpo.model.transfer import to_device
+from qdpo.model.fast.scored_attention import scored_attention
+from qdpo.model.fast.transfer import to_device
 
 NAME = "qdpo_shared"
 # What `path_name` and `PairSpans.paths` say.

@@ -8,11 +8,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.model import attention, probe
-from qdpo.model.adapter import Layout, Policy
-from qdpo.model.attention import PairSpans
-from qdpo.model.forward import FULL, SLIDING, layer_windows
-from qdpo.model.probe import RowTensors
+from qdpo.model.fast import attention
+from qdpo.model.fast.attention import PairSpans
+from qdpo.model.policy import probe
+from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.forward import FULL, SLIDING, layer_windows
+from qdpo.model.policy.row import RowTensors
 
 # Fastest first: how the row reaches the model, and the attention function.
 CANDIDATES: list[tuple[Layout, str]] = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from qdpo.model.generate import contiguous_head_input, device_of, end_tokens, until_end
+from qdpo.model.generate.generate import contiguous_head_input, device_of, end_tokens, until_end
 
 LOGIT_BYTES = 48
 """Of one token of the vocabulary while an answer's next one is drawn, by counting what lies side by side: logits, these

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.model.logps import Head
+from qdpo.model.fast.logps import Head
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Fields of a LoRA config that say something this kit does not train or merge; all must be off.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from qdpo.model import products
-from qdpo.model.linear import AdaptedLinear, Expand
+from qdpo.model.fast import products
+from qdpo.model.fast.linear import AdaptedLinear, Expand
 
 # Numbers in a slice: 16 MB in float32.
 SLICE = 2**22
