@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny import save_tiny_base
-from qdpo.export import shards
-from qdpo.export.merge import merge_run
-from qdpo.export.shards import Planned
+from qdpo.export.merge import shards
+from qdpo.export.merge.merge import merge_run
+from qdpo.export.merge.shards import Planned
 from qdpo.measure.random_base import config_of
 from qdpo.model.device import peak_gib
 from qdpo.run import disk

@@ -11,7 +11,7 @@ from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
 from qdpo.data.read.source import open_source
 from qdpo.data.tokens.render import Rendered, Renderer
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.report.terminal import Terminal
+from qdpo.report.screen.live import Terminal
 from qdpo.settings import layered
 
 

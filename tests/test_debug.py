@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qdpo.report.debug import note, redact
+from qdpo.machine.debug_log import note, redact
 from tests.conftest import ROOT, arguments
 
 # Runs the command line with one function broken.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qdpo.errors import ConfigError
-from qdpo.report.explain import PAGE, explain
+from qdpo.report.screen.explain import PAGE, explain
 from qdpo.settings.loss_rules import RULES, default_beta
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import Pairs
@@ -162,5 +162,5 @@ def test_on_a_terminal_the_page_is_rendered(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import sys, qdpo.report.explain; sys.exit('torch' in sys.modules)"
+    code = "import sys, qdpo.report.screen.explain; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

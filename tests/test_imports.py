@@ -15,7 +15,7 @@ IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/read/hub"},
     "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
-    "peft": {"model/policy/adapter", "export/verify", "export/lora"},
+    "peft": {"model/policy/adapter", "export/proof/verify", "export/merge/lora"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qdpo.report.terminal import Terminal, print_result
+from qdpo.report.screen.live import Terminal, print_result
 from qdpo.run.folder import RunDir
 
 VALUES = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "loss": 0.6931}

@@ -46,10 +46,10 @@ def sample(
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out={out}: candidates are JSON lines. Give a name that ends in .jsonl.")
     quiet_libraries()
+    from qdpo.collect.answering_model import base_sampler, run_sampler
     from qdpo.collect.sample import Drawing, Sampled, read_prompts
     from qdpo.collect.sample import sample as sample_prompts
-    from qdpo.collect.sampler import base_sampler, run_sampler
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.live import Terminal
 
     terminal = Terminal()
     found: Sampled
@@ -84,8 +84,8 @@ def label(
     """
     from qdpo.collect.candidates import read_candidates
     from qdpo.collect.decisions import opened
-    from qdpo.collect.labelling import Labelling, Options
-    from qdpo.collect.server import LabelServer
+    from qdpo.collect.label.server import LabelServer
+    from qdpo.collect.label.sitting import Labelling, Options
 
     found = read_candidates(candidates)
     with opened(out, found.items) as decisions:
@@ -152,9 +152,9 @@ def judge(
     quiet_libraries()
     from qdpo.collect.candidates import read_candidates
     from qdpo.collect.decisions import opened
-    from qdpo.collect.judge import judge_candidates, summary_lines
-    from qdpo.collect.judges import Options, make_judge
-    from qdpo.report.terminal import Terminal
+    from qdpo.collect.judge.choose import Options, make_judge
+    from qdpo.collect.judge.run import judge_candidates, summary_lines
+    from qdpo.report.screen.live import Terminal
 
     terminal = Terminal(stderr=json_)
     collected = read_candidates(candidates)

@@ -38,8 +38,8 @@ def check(
     """
     quiet_libraries()
     from qdpo.data.check import check_data
-    from qdpo.report.dataset import print_report, print_token_pair, print_verdict
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.dataset import print_report, print_token_pair, print_verdict
+    from qdpo.report.screen.live import Terminal
 
     config = layered.resolve([*(settings or []), f"data.path={path}"]).config
     terminal = Terminal(stderr=json_)
@@ -74,8 +74,8 @@ def show(
     from rich.console import Console
 
     from qdpo.data.convert import pairs_of_rows
-    from qdpo.report.dataset import print_row
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.dataset import print_row
+    from qdpo.report.screen.live import Terminal
 
     console = Console(highlight=False, soft_wrap=True)
     found = pairs_of_rows(_data(path, settings), {row} if row else {1, 2, 3}, Terminal(stderr=True))
@@ -97,7 +97,7 @@ def convert(
     Example: qdpo data convert Anthropic/hh-rlhf hh.jsonl
     """
     from qdpo.data.convert import convert_data
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.live import Terminal
 
     typer.echo(convert_data(_data(path, settings), out, Terminal(stderr=True), force=force))
 
@@ -116,7 +116,7 @@ def split(
     Example: qdpo data split pairs.jsonl split --fraction 0.1
     """
     from qdpo.data.convert import split_data
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.live import Terminal
 
     config = _data(path, settings)
     typer.echo(split_data(config, out, Terminal(stderr=True), fraction=fraction, seed=seed, force=force))

@@ -21,7 +21,7 @@ def doctor() -> None:
     Exit code 1 if something keeps runs from working. The hub is asked for one page, unless HF_HUB_OFFLINE is set.
     """
     quiet_libraries()
-    from qdpo.report.doctor import examine
+    from qdpo.machine.doctor import examine
 
     checks, machine = examine()
     for check in checks:
@@ -55,7 +55,7 @@ def _preset_here(name: str, device: str, free_gib: float) -> str:
 @cache.command()
 def ls(folder: CacheDir = None) -> None:
     """List references with what they belong to, converted models, and files set aside as damaged."""
-    from qdpo.report.caches import list_lines
+    from qdpo.machine.caches import list_lines
 
     typer.echo("\n".join(list_lines(folder)))
 
@@ -63,7 +63,7 @@ def ls(folder: CacheDir = None) -> None:
 @cache.command()
 def verify(folder: CacheDir = None) -> None:
     """Check every row of every reference."""
-    from qdpo.report.caches import verify_lines
+    from qdpo.machine.caches import verify_lines
 
     for line in verify_lines(folder):
         typer.echo(line)
@@ -77,7 +77,7 @@ def clear(
     folder: CacheDir = None,
 ) -> None:
     """Remove references, and say what was freed; the next run that needs one computes it anew."""
-    from qdpo.report.caches import clear_lines
+    from qdpo.machine.caches import clear_lines
 
     for line in clear_lines(folder, names or [], corrupt=corrupt, everything=everything):
         typer.echo(line)

@@ -93,7 +93,7 @@ def _show_traceback() -> None:
 
 
 def _note(folder: Path, error: Exception) -> Path | None:
-    from qdpo.report.debug import note
+    from qdpo.machine.debug_log import note
 
     return note(folder, error, sys.argv[1:])
 

@@ -20,14 +20,14 @@ def report(
 
     Example: qdpo report runs/demo-1a2b3c
     """
-    from qdpo.report.page import write_report
+    from qdpo.report.page.page import write_report
 
     typer.echo(f"report: {write_report(runs, out).absolute()}")
 
 
 def runs(folder: Annotated[Path, typer.Argument(help="Folder that holds the run folders.")] = Path("runs")) -> None:
     """List runs with their state and result."""
-    from qdpo.report.runs import run_lines
+    from qdpo.report.screen.runs import run_lines
 
     for line in run_lines(folder):
         typer.echo(line)
@@ -40,7 +40,7 @@ def eval_(
 ) -> None:
     """Score a trained run again, on its own held-out pairs or on others."""
     quiet_libraries()
-    from qdpo.report.terminal import Terminal, print_evaluation
+    from qdpo.report.screen.live import Terminal, print_evaluation
     from qdpo.review.score import rescore
 
     terminal = Terminal(stderr=json_)
@@ -71,8 +71,8 @@ def compare(
     Example: qdpo compare runs/demo --prompts questions.txt
     """
     quiet_libraries()
-    from qdpo.report.compare import print_comparison
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.comparison import print_comparison
+    from qdpo.report.screen.live import Terminal
     from qdpo.review.compare import Drawing, compare_run
 
     terminal = Terminal(stderr=json_)
@@ -104,7 +104,7 @@ def chat(
     Example: qdpo chat runs/demo
     """
     quiet_libraries()
-    from qdpo.report.terminal import Terminal
+    from qdpo.report.screen.live import Terminal
     from qdpo.review.chat import Chat, talk
     from qdpo.review.open import reopen, tuned
 
@@ -128,7 +128,7 @@ def metrics(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from qdpo.report.explain import explain
+    from qdpo.report.screen.explain import explain
 
     text, console = explain(name), Console()
     if console.is_terminal:

@@ -48,8 +48,8 @@ def merge(
     Example: qdpo merge runs/7b-24gb-1a2b3c
     """
     quiet_libraries()
-    from qdpo.export.prove import Options, check_again, merge_proved, table
-    from qdpo.report.terminal import Terminal
+    from qdpo.export.proof.prove import Options, check_again, merge_proved, table
+    from qdpo.report.screen.live import Terminal
     from qdpo.run.folder import RunDir
 
     if not verify and (compare or check):

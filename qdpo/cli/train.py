@@ -40,7 +40,7 @@ def run(
     common.run_folder.append(folder.path)
     if fresh and folder.path.exists():
         typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
-    from qdpo.report.terminal import Terminal, print_result
+    from qdpo.report.screen.live import Terminal, print_result
     from qdpo.run.disk import read_json
 
     terminal = Terminal()
@@ -92,7 +92,7 @@ def sweep(settings: Settings = None) -> None:
 
     Example: qdpo sweep preset=7b-24gb loss.beta=0.05,0.1,0.3 train.learning_rate=5e-6,1e-5
     """
-    from qdpo.report.sweep import print_sweep, write_sweep
+    from qdpo.report.screen.sweep import print_sweep, write_sweep
     from qdpo.train.sweep import plan_sweep, run_sweep
 
     planned = plan_sweep(settings or [])
@@ -107,7 +107,7 @@ def sweep(settings: Settings = None) -> None:
 
 def _overlaid(runs: list[Path], out: Path) -> str:
     """Writes the page that compares the runs; a line for the user."""
-    from qdpo.report.page import write_report
+    from qdpo.report.page.page import write_report
 
     try:
         return f"report: {write_report(runs, out)}"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from qdpo.collect.answering_model import Sampler
 from qdpo.collect.candidates import Answer, Candidates, read_lines
 from qdpo.collect.decisions import held
-from qdpo.collect.sampler import Sampler
 from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, prompts_of
 from qdpo.data.tokens.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError

@@ -11,7 +11,7 @@ UNMOVED_STEPS = 10
 # Nats a token. Half a nat leaves each token of a chosen answer 61 % of its probability.
 DISPLACED = 0.5
 # Nats a token between chosen and rejected. With 46 tokens an answer and beta 0.1 the demo wrote readable answers at a
-# margin of 3.1, which is 0.7, and repetitions at 7.7, which is 1.7 (report/metrics.md).
+# margin of 3.1, which is 0.7, and repetitions at 7.7, which is 1.7 (report/screen/metrics.md).
 RUNAWAY = 1.2
 # The proxy `kl`, nats a token. It was 1.4 at the end of a healthy demo, and 10^6 at a hundred times its rate.
 DRIFTED = 10.0

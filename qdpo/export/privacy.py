@@ -8,7 +8,7 @@ from typing import Any
 
 from qdpo.errors import VerificationError
 from qdpo.export.trained import TrainedRun
-from qdpo.report.debug import SECRETS
+from qdpo.machine.debug_log import SECRETS
 from qdpo.run import disk
 
 NEUTRAL = "a local file"

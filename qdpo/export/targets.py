@@ -7,10 +7,12 @@ from pathlib import Path
 import psutil
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import gguf_adapter, gguf_check, gguf_model, serve
-from qdpo.export.checkpoint_names import require_layers
-from qdpo.export.lora import is_plain, read_lora
-from qdpo.export.normal import write_normal
+from qdpo.export import servers
+from qdpo.export.gguf import check, model
+from qdpo.export.gguf.adapter import TYPES, write_gguf_adapter
+from qdpo.export.merge.lora import is_plain, read_lora
+from qdpo.export.merge.weight_names import require_layers
+from qdpo.export.plain_peft import write_normal
 from qdpo.export.trained import Announce, TrainedRun, require_free
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer, model_config
@@ -53,11 +55,11 @@ def export_gguf_adapter(order: Order) -> None:
     """The adapter for llama.cpp."""
     quant = order.quant or "f32"
     out = order.place("adapter.gguf", ".gguf")
-    gguf_model.require_quant(quant, gguf_adapter.TYPES, out)
+    model.require_quant(quant, TYPES, out)
     base = order.trained.base(order.say)
-    error = gguf_adapter.write_gguf_adapter(order.trained.run.adapter, base, out, quant=quant, name=order.name)
+    error = write_gguf_adapter(order.trained.run.adapter, base, out, quant=quant, name=order.name)
     order.say(f"wrote {out} ({quant}); read back: largest error {error:.1e} of a layer's largest change")
-    order.say(f"next: {serve.command('llama-cli', '-m', 'BASE.gguf', '--lora', out)}")
+    order.say(f"next: {servers.command('llama-cli', '-m', 'BASE.gguf', '--lora', out)}")
     order.say(
         "BASE.gguf is the base as GGUF. The adapter was trained over this run's quantised base; over another "
         "quantisation it acts a little differently. --to gguf ships exactly what was trained."
@@ -67,19 +69,19 @@ def export_gguf_adapter(order: Order) -> None:
 def export_gguf(order: Order) -> None:
     """The merged model for llama.cpp."""
     quant = order.quant or "bf16"
-    gguf_model.require_quant(quant, gguf_model.TYPES, order.trained.exports / "model-bf16.gguf")
+    model.require_quant(quant, model.TYPES, order.trained.exports / "model-bf16.gguf")
     merged = order.trained.merged(order.merged)
     out = order.place(f"model-{quant}.gguf", ".gguf")
     _write_gguf(order, merged, out, quant)
-    order.say(f"next: {serve.command('llama-cli', '-m', out)}")
+    order.say(f"next: {servers.command('llama-cli', '-m', out)}")
     if quant != "q8_0":
         smaller = out.with_name("model-q4_k_m.gguf")
-        order.say(f"smaller: {serve.command('llama-quantize', out, smaller, 'Q4_K_M')}")
+        order.say(f"smaller: {servers.command('llama-quantize', out, smaller, 'Q4_K_M')}")
 
 
 def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
     base_gguf = order.trained.base_gguf(order.say)
-    found = gguf_model.write_gguf(merged, out, quant=quant, name=order.name, base_gguf=base_gguf)
+    found = model.write_gguf(merged, out, quant=quant, name=order.name, base_gguf=base_gguf)
     order.say(
         f"wrote {out.name}: {found.weights} weights as {quant}, read back within rounding (largest error "
         f"{found.largest_error:.1e}); {found.vocabulary}, its ids checked"
@@ -99,7 +101,7 @@ def _compare_logits(order: Order, merged: Path, out: Path, quant: str) -> None:
         )
         return
     try:
-        largest, kl = gguf_check.check_logits(out, merged, load_tokenizer(merged), quant)
+        largest, kl = check.check_logits(out, merged, load_tokenizer(merged), quant)
     except VerificationError:
         out.unlink()
         raise
@@ -114,23 +116,23 @@ def export_ollama(order: Order) -> None:
     else:
         folder = order.trained.merged(order.merged)
     tokenizer = load_tokenizer(folder)
-    serve.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # refuses before gigabytes are written
+    servers.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # refuses before gigabytes are written
 
     def fill(part: Path) -> None:
         source, adapter = _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part), None)
-        text = serve.modelfile(tokenizer, folder, source=source, adapter=adapter)
+        text = servers.modelfile(tokenizer, folder, source=source, adapter=adapter)
         (part / "Modelfile").write_text(text, encoding="utf-8")
 
     disk.write_folder(out, fill)
     order.say(f"wrote {out}; its chat template gives the same text as the model's own on test conversations")
-    order.say(f"next: {serve.command('ollama', 'create', order.name, '-f', out / 'Modelfile')}")
-    order.say(f"      {serve.command('ollama', 'run', order.name)}")
+    order.say(f"next: {servers.command('ollama', 'create', order.name, '-f', out / 'Modelfile')}")
+    order.say(f"      {servers.command('ollama', 'run', order.name)}")
 
 
 def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
     """FROM and ADAPTER for the adapter over the base that it was trained on."""
     target = part / "adapter.gguf"
-    gguf_adapter.write_gguf_adapter(order.trained.run.adapter, base, target, quant="f32", name=order.name)
+    write_gguf_adapter(order.trained.run.adapter, base, target, quant="f32", name=order.name)
     source = order.trained.base_gguf(order.say) or base
     return str(source.resolve()), "./adapter.gguf"
 
@@ -138,7 +140,7 @@ def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
 def _over_merged(order: Order, merged: Path, part: Path) -> str:
     """FROM for the merged model: a GGUF file beside the Modelfile, else the folder, which Ollama may convert itself."""
     quant = order.quant or "bf16"
-    gguf_model.require_quant(quant, gguf_model.TYPES, order.trained.exports / "model-bf16.gguf")
+    model.require_quant(quant, model.TYPES, order.trained.exports / "model-bf16.gguf")
     try:
         _write_gguf(order, merged, part / "model.gguf", quant)
     except ConfigError as error:
@@ -152,11 +154,11 @@ def export_vllm(order: Order) -> None:
     if order.out is not None:
         raise ConfigError(f"--to vllm prints a command and writes no file; remove {order.out}.")
     if not order.lora:
-        order.say(serve.vllm_merged(order.trained.merged(order.merged).resolve(), order.name))
+        order.say(servers.vllm_merged(order.trained.merged(order.merged).resolve(), order.name))
         return
     base, adapter = order.trained.base(order.say), order.trained.run.adapter
     lora = read_lora(adapter)
-    serve.lora_rank(lora.rank)
+    servers.lora_rank(lora.rank)
     require_layers(lora.layers, base)
     if not is_plain(read_json(adapter / "adapter_config.json")):
         out = order.place("peft")
@@ -169,7 +171,7 @@ def export_vllm(order: Order) -> None:
     order.say(
         "# vLLM serves the base as stored; the adapter was trained over it quantised, and acts a little differently"
     )
-    order.say(serve.vllm_adapter(name, adapter.resolve(), order.name, lora.rank))
+    order.say(servers.vllm_adapter(name, adapter.resolve(), order.name, lora.rank))
 
 
 TARGETS: dict[str, Callable[[Order], None]] = {

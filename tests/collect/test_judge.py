@@ -10,10 +10,10 @@ import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, Decisions, opened
-from qdpo.collect.judge import Judge, Outcome, Unanswered, judge_candidates, summary_lines
-from qdpo.collect.judge_rules import LengthJudge, RegexJudge
-from qdpo.collect.judges import Options, make_judge
-from qdpo.collect.ranking import Ranking, comparisons
+from qdpo.collect.judge.choose import Options, make_judge
+from qdpo.collect.judge.ranking import Ranking, comparisons
+from qdpo.collect.judge.rules import LengthJudge, RegexJudge
+from qdpo.collect.judge.run import Judge, Outcome, Unanswered, judge_candidates, summary_lines
 from qdpo.errors import ConfigError, ServerError
 from tests.conftest import Quiet, qdpo, write_jsonl
 
@@ -75,7 +75,7 @@ def test_an_answer_that_matches_is_better_and_the_pair_is_alike_in_length(tmp_pa
 
 
 def test_a_pattern_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdpo.collect.judge_rules.MATCH_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("qdpo.collect.judge.rules.MATCH_TIMEOUT_S", 0.2)
     items = read(tmp_path, ["x" * 60 + "!", "short"], ["xy", "a"])
     assert decided(RegexJudge("(?:x|xx)+[yz]"), items) == ["the pattern takes more than 0.2 s in an answer", "xy > a"]
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, opened
-from qdpo.collect.judge import judge_candidates
-from qdpo.collect.judge_reward import RewardJudge, reward_judge
+from qdpo.collect.judge import reward_scores
+from qdpo.collect.judge.reward_model import RewardJudge, reward_judge
+from qdpo.collect.judge.run import judge_candidates
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.model import reward
 from qdpo.model.base.quant import dense_weight, four_bit_layers
 from tests.conftest import Quiet, qdpo, save_tiny_base, tiny_rows, tiny_tokenizer, write_jsonl
 
@@ -62,7 +62,7 @@ def made(folder: Path, *, quantization: str = "none", margin: float = 0.0) -> Re
 
     def load() -> tuple[Any, Any]:
         options: dict[str, Any] = {"quantization": quantization, "dtype": "fp32", "device": CPU}
-        model = reward.load_reward_model(folder, announce=lambda line: None, **options)
+        model = reward_scores.load_reward_model(folder, announce=lambda line: None, **options)
         return model, AutoTokenizer.from_pretrained(folder)
 
     return RewardJudge("tiny", load, margin=margin, say=lambda line: None)
@@ -130,7 +130,7 @@ def test_batches_shrink_until_they_fit(
     model_folder: Path, items: list[Candidates], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The card is played by a limit of tokens; everything else is the real way."""
-    plain, most, sizes = reward.rewards, 150, list[int]()
+    plain, most, sizes = reward_scores.rewards, 150, list[int]()
 
     def limited(model: Any, rows: Any) -> list[float]:
         sizes.append(len(rows) * max(map(len, rows)))
@@ -138,15 +138,15 @@ def test_batches_shrink_until_they_fit(
             raise torch.cuda.OutOfMemoryError
         return plain(model, rows)
 
-    monkeypatch.setattr(reward, "rewards", limited)
+    monkeypatch.setattr(reward_scores, "rewards", limited)
     judge = made(model_folder)
     found = decided(judge, items)
     assert sum(size > most for size in sizes) < 8 and len(found) == len(items)
-    monkeypatch.setattr(reward, "rewards", plain)
+    monkeypatch.setattr(reward_scores, "rewards", plain)
     for each, truth in zip(found, decided(made(model_folder), items), strict=True):
         assert each.scores == pytest.approx(dict(truth.scores), abs=1e-4)
     most = 10
-    monkeypatch.setattr(reward, "rewards", limited)
+    monkeypatch.setattr(reward_scores, "rewards", limited)
     with pytest.raises(OutOfMemoryError, match="cannot read"):
         decided(made(model_folder), items)
 

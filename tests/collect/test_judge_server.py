@@ -13,10 +13,10 @@ import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, opened
-from qdpo.collect.judge import Summary, judge_candidates
-from qdpo.collect.judge_pairwise import PairwiseJudge, question, read_verdict
-from qdpo.collect.judge_server import Endpoint, Server, endpoint
-from qdpo.collect.judges import Options, make_judge
+from qdpo.collect.judge.choose import Options, make_judge
+from qdpo.collect.judge.pairwise import PairwiseJudge, question, read_verdict
+from qdpo.collect.judge.run import Summary, judge_candidates
+from qdpo.collect.judge.server import Endpoint, Server, endpoint
 from qdpo.errors import ConfigError, ServerError
 from tests.collect.judge_server import Asked, JudgeServer, Reply, Script, prefers, slow
 from tests.conftest import ROOT, Quiet, qdpo, write_jsonl

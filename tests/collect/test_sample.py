@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qdpo.collect import sample as sample_module
+from qdpo.collect.answering_model import Sampler, base_sampler, run_sampler
 from qdpo.collect.candidates import read_candidates
 from qdpo.collect.sample import Drawing, Sampled, read_prompts, sample
-from qdpo.collect.sampler import Sampler, base_sampler, run_sampler
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
@@ -159,7 +159,7 @@ def test_a_batch_is_what_memory_allows(sampler: Sampler, monkeypatch: pytest.Mon
     one = sample_module.bytes_an_answer(sampler.model.config, 4, 100, 8)
     # Keys and values of two layers and a copy of one, two heads of 16 numbers, 108 tokens; and logits.
     assert one == 2 * 3 * 2 * 16 * 4 * 108 + 48 * sampler.model.config.vocab_size
-    monkeypatch.setattr(sample_module.fit, "available", lambda device: 10.5 * one / 0.8)
+    monkeypatch.setattr(sample_module.auto_memory, "available", lambda device: 10.5 * one / 0.8)
     assert sample_module._at_once(sampler, 100, DRAWING) == 10
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, Decisions, journal_of
-from qdpo.collect.habits import read_habits
-from qdpo.collect.labelling import Labelling, Options
-from qdpo.collect.server import LARGEST_BODY, PAGES, LabelServer
+from qdpo.collect.label.habits import read_habits
+from qdpo.collect.label.server import LARGEST_BODY, PAGES, LabelServer
+from qdpo.collect.label.sitting import Labelling, Options
 from qdpo.errors import ConfigError
 from tests.conftest import qdpo, write_jsonl
 

@@ -9,9 +9,9 @@ import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, trainers
 
-from qdpo.export.pieces import LEGACY, SPACE
+from qdpo.export.gguf.sentencepiece import LEGACY, SPACE
+from qdpo.export.gguf.vocabulary import PROBES
 from qdpo.export.trained import TrainedRun, trained_run
-from qdpo.export.vocabulary import PROBES
 from tests.conftest import CHATML, tiny_tokenizer
 from tests.model.families import SIZE, build
 

@@ -12,8 +12,10 @@ import transformers as hf
 from tokenizers import Tokenizer
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import gguf_adapter, gguf_check, gguf_model, vocabulary
-from qdpo.export.families import FAMILIES
+from qdpo.export.gguf import check, vocabulary
+from qdpo.export.gguf.adapter import read_deltas, write_gguf_adapter
+from qdpo.export.gguf.families import FAMILIES
+from qdpo.export.gguf.model import Written, write_gguf
 from qdpo.model.base.load import load_tokenizer, model_config
 from tests.conftest import tiny_tokenizer
 from tests.export.made import GEMMA, SHAPE, WRITABLE, pieces_tokenizer, save_adapter, save_base, save_merged
@@ -30,8 +32,8 @@ def llama(bases: dict[str, Path]) -> Path:
     return bases["llama"]
 
 
-def write(folder: Path, out: Path, quant: str = "f32") -> gguf_model.Written:
-    return gguf_model.write_gguf(folder, out, quant=quant, name="a name", base_gguf=None)
+def write(folder: Path, out: Path, quant: str = "f32") -> Written:
+    return write_gguf(folder, out, quant=quant, name="a name", base_gguf=None)
 
 
 def raw(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -45,7 +47,7 @@ def test_transformers_reads_the_same_model(name: str, bases: dict[str, Path], tm
     base = bases[name]
     assert write(base, tmp_path / "model.gguf").largest_error < 1e-6
     if name != "gemma":  # transformers reads no GGUF of the first Gemma; llama.cpp does, in test_llama_cpp
-        largest, kl = gguf_check.check_logits(tmp_path / "model.gguf", base, load_tokenizer(base), "f32")
+        largest, kl = check.check_logits(tmp_path / "model.gguf", base, load_tokenizer(base), "f32")
         assert largest < 1e-3 and kl < 1e-6
 
 
@@ -55,12 +57,12 @@ def test_the_adapter_is_what_merging_adds(name: str, bases: dict[str, Path], tmp
     base = bases[name]
     adapter = save_adapter(tmp_path / "adapter", base, use_rslora=True, rank_pattern={"o_proj": 2})
     save_merged(tmp_path / "merged", base, adapter)
-    error = gguf_adapter.write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="a name")
+    error = write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="a name")
     assert error < 1e-6
     for place, out in ((base, "base.gguf"), (tmp_path / "merged", "merged.gguf")):
         write(place, tmp_path / out)
     before, after = raw(tmp_path / "base.gguf"), raw(tmp_path / "merged.gguf")
-    deltas = gguf_adapter.read_deltas(tmp_path / "lora.gguf")
+    deltas = read_deltas(tmp_path / "lora.gguf")
     assert deltas
     for target, weight in before.items():
         expected = after[target] - weight
@@ -73,23 +75,23 @@ def test_the_adapter_is_what_merging_adds(name: str, bases: dict[str, Path], tmp
 def test_smaller_types_round_and_no_more(quant: str, llama: Path, tmp_path: Path) -> None:
     written = write(llama, tmp_path / "model.gguf", quant)
     assert 0 < written.largest_error < 2.0**-7
-    _largest, kl = gguf_check.check_logits(tmp_path / "model.gguf", llama, load_tokenizer(llama), quant)
-    assert kl < gguf_check.MAX_KL[quant]
+    _largest, kl = check.check_logits(tmp_path / "model.gguf", llama, load_tokenizer(llama), quant)
+    assert kl < check.MAX_KL[quant]
 
 
 def test_a_changed_file_is_noticed(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write(llama, path, "q8_0")
     config = model_config(llama)
-    gguf_check.check_weights(path, llama, FAMILIES["llama"], config)
+    check.check_weights(path, llama, FAMILIES["llama"], config)
     reader = gguf.GGUFReader(path, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.attn_q.weight")
     tensor.data[:] = tensor.data[::-1].copy()
     reader.data.flush()
     with pytest.raises(VerificationError, match="q_proj"):
-        gguf_check.check_weights(path, llama, FAMILIES["llama"], config)
+        check.check_weights(path, llama, FAMILIES["llama"], config)
     with pytest.raises(VerificationError, match="read back, differs"):
-        gguf_check.check_logits(path, llama, load_tokenizer(llama), "q8_0")
+        check.check_logits(path, llama, load_tokenizer(llama), "q8_0")
 
 
 def test_the_header_says_what_llama_cpp_needs(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -140,16 +142,16 @@ def test_an_adapter_of_another_family_is_refused_with_a_command(tmp_path: Path) 
     base = save_base(tmp_path / "base", hf.GPTNeoXConfig(**{**SHAPE, "num_key_value_heads": None}))
     adapter = save_adapter(tmp_path / "adapter", base)
     with pytest.raises(ConfigError, match=r"gpt_neox.*\n  python convert_lora_to_gguf\.py --base"):
-        gguf_adapter.write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="n")
+        write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="n")
     assert not (tmp_path / "lora.gguf").exists()
 
 
 def test_float16_that_loses_the_adapter_is_refused(llama: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", llama, lora_alpha=1e-6)
     with pytest.raises(VerificationError, match="--quant f32"):
-        gguf_adapter.write_gguf_adapter(adapter, llama, tmp_path / "lora.gguf", quant="f16", name="n")
+        write_gguf_adapter(adapter, llama, tmp_path / "lora.gguf", quant="f16", name="n")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
-    gguf_adapter.write_gguf_adapter(adapter, llama, tmp_path / "lora.gguf", quant="f32", name="n")
+    write_gguf_adapter(adapter, llama, tmp_path / "lora.gguf", quant="f32", name="n")
 
 
 def with_rule(rule: dict[str, Any], **model: Any) -> Any:

@@ -11,9 +11,10 @@ import transformers as hf
 from peft import PeftModel
 from tokenizers import Tokenizer, models, trainers
 
-from qdpo.export import gguf_adapter, gguf_model
+from qdpo.export.gguf.adapter import write_gguf_adapter
+from qdpo.export.gguf.model import write_gguf
+from qdpo.export.gguf.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
 from qdpo.export.trained import TrainedRun
-from qdpo.export.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
 from qdpo.model.base import fetch
 from qdpo.model.base.load import load_tokenizer
 from qdpo.run.disk import cache_folder
@@ -53,8 +54,8 @@ def tools() -> Path:
 def test_logits_of_every_family_with_and_without_the_adapter(name: str, tools: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", WRITABLE[name]())
     adapter = save_adapter(tmp_path / "adapter", base, use_rslora=True, rank_pattern={"o_proj": 2})
-    gguf_model.write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
-    gguf_adapter.write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="tiny")
+    write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
+    write_gguf_adapter(adapter, base, tmp_path / "lora.gguf", quant="f32", name="tiny")
     ids = torch.randint(3, 400, (1, 100), generator=torch.Generator().manual_seed(0))[0].tolist()
     plain, adapted = logits(load(base)), logits(PeftModel.from_pretrained(load(base), adapter))
     assert (plain - adapted).abs().max() > 0.5
@@ -71,7 +72,7 @@ def test_token_ids_under_every_rule(pre: str, tools: Path, tmp_path: Path) -> No
     for learned in (SPLITS[pre], {**BYTES, "use_regex": False}):
         tokenizer = trained_tokenizer(pre, learned)
         resize(base, tokenizer)
-        gguf_model.write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
+        write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
         expected = [load_tokenizer(base)(text, add_special_tokens=False).input_ids for text in TEXTS]
         found = ask(tools, gguf=tmp_path / "model.gguf", texts=TEXTS)["tokens"]
         for text, ours, theirs in zip(TEXTS, expected, found, strict=True):
@@ -83,7 +84,7 @@ def test_token_ids_of_pieces(kind: str, tools: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", WRITABLE["gemma2" if kind == "gemma" else "mistral-window"]())
     tokenizer = pieces_tokenizer(kind)
     resize(base, tokenizer)
-    gguf_model.write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
+    write_gguf(base, tmp_path / "model.gguf", quant="f32", name="tiny", base_gguf=None)
     # A chat begins with a special token; where only the very first text gets a space, such texts are the same.
     texts = [f"<|im_start|>{text}<|im_end|>\n{text}" for text in TEXTS] + ([] if kind == "first" else [*TEXTS])
     expected = [load_tokenizer(base)(text, add_special_tokens=False).input_ids for text in texts]
@@ -141,7 +142,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path | None]
 def test_smollm2_says_the_same_in_llama_cpp(merged: tuple[Path, Path | None], tools: Path, tmp_path: Path) -> None:
     folder, base_gguf = merged
     assert base_gguf is not None
-    written = gguf_model.write_gguf(folder, tmp_path / "m.gguf", quant="f32", name="SmolLM2", base_gguf=base_gguf)
+    written = write_gguf(folder, tmp_path / "m.gguf", quant="f32", name="SmolLM2", base_gguf=base_gguf)
     assert "tokenizer fields of" in written.vocabulary
     tokenizer, model = load_tokenizer(folder), load(folder)
     prompts = [

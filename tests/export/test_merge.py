@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdpo.errors import ConfigError, DiskError, QdpoError, VerificationError
-from qdpo.export import shards
-from qdpo.export.lora import read_lora
-from qdpo.export.merge import MergeReport, merge_run
-from qdpo.export.source import weight_keys
+from qdpo.export.merge import shards
+from qdpo.export.merge.lora import read_lora
+from qdpo.export.merge.merge import MergeReport, merge_run
+from qdpo.export.merge.source import weight_keys
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from tests.conftest import Quiet

@@ -9,7 +9,8 @@ import transformers as hf
 from peft import PeftModel
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import lora, normal
+from qdpo.export import plain_peft
+from qdpo.export.merge import lora
 from tests.export.made import SHAPE, load, logits, save_adapter, save_base
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_plain_peft_gives_the_same_logits(variant: str, base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, **VARIANTS[variant])
-    written = normal.write_normal(adapter, base, tmp_path / "out")
+    written = plain_peft.write_normal(adapter, base, tmp_path / "out")
     expected = logits(PeftModel.from_pretrained(load(base), adapter))
     found = logits(PeftModel.from_pretrained(load(base), tmp_path / "out"))
     assert (found - expected).abs().max() < 2e-5
@@ -48,7 +49,7 @@ def test_plain_peft_gives_the_same_logits(variant: str, base: Path, tmp_path: Pa
 def test_the_same_adapter_gives_the_same_bytes(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, use_rslora=True)
     for name in ("one", "two"):
-        normal.write_normal(adapter, base, tmp_path / name)
+        plain_peft.write_normal(adapter, base, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
         assert path.stat().st_mode & 0o044, "servers run as another user"
@@ -70,7 +71,7 @@ def test_adapters_that_are_more_than_a_and_b_are_refused(
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, **changes)
     with pytest.raises(ConfigError, match=message):
-        normal.write_normal(adapter, base, tmp_path / "out")
+        plain_peft.write_normal(adapter, base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -78,5 +79,5 @@ def test_layers_that_the_base_lacks_are_refused(base: Path, tmp_path: Path) -> N
     adapter = save_adapter(tmp_path / "adapter", base)
     other = save_base(tmp_path / "other", hf.Phi3Config(**SHAPE))
     with pytest.raises(VerificationError, match="gate_proj, are not in the checkpoint"):
-        normal.write_normal(adapter, other, tmp_path / "out")
+        plain_peft.write_normal(adapter, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qdpo.export.rounding import rounded
+from qdpo.export.merge.rounding import rounded
 
 STEP = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import serve
-from qdpo.export.turns import turn_text
+from qdpo.export import servers
+from qdpo.export.template_pieces import turn_text
 from tests.conftest import CHATML, tiny_tokenizer
 
 HEADERS = (
@@ -141,29 +141,29 @@ def test_a_token_that_the_server_adds_is_not_in_the_template() -> None:
 def test_a_modelfile_quotes_what_it_names(tmp_path: Path) -> None:
     tokenizer = with_template(DEFAULT_SYSTEM)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "temperature": 0.25}))
-    text = serve.modelfile(tokenizer, tmp_path, source="./my model.gguf", adapter="./adapter.gguf")
+    text = servers.modelfile(tokenizer, tmp_path, source="./my model.gguf", adapter="./adapter.gguf")
     lines = text.splitlines()
     assert lines[1:3] == ["FROM ./my model.gguf", "ADAPTER ./adapter.gguf"] and text.count('"""') == 2
     assert 'PARAMETER stop "<|im_end|>"' in lines and 'PARAMETER stop "<|end|>"' in lines
     assert "PARAMETER temperature 0.25" in lines and sum(line.startswith("TEMPLATE") for line in lines) == 1
     for path in ("a\nPARAMETER stop x", '"quoted"', " padded"):
         with pytest.raises(ConfigError, match="cannot name"):
-            serve.modelfile(tokenizer, tmp_path, source=path, adapter=None)
+            servers.modelfile(tokenizer, tmp_path, source=path, adapter=None)
 
 
 def test_commands_quote_what_a_shell_would_take_apart() -> None:
     words = ["vllm", "serve", "a b", "$HOME;rm -rf ~", "it's"]
-    assert shlex.split(serve.command(*words)) == words
-    line = serve.vllm_adapter(["org/base", "--revision", "abc"], Path("/runs/my run/adapter"), "my name", 9)
+    assert shlex.split(servers.command(*words)) == words
+    line = servers.vllm_adapter(["org/base", "--revision", "abc"], Path("/runs/my run/adapter"), "my name", 9)
     found = shlex.split(line)
     assert found[found.index("--max-lora-rank") + 1] == "16" and found[-1] == "my name=/runs/my run/adapter"
 
 
 @pytest.mark.parametrize(("rank", "accepted"), [(1, 1), (2, 8), (8, 8), (65, 128), (257, 320), (512, 512)])
 def test_ranks_are_those_of_vllm(rank: int, accepted: int) -> None:
-    assert serve.lora_rank(rank) == accepted
+    assert servers.lora_rank(rank) == accepted
 
 
 def test_a_rank_beyond_vllm_is_refused() -> None:
     with pytest.raises(ConfigError, match="--merged"):
-        serve.lora_rank(513)
+        servers.lora_rank(513)

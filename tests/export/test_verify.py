@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from qdpo.cli.main import app
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import verify
-from qdpo.export.compare import TIE, Tally, distance
-from qdpo.export.merge import merge_run
-from qdpo.export.prove import Options, check_again, merge_proved
+from qdpo.export.merge.merge import merge_run
+from qdpo.export.proof import verify
+from qdpo.export.proof.distance import TIE, Tally, distance
+from qdpo.export.proof.prove import Options, check_again, merge_proved
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.train.loop import run_training

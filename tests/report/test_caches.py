@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qdpo.errors import ConfigError
-from qdpo.report.caches import clear_lines
+from qdpo.machine.caches import clear_lines
 from qdpo.train.policy.reference_cache import ReferenceCache, answer_keys, identity
 from tests.conftest import ROOT, qdpo
 from tests.train.test_reference import PAIRS, VALUES, fill, flipped, place_of
@@ -124,5 +124,5 @@ def test_nothing_outside_the_folder_is_deleted(cache: Path, tmp_path: Path) -> N
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, qdpo.report.caches; sys.exit('torch' in sys.modules)"
+    code = "import sys, qdpo.machine.caches; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -11,8 +11,8 @@ import pytest
 
 from qdpo.diagnose.course import Course, Record, Terms
 from qdpo.diagnose.rules import RULES, diagnose, findings, follow
-from qdpo.report.explain import PAGE, explain
-from qdpo.report.spark import sparkline
+from qdpo.report.screen.explain import PAGE, explain
+from qdpo.report.screen.spark import sparkline
 
 TRACES = Path(__file__).with_name("traces")
 STEPS, EVERY = 120, 20

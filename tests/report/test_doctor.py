@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
+from qdpo.machine import doctor
 from qdpo.model.base import quant
-from qdpo.report import doctor
 from tests.conftest import qdpo
 
 

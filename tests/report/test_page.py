@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qdpo.errors import ConfigError
-from qdpo.report.facts import read_facts
-from qdpo.report.page import run_page, write_report
+from qdpo.report.page.facts import read_facts
+from qdpo.report.page.page import run_page, write_report
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
@@ -206,7 +206,7 @@ def test_without_matplotlib_it_is_said_what_to_type(run: RunDir, monkeypatch: py
 
 def test_no_torch_is_loaded(run: RunDir) -> None:
     code = (
-        "import sys; from pathlib import Path; from qdpo.report.page import write_report; "
+        "import sys; from pathlib import Path; from qdpo.report.page.page import write_report; "
         f"write_report([Path({str(run.path)!r})], None); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

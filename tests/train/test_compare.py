@@ -19,7 +19,7 @@ from qdpo.model.fast.divergence import token_kl
 from qdpo.model.fast.logps import Head
 from qdpo.model.generate.generate import complete, stream
 from qdpo.model.policy.adapter import Policy
-from qdpo.report.compare import print_comparison
+from qdpo.report.screen.comparison import print_comparison
 from qdpo.review.compare import Drawing, compare, compare_run
 from qdpo.settings.schema import RunConfig
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl

@@ -1,6 +1,6 @@
 """What is measured of a step or an evaluation, and over what each measure is a mean.
 
-N response tokens of a row · P pairs. The page report/metrics.md explains every name to users.
+N response tokens of a row · P pairs. The page report/screen/metrics.md explains every name to users.
 """
 
 from collections.abc import Mapping, Sequence

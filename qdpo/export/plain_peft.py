@@ -10,8 +10,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from qdpo.errors import VerificationError
-from qdpo.export.checkpoint_names import require_layers, weight_files
-from qdpo.export.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
+from qdpo.export.merge.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
+from qdpo.export.merge.weight_names import require_layers, weight_files
 from qdpo.run import disk
 
 

@@ -10,9 +10,9 @@ from torch.nn.functional import log_softmax
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import VerificationError
-from qdpo.export.checkpoint_names import weight_files, weights
-from qdpo.export.families import FAMILIES, Array, Family, Names, context_length, row_order
-from qdpo.export.vocabulary import PROBES
+from qdpo.export.gguf.families import FAMILIES, Array, Family, Names, context_length, row_order
+from qdpo.export.gguf.vocabulary import PROBES
+from qdpo.export.merge.weight_names import weight_files, weights
 from qdpo.model.base.load import model_config
 
 Q = gguf.GGMLQuantizationType

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qdpo.errors import ConfigError
-from qdpo.export.rounding import rounded
+from qdpo.export.merge.rounding import rounded
 from qdpo.model.policy.adapter import CONFIG, WEIGHTS, check_adapter_folder
 
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

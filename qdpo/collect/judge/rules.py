@@ -6,7 +6,7 @@ from typing import Any, Literal
 import regex
 
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.collect.judge import Judge, Outcome, left_open, picked
+from qdpo.collect.judge.run import Judge, Outcome, left_open, picked
 from qdpo.errors import ConfigError
 
 MATCH_TIMEOUT_S = 1.0

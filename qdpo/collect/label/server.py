@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from qdpo.collect.labelling import Labelling, Overtaken
+from qdpo.collect.label.sitting import Labelling, Overtaken
 from qdpo.errors import ConfigError, DataError, QdpoError
 
 HOST = "127.0.0.1"
@@ -50,7 +50,7 @@ class LabelServer(ThreadingHTTPServer):
     def __init__(self, labelling: Labelling, port: int = 0):
         """Port 0 lets the system choose a free one. Raises: ConfigError if the port cannot be had."""
         self.labelling, self.token = labelling, secrets.token_urlsafe(24)
-        folder = resources.files("qdpo.collect") / "pages"
+        folder = resources.files("qdpo.collect.label") / "pages"
         self.pages = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
         try:
             super().__init__((HOST, port), _Handler)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qdpo.collect.candidates import Candidates
 from qdpo.collect.decisions import MAKES_PAIR, Decision, Decisions
-from qdpo.collect.habits import read_habits
+from qdpo.collect.label.habits import read_habits
 from qdpo.data.layouts.turns import RowProblem, read_text
 from qdpo.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qdpo import __version__
 from qdpo.errors import ConfigError
-from qdpo.export.turns import turn_text
+from qdpo.export.template_pieces import turn_text
 
 # What vLLM takes for --max-lora-rank (vllm/config/lora.py); as read, vLLM itself was never run here.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

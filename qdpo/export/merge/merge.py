@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import shards
-from qdpo.export.shards import Planned, Stored
-from qdpo.export.source import Source, open_source
+from qdpo.export.merge import shards
+from qdpo.export.merge.shards import Planned, Stored
+from qdpo.export.merge.source import Source, open_source
 from qdpo.model.base import quant
 from qdpo.model.device import DTYPES
 from qdpo.run import disk

@@ -6,7 +6,7 @@ from typing import Literal
 from qdpo.diagnose.course import Course, Record
 from qdpo.diagnose.rules import RULES, Seen
 from qdpo.diagnose.signs import DISPLACED, DRIFTED
-from qdpo.report.facts import Facts
+from qdpo.report.page.facts import Facts
 
 NOT_OVER = ("it does not work", "it works", "it learns")
 Mark = Literal["good", "look", "bad", "open"]

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from qdpo.report.spark import sparkline
+from qdpo.report.screen.spark import sparkline
 from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
 from qdpo.train.watch.prompts import question

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from qdpo.collect.candidates import Candidates
-from qdpo.collect.judge import Judge
+from qdpo.collect.judge.run import Judge
 from qdpo.errors import ConfigError
 
 KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:URL"
@@ -47,14 +47,14 @@ def make_judge(by: str, options: Options, items: Sequence[Candidates], say: Call
     if not rest:
         raise ConfigError(f"--by {by} lacks what stands after the colon. There are: {KINDS}.")
     if kind == "regex":
-        from qdpo.collect.judge_rules import RegexJudge
+        from qdpo.collect.judge.rules import RegexJudge
 
         return RegexJudge(rest)
     return _openai(rest, options, say) if kind == "openai" else _reward(rest, options, say)
 
 
 def _length(direction: str, options: Options, items: Sequence[Candidates]) -> Judge:
-    from qdpo.collect.judge_rules import LengthJudge
+    from qdpo.collect.judge.rules import LengthJudge
 
     if direction not in ("shorter", "longer"):
         raise ConfigError(f"--by length:{direction} is neither length:shorter nor length:longer.")
@@ -65,7 +65,7 @@ def _length(direction: str, options: Options, items: Sequence[Candidates]) -> Ju
 
 
 def _reward(path: str, options: Options, say: Callable[[str], None]) -> Judge:
-    from qdpo.collect.judge_reward import reward_judge
+    from qdpo.collect.judge.reward_model import reward_judge
 
     quantization, device = options.quantization or "nf4", options.device or "auto"
     for name, value, known in (
@@ -78,8 +78,8 @@ def _reward(path: str, options: Options, say: Callable[[str], None]) -> Judge:
 
 
 def _openai(url: str, options: Options, say: Callable[[str], None]) -> Judge:
-    from qdpo.collect.judge_pairwise import RUBRIC, PairwiseJudge
-    from qdpo.collect.judge_server import Server, endpoint
+    from qdpo.collect.judge.pairwise import RUBRIC, PairwiseJudge
+    from qdpo.collect.judge.server import Server, endpoint
 
     where = endpoint(url)
     if not options.judge_model:

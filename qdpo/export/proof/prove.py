@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import verify
-from qdpo.export.compare import TIE, Side
-from qdpo.export.merge import Base, MergeReport, merge_run
-from qdpo.export.verify import PAIRS, Trained, Verification
+from qdpo.export.merge.merge import Base, MergeReport, merge_run
+from qdpo.export.proof import verify
+from qdpo.export.proof.distance import TIE, Side
+from qdpo.export.proof.verify import PAIRS, Trained, Verification
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.folder import RunDir

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from qdpo.errors import VerificationError
-from qdpo.export.checkpoint_names import require_layers
-from qdpo.export.families import Family, Names, family_of, row_order
-from qdpo.export.lora import Lora, read_lora
-from qdpo.export.serve import command
+from qdpo.export.gguf.families import Family, Names, family_of, row_order
+from qdpo.export.merge.lora import Lora, read_lora
+from qdpo.export.merge.weight_names import require_layers
+from qdpo.export.servers import command
 from qdpo.model.base.load import model_config
 from qdpo.run import disk
 

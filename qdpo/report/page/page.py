@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 from qdpo import __version__
 from qdpo.diagnose.rules import RULES
 from qdpo.errors import ConfigError
-from qdpo.report import curves, plots, verdict
-from qdpo.report.facts import Facts, read_facts
+from qdpo.report.page import curves, plots, verdict
+from qdpo.report.page.facts import Facts, read_facts
 from qdpo.run import disk
 from qdpo.train.watch.prompts import question
 

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError
-from qdpo.export.lora import Layer, read_lora
-from qdpo.export.shards import Stored, stored_tensors
+from qdpo.export.merge.lora import Layer, read_lora
+from qdpo.export.merge.shards import Stored, stored_tensors
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit

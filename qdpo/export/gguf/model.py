@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 
 from qdpo.errors import ConfigError
-from qdpo.export.checkpoint_names import weight_files, weights
-from qdpo.export.families import (
+from qdpo.export.gguf.check import check_weights
+from qdpo.export.gguf.families import (
     Array,
     Family,
     Names,
@@ -23,9 +23,9 @@ from qdpo.export.families import (
     require_exact,
     row_order,
 )
-from qdpo.export.gguf_check import check_weights
-from qdpo.export.serve import command
-from qdpo.export.vocabulary import Vocabulary, vocabulary
+from qdpo.export.gguf.vocabulary import Vocabulary, vocabulary
+from qdpo.export.merge.weight_names import weight_files, weights
+from qdpo.export.servers import command
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from qdpo import __version__
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import reload
-from qdpo.export.compare import Distance, Side, Tally, distance, side, tiles
+from qdpo.export.proof import reload
+from qdpo.export.proof.distance import Distance, Side, Tally, distance, side, tiles
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
 from qdpo.model.device import give_back_memory

@@ -11,9 +11,9 @@ from hashlib import sha256
 from typing import Any, Literal
 
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.collect.judge import Judge, Outcome, Unanswered, left_open, picked
-from qdpo.collect.judge_server import NoAnswer, Server, TornReply
-from qdpo.collect.ranking import Ranking, comparisons
+from qdpo.collect.judge.ranking import Ranking, comparisons
+from qdpo.collect.judge.run import Judge, Outcome, Unanswered, left_open, picked
+from qdpo.collect.judge.server import NoAnswer, Server, TornReply
 from qdpo.data.layouts.turns import Message, excerpt
 
 ATTEMPTS = 3

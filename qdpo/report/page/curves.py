@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qdpo.diagnose.course import Course
-from qdpo.report.facts import Facts
-from qdpo.report.plots import Histogram, Line, Panel
+from qdpo.report.page.facts import Facts
+from qdpo.report.page.plots import Histogram, Line, Panel
 
 SIDES = [("chosen", "chosen"), ("rejected", "rejected")]
 BOTH = [("train", "training"), ("held", "held out")]

@@ -10,10 +10,10 @@ import torch
 from jinja2 import TemplateError
 
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.collect.judge import Judge, Outcome, left_open, picked
+from qdpo.collect.judge import reward_scores
+from qdpo.collect.judge.run import Judge, Outcome, left_open, picked
 from qdpo.data.layouts.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
-from qdpo.model import reward
 from qdpo.model.base import fetch
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer
@@ -92,7 +92,7 @@ class RewardJudge(Judge):
             count = max(1, min(len(waiting), self._budget // len(waiting[-1])))  # the longest first, and it pads
             batch = waiting[-count:]
             try:
-                scores = reward.rewards(self._model, batch)
+                scores = reward_scores.rewards(self._model, batch)
             except torch.cuda.OutOfMemoryError:
                 give_back_memory(self._model.device)
                 if count == 1:
@@ -124,14 +124,14 @@ def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any
     try:
         folder = fetch.locate_base(
             path, revision=None, cache_dir=disk.cache_folder(None), announce=say,
-            refuse=lambda config: reward.check_reward_config(config, owner),
+            refuse=lambda config: reward_scores.check_reward_config(config, owner),
         ).folder  # fmt: skip
     except ConfigError as error:  # of the room that fetches what model.path names
         raise ConfigError([problem.replace("model.path", "--by") for problem in error.problems]) from error
-    reward.check_reward_config(read_json(folder / "config.json"), owner)
+    reward_scores.check_reward_config(read_json(folder / "config.json"), owner)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ConfigError(f"{owner} has no chat template, so nobody knows how it wants to read a dialogue.")
     dtype = choose_dtype("auto", place, say)
-    model = reward.load_reward_model(folder, quantization=quantization, dtype=dtype, device=place, announce=say)
+    model = reward_scores.load_reward_model(folder, quantization=quantization, dtype=dtype, device=place, announce=say)
     return model, tokenizer

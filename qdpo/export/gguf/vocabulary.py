@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export import pieces
+from qdpo.export.gguf import sentencepiece
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -129,10 +129,10 @@ def _built(tokenizer: Any, backend: dict[str, Any], rows: int, otherwise: str) -
     texts, types = _tokens(tokenizer, backend, rows)
     kinds = gguf.GGUFValueType
     fields = {"tokens": (texts, kinds.ARRAY, kinds.STRING), "token_type": (types, kinds.ARRAY, kinds.INT32)}
-    if pieces.is_pieces(backend):
-        scores = pieces.piece_scores(backend, texts, otherwise)
-        pieces.require_same_pieces(tokenizer, backend, scores, PROBES)
-        first = pieces.space_first(backend, otherwise)
+    if sentencepiece.is_pieces(backend):
+        scores = sentencepiece.piece_scores(backend, texts, otherwise)
+        sentencepiece.require_same_pieces(tokenizer, backend, scores, PROBES)
+        first = sentencepiece.space_first(backend, otherwise)
         found = Vocabulary(fields, origin="SentencePiece's tokenizer rule")
         found.fields["model"], found.fields["pre"] = ("llama", kinds.STRING, None), ("default", kinds.STRING, None)
         found.fields["scores"] = (scores, kinds.ARRAY, kinds.FLOAT32)
@@ -209,11 +209,11 @@ def _tokens(tokenizer: Any, backend: dict[str, Any], rows: int) -> tuple[list[st
             "embedding, or use the tokenizer that belongs to the model."
         )
     added = {token["id"]: token for token in backend["added_tokens"]}
-    unknown = tokenizer.unk_token_id if pieces.is_pieces(backend) else None
+    unknown = tokenizer.unk_token_id if sentencepiece.is_pieces(backend) else None
     texts, types = [], []
     for token_id in range(rows):
         token = by_id.get(token_id)
         texts.append(f"[PAD{token_id}]" if token is None else token)
         unused = int(gguf.TokenType.UNUSED)
-        types.append(unused if token is None else pieces.piece_type(token_id, token, unknown, added))
+        types.append(unused if token is None else sentencepiece.piece_type(token_id, token, unknown, added))
     return texts, types
