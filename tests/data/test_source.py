@@ -91,7 +91,7 @@ def test_rows_whose_cells_differ_in_type_stay_as_written(tmp_path):
         jsonl().replace("\n", "\r\n").encode(),
         jsonl().replace("\n", "\n\n").encode(),
         ("\n" + json.dumps(ROWS)).encode(),
-        gzip.compress(jsonl().encode()),
+        gzip.compress(jsonl().encode(), mtime=0),
     ],
     ids=["byte order mark", "crlf", "blank lines", "array", "gzip without .gz"],
 )
@@ -115,7 +115,7 @@ def test_harmless_oddities_of_a_jsonl_file_are_accepted(tmp_path, content):
         ("latin.jsonl", b'{"a": "x"}\n{"a": "\xe9t\xe9"}\n', r"line 2: byte 8 .* is not UTF-8 \(0xe9\)"),
         ("wide.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
         ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("torn.jsonl.gz", gzip.compress(jsonl().encode())[:-20], "damaged gzip"),
+        ("torn.jsonl.gz", gzip.compress(jsonl().encode(), mtime=0)[:-20], "damaged gzip"),
         ("torn.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
         ("cells.csv", b"prompt,chosen\na,b\nc,d,e\n", r"line 3: .*another number of cells than the header \(2\)"),
         ("quotes.csv", b'prompt,chosen\na,"b"c\n', "line 2 is not CSV"),

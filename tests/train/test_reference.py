@@ -344,7 +344,7 @@ def one_row(pair: TokenPair) -> object:
 
 
 def test_what_changes_the_reference_is_computed_anew_and_nothing_else(settings: dict[str, str]) -> None:
-    """Beside what test_run.py holds: base weights, nf4 and tokens miss; beta, rank, learning rate and seed hit."""
+    """Beside test_whole_run.py: base weights, nf4 and tokens miss; beta, rank, learning rate and seed hit."""
     base = {**ALONE, "model__quantization": "nf4"}
     golden, _, computed = scored(settings, output__name="first", **base)
     assert computed == 16

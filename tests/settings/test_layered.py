@@ -132,7 +132,7 @@ def test_the_table_does_not_depend_on_runs_that_lie_here(tmp_path: Path, monkeyp
 
 
 def test_the_readme_shows_the_presets_as_they_are() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert "\n".join(preset_table()) in readme
 
 

@@ -10,12 +10,11 @@ from tests.conftest import ROOT, arguments
 
 # Runs the command line with one function broken.
 BROKEN = """
-import sys
+import importlib, sys
 from qdpo.cli.main import main
-from qdpo.train import {module}
 def broken(*arguments, **more):
     raise RuntimeError("something odd\\nwith hf_abcdefghijklmnop in it")
-{module}.{name} = broken
+importlib.import_module("qdpo.train.{module}").{name} = broken
 sys.argv = ["qdpo", *sys.argv[1:]]
 main()
 """
@@ -36,7 +35,7 @@ def test_a_bug_is_one_paragraph_and_its_traceback_a_file(settings: dict[str, str
     text = (Path(settings["output.dir"]) / "run" / "debug.log").read_text()
     assert "Traceback" in text and "something odd" in text and "hf_abc" not in text and "[token]" in text
     assert str(tmp_path) not in text and "~/" in text
-    early = broken(arguments(settings, output__name="other"), tmp_path, "start", "_first_start", "-v")
+    early = broken(arguments(settings, output__name="other"), tmp_path, "start.open_run", "_first_start", "-v")
     assert early.returncode == 1 and "Traceback" in early.stderr
     assert "something odd" in (tmp_path / "cache" / "debug.log").read_text()
 

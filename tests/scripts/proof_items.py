@@ -1,4 +1,4 @@
-"""Items of a stage as they may end: what tests/test_gpu_proof.py hands to the runner of scripts/gpu_proof."""
+"""Items of a stage as they may end: what tests/scripts/test_gpu_proof.py hands to the runner of scripts/gpu_proof."""
 
 import os
 import time

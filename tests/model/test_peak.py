@@ -1,11 +1,11 @@
-"""What the meters read."""
+"""The peak of memory that is read from the system."""
 
 import subprocess
 import sys
 
 import pytest
 
-CHILD = "import torch; from qdpo.train.watch.metrics_file import peak_gib; print(peak_gib(torch.device('cpu')))"
+CHILD = "import torch; from qdpo.model.device import peak_gib; print(peak_gib(torch.device('cpu')))"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands a parent's peak on")

@@ -44,7 +44,9 @@ def make_options(tmp_path: Path, device: str = "cpu") -> Options:
 
 def make_item(tmp_path: Path, function: str, **changes: Any) -> Item:
     job = {"file": str(tmp_path / f"{function}.count"), **changes.pop("job", {})}
-    return Item(1, function, "tests.proof_items", function, job, **{"expected_s": 0.5, "limit_s": 60.0, **changes})
+    return Item(
+        1, function, "tests.scripts.proof_items", function, job, **{"expected_s": 0.5, "limit_s": 60.0, **changes}
+    )
 
 
 def run_items(tmp_path: Path, found: list[Item], commit: str = "one", budget_s: float = 100.0, **words: Any) -> Any:
