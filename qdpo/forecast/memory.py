@@ -98,13 +98,13 @@ def adapter_numbers(shape: Shape, rank: int) -> int:
 
 def kept_bytes(shape: Shape, run: Settings, row: Row) -> float:
     """What one layer keeps for its backward pass, its input included."""
-    e, tokens, family = run.element, row.tokens, shape.family
-    hidden = 4 + (family.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
-    wide = (4 if family.fused_mlp else 2) * shape.intermediate
-    heads = (3 if family.copied_output else 2) * shape.query + ((shape.query + shape.key) if family.head_norms else 0)
+    e, tokens, layer = run.element, row.tokens, shape.layer
+    hidden = 4 + (layer.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
+    wide = (4 if layer.fused_mlp else 2) * shape.intermediate
+    heads = (3 if layer.copied_output else 2) * shape.query + ((shape.query + shape.key) if layer.head_norms else 0)
     low = run.rank * len(shape.linears)
-    statistics = 4 * (shape.heads + family.norms) + (4 * (shape.heads + shape.key_heads) if family.head_norms else 0)
-    gathered = 2 * e * row.keys * (shape.query if family.scored else shape.key)
+    statistics = 4 * (shape.heads + layer.norms) + (4 * (shape.heads + shape.key_heads) if layer.head_norms else 0)
+    gathered = 2 * e * row.keys * (shape.query if layer.scored else shape.key)
     return e * tokens * (hidden * shape.hidden + heads + wide + low) + gathered + tokens * statistics
 
 
@@ -164,10 +164,10 @@ def _at_head(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
 def _in_last_mlp(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
     """The forward pass in the last layer's MLP: its product that goes down, or one gate and up matrix."""
     e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
-    working, weight = shape.hidden + (0 if shape.family.fused_mlp else shape.intermediate), _weight(run, size)
+    working, weight = shape.hidden + (0 if shape.layer.fused_mlp else shape.intermediate), _weight(run, size)
     if kept == 0:
-        working += 2 * shape.hidden + (4 if shape.family.fused_mlp else 2) * shape.intermediate
-    elif shape.family.fused_mlp and _weight(run, size) > e * row.tokens * (2 * shape.intermediate + shape.hidden):
+        working += 2 * shape.hidden + (4 if shape.layer.fused_mlp else 2) * shape.intermediate
+    elif shape.layer.fused_mlp and _weight(run, size) > e * row.tokens * (2 * shape.intermediate + shape.hidden):
         working, weight = -2 * shape.intermediate, _weight(run, 2 * size)
     return {
         "kept layers": kept * kept_bytes(shape, run, row),
@@ -193,7 +193,7 @@ def _mlp_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]
     """The gradient of the MLP's product, then a dequantised weight or a slice's float32 work."""
     e, tokens, wide = run.element, row.tokens, shape.intermediate
     down = _weight(run, wide * shape.hidden)
-    if shape.family.fused_mlp:
+    if shape.layer.fused_mlp:
         both = _weight(run, 2 * wide * shape.hidden)
         choices = [(shape.hidden + wide, down), (shape.hidden + 2 * wide, 0.0), (shape.hidden - 2 * wide, both)]
         return max(((e * tokens * width, weight) for width, weight in choices), key=sum)
@@ -204,9 +204,9 @@ def _mlp_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]
 def _attention_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]:
     """Gradients of queries, keys and values, and what the kernel sums them up in; the MLP's part is gone by then."""
     e, tokens = run.element, row.tokens
-    gone = e * tokens * (2 * shape.intermediate + 2 * shape.hidden + shape.family.copied_output * shape.query)
+    gone = e * tokens * (2 * shape.intermediate + 2 * shape.hidden + shape.layer.copied_output * shape.query)
     working = 2.0 * e * (tokens * (shape.hidden + shape.query) + row.keys * shape.key) - gone
-    if shape.family.scored:
+    if shape.layer.scored:
         working += (12.0 + e) * min(SCORES, shape.heads * row.sequence**2) + (8 + 2 * e) * row.sequence * shape.query
         return working + 2 * e * row.keys * shape.query, 0.0
     working += 4.0 * tokens * shape.query

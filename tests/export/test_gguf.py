@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.gguf import check, vocabulary
 from qdpo.export.gguf.adapter import read_deltas, write_gguf_adapter
-from qdpo.export.gguf.families import FAMILIES
 from qdpo.export.gguf.model import Written, write_gguf
+from qdpo.families.family import FAMILIES
 from qdpo.model.base.load import load_tokenizer, model_config
 from tests.conftest import tiny_tokenizer
 from tests.export.made import GEMMA, SHAPE, WRITABLE, pieces_tokenizer, save_adapter, save_base, save_merged
@@ -83,13 +83,13 @@ def test_a_changed_file_is_noticed(llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write(llama, path, "q8_0")
     config = model_config(llama)
-    check.check_weights(path, llama, FAMILIES["llama"], config)
+    check.check_weights(path, llama, FAMILIES["llama"].gguf, config)
     reader = gguf.GGUFReader(path, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.attn_q.weight")
     tensor.data[:] = tensor.data[::-1].copy()
     reader.data.flush()
     with pytest.raises(VerificationError, match="q_proj"):
-        check.check_weights(path, llama, FAMILIES["llama"], config)
+        check.check_weights(path, llama, FAMILIES["llama"].gguf, config)
     with pytest.raises(VerificationError, match="read back, differs"):
         check.check_logits(path, llama, load_tokenizer(llama), "q8_0")
 

@@ -9,7 +9,8 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config
 
 from qdpo.errors import ConfigError
 from qdpo.families import shapes
-from qdpo.families.shapes import FAMILIES, FAMILY_OF, KNOWN, from_config, known_name, of_model
+from qdpo.families.family import WITH_FORECAST
+from qdpo.families.shapes import FAMILY_OF, KNOWN, from_config, known_name, of_model
 
 QWEN: dict[str, Any] = {
     "model_type": "qwen2", "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
@@ -42,7 +43,7 @@ def test_parameters_of_known_shapes_are_those_of_their_names() -> None:
         shape = KNOWN[name]
         parameters = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
         assert parameters / 1e9 == pytest.approx(billions, rel=0.012), name
-    assert FAMILY_OF.keys() == KNOWN.keys() and set(FAMILY_OF.values()) <= FAMILIES.keys()
+    assert FAMILY_OF.keys() == KNOWN.keys() and set(FAMILY_OF.values()) <= set(WITH_FORECAST)
 
 
 @pytest.mark.parametrize(

@@ -96,5 +96,5 @@ def test_a_worse_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = from_config(family_config("llama").to_dict(), "")
     run, row = RUNS[2]
     found = without_context(shape, run, row)
-    more = replace(shape, family=replace(shape.family, norms=4))
+    more = replace(shape, layer=replace(shape.layer, norms=4))
     assert without_context(more, run, row) / found - 1 > 0.05

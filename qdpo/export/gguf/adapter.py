@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from qdpo.errors import VerificationError
-from qdpo.export.gguf.families import Family, Names, family_of, row_order
+from qdpo.export.gguf.form import Names, form_of, row_order
 from qdpo.export.merge.lora import Lora, read_lora
 from qdpo.export.merge.weight_names import require_layers
 from qdpo.export.servers import command
+from qdpo.families.family import GgufForm
 from qdpo.model.base.load import model_config
 from qdpo.run import disk
 
@@ -31,28 +32,28 @@ def write_gguf_adapter(adapter: Path, base: Path, out: Path, *, quant: str, name
     """
     config = model_config(base)
     otherwise = command("python", "convert_lora_to_gguf.py", "--base", base, "--outfile", out, adapter)
-    family = family_of(config, otherwise)
+    form = form_of(config, otherwise)
     lora = read_lora(adapter)
     require_layers(lora.layers, base)
     errors: list[float] = []
 
     def fill(part: Path) -> None:
-        _write(part, lora, family, config, Names(family, config, base), quant, name)
-        errors.append(compare(part, lora, family, config, base, TOLERANCE[quant]))
+        _write(part, lora, form, config, Names(form, config, base), quant, name)
+        errors.append(compare(part, lora, form, config, base, TOLERANCE[quant]))
 
     disk.write_file(out, fill)
     return errors[0]
 
 
-def _write(part: Path, lora: Lora, family: Family, config: Any, names: Names, quant: str, name: str) -> None:
-    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+def _write(part: Path, lora: Lora, form: GgufForm, config: Any, names: Names, quant: str, name: str) -> None:
+    with closing(gguf.GGUFWriter(part, form.arch)) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
         writer.add_name(name)
         for module, layer in lora.layers.items():
             b = layer.b_NR.numpy()
-            order = row_order(family, config, module)
+            order = row_order(form, config, module)
             target = names.of(f"{module}.weight")
             for suffix, matrix in ((".lora_a", layer.a_RK.numpy()), (".lora_b", b if order is None else b[order])):
                 data = gguf.quants.quantize(np.ascontiguousarray(matrix), TYPES[quant])
@@ -79,18 +80,18 @@ def read_deltas(path: Path) -> dict[str, torch.Tensor]:
     return deltas
 
 
-def compare(path: Path, lora: Lora, family: Family, config: Any, base: Path, tolerance: float) -> float:
+def compare(path: Path, lora: Lora, form: GgufForm, config: Any, base: Path, tolerance: float) -> float:
     """Largest relative error of a delta in the file.
 
     Raises: VerificationError if one is above `tolerance`, missing, or left over.
     """
-    deltas, names = read_deltas(path), Names(family, config, base)
+    deltas, names = read_deltas(path), Names(form, config, base)
     worst = 0.0
     for module, layer in lora.layers.items():
         found = deltas.pop(names.of(f"{module}.weight"), None)
         if found is None:
             raise VerificationError(f"{path} lacks the layer {module}. Please report this.")
-        order = row_order(family, config, module)
+        order = row_order(form, config, module)
         expected = layer.delta_NK if order is None else layer.delta_NK[torch.from_numpy(order)]
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not error <= tolerance:

@@ -10,9 +10,10 @@ from torch.nn.functional import log_softmax
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import VerificationError
-from qdpo.export.gguf.families import FAMILIES, Array, Family, Names, context_length, row_order
+from qdpo.export.gguf.form import Array, Names, context_length, form_of, row_order
 from qdpo.export.gguf.vocabulary import PROBES
 from qdpo.export.merge.weight_names import weight_files, weights
+from qdpo.families.family import GgufForm
 from qdpo.model.base.load import model_config
 
 Q = gguf.GGMLQuantizationType
@@ -27,12 +28,12 @@ MAX_KL = {"f32": 1e-6, "bf16": 1e-2, "f16": 1e-3, "q8_0": 5e-2}
 MAX_LOGIT = 1e-3
 
 
-def check_weights(path: Path, merged: Path, family: Family, config: Any) -> float:
+def check_weights(path: Path, merged: Path, form: GgufForm, config: Any) -> float:
     """Largest error of a weight read back, relative to its tensor's largest entry.
 
     Raises: VerificationError if a weight is missing or further off than its type rounds.
     """
-    names = Names(family, config, merged)
+    names = Names(form, config, merged)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found.pop("rope_freqs.weight", None)
     worst = 0.0
@@ -40,10 +41,10 @@ def check_weights(path: Path, merged: Path, family: Family, config: Any) -> floa
     for name, tensor in weights(merged, wanted):
         entry = found.pop(names.of(name))
         values = gguf.quants.dequantize(entry.data, entry.tensor_type)
-        order = row_order(family, config, name)
+        order = row_order(form, config, name)
         if order is not None:
             values = values[np.argsort(order)]
-        shift = np.float32(family.norm_shift if name.endswith("norm.weight") else 0.0)
+        shift = np.float32(form.norm_shift if name.endswith("norm.weight") else 0.0)
         expected = tensor.float().numpy()
         error = np.abs(values - shift - expected)
         if values.shape != expected.shape or not (error <= _allowed(expected, entry.tensor_type, float(shift))).all():
@@ -75,7 +76,7 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
     disable_progress_bar()
     config = model_config(merged)
     # Beyond a window that GGUF cannot express the two models differ; the file's context ends there.
-    length = context_length(FAMILIES[config.model_type], config)
+    length = context_length(form_of(config, "convert_hf_to_gguf.py"), config)
     ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids[:length]])
     theirs, ours = _logits(_read_gguf(path, merged), ids), _logits(_read_folder(merged), ids)
     p, q = log_softmax(ours, -1), log_softmax(theirs, -1)

@@ -12,12 +12,11 @@ import numpy as np
 
 from qdpo.errors import ConfigError
 from qdpo.export.gguf.check import check_weights
-from qdpo.export.gguf.families import (
+from qdpo.export.gguf.form import (
     Array,
-    Family,
     Names,
     context_length,
-    family_of,
+    form_of,
     full_rope,
     head_size,
     require_exact,
@@ -26,6 +25,7 @@ from qdpo.export.gguf.families import (
 from qdpo.export.gguf.vocabulary import Vocabulary, vocabulary
 from qdpo.export.merge.weight_names import weight_files, weights
 from qdpo.export.servers import command
+from qdpo.families.family import GgufForm
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 
@@ -72,9 +72,9 @@ def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Pat
         "python", "convert_hf_to_gguf.py", merged, "--outfile", out, "--outtype", quant
     )  # fmt: skip
     config = model_config(merged)
-    family = family_of(config, otherwise)
-    require_exact(family, config, otherwise)
-    plan = [_planned(merged, *entry, quant) for entry in _entries(merged, family, config)]
+    form = form_of(config, otherwise)
+    require_exact(form, config, otherwise)
+    plan = [_planned(merged, *entry, quant) for entry in _entries(merged, form, config)]
     rows = next(entry.shape[0] for entry in plan if entry.target == "token_embd.weight")
     words = vocabulary(load_tokenizer(merged), rows=rows, base_gguf=base_gguf, otherwise=otherwise)
     size = sum(entry.n_bytes for entry in plan)
@@ -82,8 +82,8 @@ def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Pat
     errors: list[float] = []
 
     def fill(part: Path) -> None:
-        _write(part, merged, family, config, plan, words, quant, name)
-        errors.append(check_weights(part, merged, family, config))
+        _write(part, merged, form, config, plan, words, quant, name)
+        errors.append(check_weights(part, merged, form, config))
 
     disk.write_file(out, fill)
     return Written(words.origin, len(plan), errors[0])
@@ -104,8 +104,8 @@ class _Entry:
         return math.prod(self.shape) // int(block) * int(block_bytes)
 
 
-def _entries(merged: Path, family: Family, config: Any) -> Iterator[tuple[str, str]]:
-    names = Names(family, config, merged)
+def _entries(merged: Path, form: GgufForm, config: Any) -> Iterator[tuple[str, str]]:
+    names = Names(form, config, merged)
     for name in sorted(weight_files(merged)):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp takes the embedding where there is no head
@@ -125,24 +125,24 @@ def _planned(merged: Path, source: str, target: str, quant: str) -> _Entry:
     return _Entry(source, target, shape, kind)
 
 
-def stored(weight: Array, source: str, family: Family, config: Any) -> Array:
+def stored(weight: Array, source: str, form: GgufForm, config: Any) -> Array:
     """The numbers that GGUF has for a weight: rows in its order, norms shifted."""
-    order = row_order(family, config, source)
+    order = row_order(form, config, source)
     if order is not None:
         weight = weight[order]
-    shifted: Array = weight + np.float32(family.norm_shift) if source.endswith("norm.weight") else weight
+    shifted: Array = weight + np.float32(form.norm_shift) if source.endswith("norm.weight") else weight
     return shifted
 
 
 def _write(
-    part: Path, merged: Path, family: Family, config: Any, plan: list[_Entry], words: Vocabulary, quant: str, name: str
+    part: Path, merged: Path, form: GgufForm, config: Any, plan: list[_Entry], words: Vocabulary, quant: str, name: str
 ) -> None:
-    with closing(gguf.GGUFWriter(part, family.arch)) as writer:
+    with closing(gguf.GGUFWriter(part, form.arch)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
         writer.add_file_type(FILE_TYPES[quant])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_shape(writer, family, config)
+        _add_shape(writer, form, config)
         words.add_to(writer)
         extra = rope_factors(config)
         if extra is not None:
@@ -155,14 +155,14 @@ def _write(
         if extra is not None:
             writer.write_tensor_data(extra)
         for (source, tensor), entry in zip(weights(merged, [entry.source for entry in plan]), plan, strict=True):
-            values = stored(tensor.float().numpy(), source, family, config)
+            values = stored(tensor.float().numpy(), source, form, config)
             writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), entry.kind))
 
 
-def _add_shape(writer: gguf.GGUFWriter, family: Family, config: Any) -> None:
+def _add_shape(writer: gguf.GGUFWriter, form: GgufForm, config: Any) -> None:
     rope = full_rope(config)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(context_length(family, config))
+    writer.add_context_length(context_length(form, config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -176,7 +176,7 @@ def _add_shape(writer: gguf.GGUFWriter, family: Family, config: Any) -> None:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if family.window_pattern is not None:
+    if form.window_pattern is not None:
         writer.add_sliding_window(config.sliding_window)
         local = config.rope_parameters.get("sliding_attention", rope)
         writer.add_rope_freq_base_swa(local["rope_theta"])

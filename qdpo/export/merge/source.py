@@ -1,7 +1,6 @@
 """What a merge starts from: the run's adapter, the base it was trained on, and which tensor belongs to which module."""
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import Layer, read_lora
 from qdpo.export.merge.shards import Stored, stored_tensors
+from qdpo.families.config_fields import family_of, names_experts
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit
@@ -21,10 +21,6 @@ from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-
-MOE = re.compile(r"\.(experts|block_sparse_moe)\.")
-# Families whose linear layers are stored with inputs first.
-TRANSPOSED = ("gpt2", "openai-gpt")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ class Source:
 
     @property
     def transposed(self) -> bool:
-        return self.config.get("model_type") in TRANSPOSED
+        family = family_of(self.config)
+        return family is not None and family.transposed
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The weight's shape, which a 4-bit tensor itself no longer has."""
@@ -91,7 +88,7 @@ def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
     tensors = stored_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     compute = DTYPES[kept["found"]["model.dtype"]]
-    if any(MOE.search(name) for name in tensors):
+    if names_experts(tensors):
         raise ConfigError(
             f"The base in {place} is a mixture of experts, whose weights are stored in other shapes than they are used "
             "in. Only dense models can be merged; serve the adapter beside the base instead."

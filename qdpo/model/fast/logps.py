@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdpo.families.config_fields import head_scale, head_softcap
 from qdpo.model.fast import products
 
 
@@ -28,10 +29,7 @@ class Head:
         `probe.check_head` compares the result with the model's own logits, so an unknown variant is refused there.
         """
         layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
-        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Falcon-H1 multiplies by its own name.
-        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+        return cls(layer.weight, getattr(layer, "bias", None), head_scale(config), head_softcap(config))
 
 
 @dataclass(frozen=True)

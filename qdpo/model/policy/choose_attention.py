@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from qdpo.errors import ConfigError, VerificationError
+from qdpo.families.config_fields import FULL, SLIDING, attention_softcap, layer_windows
 from qdpo.model.fast import attention
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.policy import probe
 from qdpo.model.policy.adapter import Layout, Policy
-from qdpo.model.policy.forward import FULL, SLIDING, layer_windows
 from qdpo.model.policy.row import RowTensors
 
 # Fastest first: how the row reaches the model, and the attention function.
@@ -90,7 +90,7 @@ def _refusal(policy: Policy, name: str, row: RowTensors, truth_N: Tensor, spans:
 
 def _is_beyond_sdpa(policy: Policy) -> bool:
     """Soft-capped scores or attention sinks; transformers before 5.18 lets SDPA ignore a soft-cap without a word."""
-    softcap = getattr(policy.backbone.config.get_text_config(), "attn_logit_softcapping", None)
+    softcap = attention_softcap(policy.backbone.config.get_text_config())
     return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
 
 

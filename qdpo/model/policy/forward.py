@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdpo.families.config_fields import layer_windows
 from qdpo.model.fast.attention import PairSpans, SpanLike
 from qdpo.model.fast.logps import TokenScores, response_logps
 from qdpo.model.policy.adapter import Policy
 
 # transformers' names of the kinds of layers whose attention is known exactly.
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def row_scores(
@@ -71,13 +71,6 @@ def _masks(policy: Policy, position_T: Tensor, spans: Sequence[SpanLike]) -> Ten
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         masks[kind] = mask
     return masks if len(masks) > 1 else masks.popitem()[1]
-
-
-def layer_windows(config: Any) -> dict[str, int | None]:
-    """The kinds of attention layers that the model has, each with its sliding window."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL]
-    return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 
 
 def visible_keys(position_T: Tensor, spans: Sequence[SpanLike], window: int | None) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import VerificationError
+from qdpo.families.config_fields import layer_windows
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import plain_logps
 from qdpo.model.policy.adapter import Policy
-from qdpo.model.policy.forward import layer_windows, row_scores
+from qdpo.model.policy.forward import row_scores
 from qdpo.model.policy.row import RowTensors
 
 # Root mean square difference of a response token's log-prob, in nats. float32 reassociation stays under 1e-4 on real

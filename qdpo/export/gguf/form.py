@@ -5,7 +5,6 @@ mistral); transformers turns row i with row i + half. The rows of q and k are re
 multiply by 1 + w in transformers and by w in llama.cpp.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qdpo.errors import ConfigError
+from qdpo.families.config_fields import family_of
+from qdpo.families.family import WITH_GGUF, GgufForm
 
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a model_type of transformers is written as GGUF."""
-
-    arch: str
-    is_interleaved: bool = False
-    norm_shift: float = 0.0
-    activation: str = "silu"
-    has_biases: bool = False
-    always_tied: bool = False
-    # Rotary scalings that llama.cpp computes alike.
-    ropes: tuple[str, ...] = ("default", "linear", "llama3")
-    # Every n-th layer attends to all positions, the others within a window; None: llama.cpp knows no window here.
-    window_pattern: int | None = None
-
-
-GEMMA_ACTIVATION = "gelu_pytorch_tanh"
-FAMILIES = {
-    "llama": Family("llama", is_interleaved=True),
-    "mistral": Family("llama", is_interleaved=True),
-    "qwen2": Family("qwen2", has_biases=True, ropes=("default", "linear")),
-    "qwen3": Family("qwen3", ropes=("default", "linear")),
-    "gemma": Family("gemma", norm_shift=1.0, activation=GEMMA_ACTIVATION, always_tied=True, ropes=("default",)),
-    "gemma2": Family(
-        "gemma2", norm_shift=1.0, activation=GEMMA_ACTIVATION, always_tied=True, ropes=("default",), window_pattern=2
-    ),
-    "gemma3_text": Family(
-        "gemma3", norm_shift=1.0, activation=GEMMA_ACTIVATION, ropes=("default", "linear"), window_pattern=6
-    ),
-    "phi3": Family("phi3", ropes=("default",)),
-}
-
-
-def family_of(config: Any, otherwise: str) -> Family:
-    """The family of a transformers config. Raises: ConfigError naming it, with the command that helps: `otherwise`."""
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(FAMILIES)
+def form_of(config: Any, otherwise: str) -> GgufForm:
+    """How the model is written. Raises: ConfigError naming its family, with the command that helps: `otherwise`."""
+    family = family_of(config)
+    if family is None or family.gguf is None:
+        known = ", ".join(WITH_GGUF)
         raise ConfigError(
             f"qdpo writes no GGUF of the family {config.model_type!r} (only {known}). llama.cpp's own converter may:\n"
             f"  {otherwise}"
         )
-    return family
+    return family.gguf
 
 
-def require_exact(family: Family, config: Any, otherwise: str) -> None:
+def require_exact(form: GgufForm, config: Any, otherwise: str) -> None:
     """Raises: ConfigError naming a setting of the model that llama.cpp would not compute as transformers does."""
-    reason = _inexact(family, config)
+    reason = _inexact(form, config)
     if reason:
         raise ConfigError(
             f"This {config.model_type} model has {reason}, which qdpo cannot write as GGUF. llama.cpp's own converter "
@@ -73,26 +41,26 @@ def require_exact(family: Family, config: Any, otherwise: str) -> None:
         )
 
 
-def _inexact(family: Family, config: Any) -> str | None:
+def _inexact(form: GgufForm, config: Any) -> str | None:
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope = full_rope(config)
     head_dim = head_size(config)
     layers = getattr(config, "layer_types", None) or []
     checks = {
-        f"the activation {activation}": activation != family.activation,
-        f"rotary scaling of type {rope['rope_type']}": rope["rope_type"] not in family.ropes,
+        f"the activation {activation}": activation != form.activation,
+        f"rotary scaling of type {rope['rope_type']}": rope["rope_type"] not in form.ropes,
         "a partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "attention biases": not family.has_biases and bool(getattr(config, "attention_bias", False)),
+        "attention biases": not form.has_biases and bool(getattr(config, "attention_bias", False)),
         "MLP biases": bool(getattr(config, "mlp_bias", False)),
-        "an untied output head": family.always_tied and not config.tie_word_embeddings,
+        "an untied output head": form.always_tied and not config.tie_word_embeddings,
         "attention in both directions": bool(getattr(config, "use_bidirectional_attention", False)),
         "sliding windows": bool(getattr(config, "use_sliding_window", False)),
         "a query scale of its own": getattr(config, "query_pre_attn_scalar", head_dim) != head_dim,
         "heads that do not fill the hidden size": config.model_type == "phi3"
         and head_dim * config.num_attention_heads != config.hidden_size,
-        "an unusual order of windowed layers": family.window_pattern is not None
+        "an unusual order of windowed layers": form.window_pattern is not None
         and any(
-            (kind == "full_attention") != (index % family.window_pattern == family.window_pattern - 1)
+            (kind == "full_attention") != (index % form.window_pattern == form.window_pattern - 1)
             for index, kind in enumerate(layers)
         ),
     }
@@ -110,17 +78,17 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def context_length(family: Family, config: Any) -> int:
+def context_length(form: GgufForm, config: Any) -> int:
     """Positions that llama.cpp may use: where it knows no window, those within the model's window."""
-    window = getattr(config, "sliding_window", None) if family.window_pattern is None else None
+    window = getattr(config, "sliding_window", None) if form.window_pattern is None else None
     return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
 
 
-def row_order(family: Family, config: Any, name: str) -> Array | None:
+def row_order(form: GgufForm, config: Any, name: str) -> Array | None:
     """The order in which GGUF has the rows of weight or layer `name`: `gguf[i] = ours[order[i]]`. None: unchanged."""
     layer = name.removesuffix(".weight").removesuffix(".bias")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
-    if heads is None or not family.is_interleaved:
+    if heads is None or not form.is_interleaved:
         return None
     rows = heads * head_size(config)
     order: Array = np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).ravel()
@@ -130,8 +98,8 @@ def row_order(family: Family, config: Any, name: str) -> Array | None:
 class Names:
     """The names that GGUF has for a checkpoint's weights."""
 
-    def __init__(self, family: Family, config: Any, folder: Path):
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+    def __init__(self, form: GgufForm, config: Any, folder: Path):
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == form.arch)
         self._map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
         self._folder = folder
 
@@ -139,5 +107,5 @@ class Names:
         """GGUF's name of a weight. Raises: ConfigError for one that the family should not have."""
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ConfigError(f"{self._folder} holds the weight {name}, for which GGUF has no name in its family.")
+            raise ConfigError(f"{self._folder} holds the weight {name}, for which GGUF has no name in its form.")
         return str(found)

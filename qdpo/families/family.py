@@ -1,0 +1,88 @@
+"""What is known of a family of models, by transformers' model_type: one entry is a new family. No torch.
+
+A field that is None says what a family lacks: without a `layer` there is no forecast, without a `gguf` no GGUF file.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A decoder layer, as far as its memory depends on how it is built."""
+
+    norms: int = 2
+    """RMS norms a layer over the hidden width."""
+    head_norms: bool = False
+    """Whether queries and keys are normalised too."""
+    fused_mlp: bool = False
+    """Whether gate and up are one matrix: such an MLP keeps its own forward pass, which keeps more."""
+    copied_output: bool = False
+    """Whether attention's output is copied before its last product."""
+    scored: bool = False
+    """Whether attention scores are soft-capped, so that they are computed in blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufForm:
+    """How the family's weights are written as GGUF, and what llama.cpp computes as transformers does."""
+
+    arch: str
+    is_interleaved: bool = False
+    """Whether llama.cpp rotates neighbouring rows of a head; the rows of q and k are then reordered."""
+    norm_shift: float = 0.0
+    """Added to the weights of norms: Gemma's multiply by 1 + w in transformers and by w in llama.cpp."""
+    activation: str = "silu"
+    has_biases: bool = False
+    always_tied: bool = False
+    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    """Rotary scalings that llama.cpp computes alike."""
+    window_pattern: int | None = None
+    """Every n-th layer attends to all positions, the others within a window; None: llama.cpp knows no window here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """All that is known of one model_type."""
+
+    layer: Layer | None = None
+    """Held to a traced step by tests/measure/test_trace.py."""
+    tied: bool = False
+    """Whether head and embedding are one table where a config.json does not say."""
+    transposed: bool = False
+    """Whether linear layers are stored with inputs first."""
+    gguf: GgufForm | None = None
+
+
+_GELU = "gelu_pytorch_tanh"
+
+FAMILIES = {
+    "llama": Family(layer=Layer(), gguf=GgufForm(arch="llama", is_interleaved=True)),
+    "mistral": Family(layer=Layer(), gguf=GgufForm(arch="llama", is_interleaved=True)),
+    "qwen2": Family(layer=Layer(), gguf=GgufForm(arch="qwen2", has_biases=True, ropes=("default", "linear"))),
+    "qwen3": Family(layer=Layer(head_norms=True), gguf=GgufForm(arch="qwen3", ropes=("default", "linear"))),
+    "smollm3": Family(layer=Layer(), tied=True),
+    "granite": Family(layer=Layer()),
+    "gemma": Family(
+        layer=Layer(),
+        tied=True,
+        gguf=GgufForm(arch="gemma", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",)),
+    ),
+    "gemma2": Family(
+        layer=Layer(norms=4, scored=True, copied_output=True),
+        tied=True,
+        gguf=GgufForm(
+            arch="gemma2", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",), window_pattern=2
+        ),
+    ),
+    "gemma3_text": Family(
+        layer=Layer(norms=4, head_norms=True, copied_output=True),
+        tied=True,
+        gguf=GgufForm(arch="gemma3", norm_shift=1.0, activation=_GELU, ropes=("default", "linear"), window_pattern=6),
+    ),
+    "phi3": Family(layer=Layer(fused_mlp=True, copied_output=True), gguf=GgufForm(arch="phi3", ropes=("default",))),
+    "olmo2": Family(layer=Layer(head_norms=True)),
+    "gpt2": Family(transposed=True),
+    "openai-gpt": Family(transposed=True),
+}
+WITH_FORECAST = [name for name, family in FAMILIES.items() if family.layer is not None]
+WITH_GGUF = [name for name, family in FAMILIES.items() if family.gguf is not None]
