@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.policy.adapter import Policy
+from qdpo.run.record import Result
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 from qdpo.train.loop import run_training
@@ -166,10 +167,10 @@ def arguments(settings: dict[str, str], **changes: str) -> list[str]:
 
 
 @pytest.fixture
-def train(settings: dict[str, str]) -> Callable[..., tuple[dict[str, Any], Quiet]]:
+def train(settings: dict[str, str]) -> Callable[..., tuple[Result, Quiet]]:
     """Runs training in this process: train(train__steps="3") → (result, what was said)."""
 
-    def run(**changes: str) -> tuple[dict[str, Any], Quiet]:
+    def run(**changes: str) -> tuple[Result, Quiet]:
         watcher = Quiet()
         return run_training(layered.resolve(arguments(settings, **changes)), watcher), watcher
 

@@ -20,6 +20,7 @@ from qdpo.model.fast import attention
 from qdpo.model.fast.attention import PAIRWISE, VARLEN, PairSpans, path_name, shared_prompt_attention
 from qdpo.model.fast.logps import Head, plain_logps, response_logps
 from qdpo.model.policy import install
+from qdpo.run.record import Result
 from qdpo.settings import layered
 from qdpo.settings.schema import LossConfig
 from qdpo.train.policy.build import load_policy
@@ -32,7 +33,7 @@ from tests.model.test_attention import POSITION_T, SPANS, dense
 from tests.train.test_step import make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 
 
 def test_the_head_never_rounds_logits_to_bf16() -> None:
@@ -48,8 +49,8 @@ def test_the_head_never_rounds_logits_to_bf16() -> None:
 def test_fp32_training_equals_the_cpu(train: Train) -> None:
     on_cpu, _ = train(train__steps="5", output__name="cpu")
     on_gpu, _ = train(train__steps="5", output__name="gpu", model__device="cuda")
-    for name, value in on_cpu["after"].items():
-        assert on_gpu["after"][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+    for name, value in on_cpu.after.items():
+        assert on_gpu.after[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -57,7 +58,7 @@ def test_a_4_bit_run_learns_and_starts_at_its_reference(train: Train, dtype: str
     result, watcher = train(
         train__epochs="3", model__device="cuda", model__quantization="nf4", model__dtype=dtype, train__optimizer="auto"
     )
-    assert abs(result["before"]["rewards/margins"]) < 0.02 and result["after"]["rewards/accuracies"] >= 0.8
+    assert abs(result.before["rewards/margins"]) < 0.02 and result.after["rewards/accuracies"] >= 0.8
     assert "reference offset" in watcher.text
 
 

@@ -20,7 +20,6 @@ from qdpo.forecast.memory import GIB, Row, Settings
 from qdpo.measure import random_base, steps
 from qdpo.model import device
 from qdpo.model.device import DTYPES, choose_device, choose_dtype
-from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
 from qdpo.train.start import auto_memory as trying
@@ -100,7 +99,7 @@ class Stand:
         _free, self.allowed = steps.hold_to_card(self.device, job["card_gib"], None, job["context_gib"])
         cuda = self.device.type == "cuda"
         self.run = choose.settings_of(
-            layered.flat(config), optimizer="paged_adamw8bit" if cuda else "adamw8bit",
+            config.model, config.adapter, config.memory, optimizer="paged_adamw8bit" if cuda else "adamw8bit",
             element=DTYPES[dtype].itemsize, cuda=cuda, context=not cuda,
             offload=config.memory.offload is True and cuda, host_embeddings=config.memory.embeddings == "host",
         )  # fmt: skip

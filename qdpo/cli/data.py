@@ -140,7 +140,7 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
 
     folder = Path(config.adapter.start)
     check_adapter_folder(folder)
-    return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS)["sha256"])
+    return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS).sha256)
 
 
 def _data(path: str, settings: list[str] | None) -> RunConfig:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,10 @@ from qdpo.cli import common
 from qdpo.cli.common import Settings, quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
+
+if TYPE_CHECKING:
+    from qdpo.report.screen.live import Terminal
+    from qdpo.run.record import Result
 
 
 def run(
@@ -31,23 +35,24 @@ def run(
     resolved = layered.resolve(settings or [])
     for note in resolved.notes:
         typer.echo(note, err=dry_run)
-    from qdpo.run import lock, record
+    from qdpo.run import identity, lock
 
     if dry_run:
-        typer.echo(record.config_toml(resolved, {}))
+        typer.echo(identity.config_toml(resolved))
         return
-    folder = record.run_folder(resolved)
+    folder = identity.run_folder(resolved)
     common.run_folder.append(folder.path)
     if fresh and folder.path.exists():
         typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
     from qdpo.report.screen.live import Terminal, print_result
-    from qdpo.run.disk import read_json
+    from qdpo.run.finished import finished_run, is_finished
+    from qdpo.run.record import read_result
 
     terminal = Terminal()
-    if folder.result.exists():
-        record.check_unchanged(folder, resolved)
+    if is_finished(folder):
+        identity.check_unchanged(folder, resolved)
         terminal.say(f"{folder.path} is finished; --fresh would start anew")
-        result = read_json(folder.result)
+        result = read_result(folder)
     else:
         result = _train(resolved, terminal)
     if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
@@ -55,11 +60,11 @@ def run(
 
         with lock.alone(folder):
             lock.clear_leftovers(folder)
-            write_card(folder, resolved)
+            write_card(finished_run(folder.path))
     print_result(folder, result, terminal.console)
 
 
-def _train(resolved: layered.Resolved, terminal: Any) -> dict[str, Any]:
+def _train(resolved: layered.Resolved, terminal: "Terminal") -> "Result":
     quiet_libraries()
     if resolved.preset is not None:
         for name, what in (("model.path", "model"), ("data.path", "preference pairs")):

@@ -56,7 +56,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
         folder = Path(config.adapter.start)
         model = start_adapter(model, folder)
         name = "/".join(folder.resolve().parts[-2:])
-        origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS)["sha256"])
+        origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS).sha256)
     watcher.finish()
     return Sampler(model, tokenizer, config.data, device, origin)
 
@@ -65,6 +65,6 @@ def run_sampler(run: Path, arguments: list[str], watcher: Watcher) -> Sampler:
     """The model that a finished run has trained. Raises: ConfigError if `run` is none."""
     opened = reopen(run, arguments, watcher)
     policy, tokenizer = tuned(opened, watcher)
-    adapter = file_record(opened.run.adapter / WEIGHTS)["sha256"]
-    origin = Origin(str(opened.config.model.path), opened.kept["weights"], run.resolve().name, adapter)
+    adapter = file_record(opened.run.adapter / WEIGHTS).sha256
+    origin = Origin(str(opened.config.model.path), opened.finished.record.weights, run.resolve().name, adapter)
     return Sampler(policy.peft, tokenizer, opened.config.data, opened.device, origin)

@@ -19,6 +19,7 @@ from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.errors import DataError
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.run.record import DataRecord
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import shipped_folder
 from qdpo.settings.schema import DataConfig
@@ -32,7 +33,7 @@ class PreparedData:
 
     train: PairStore
     held_out: PairStore
-    about: dict[str, Any]
+    about: DataRecord
     files: list[Path]
     notes: list[RowNote]
 
@@ -64,7 +65,7 @@ def prepare_data(
     _tell(main, say, "")
     _refuse(config, main)
     first = main.sources[0]
-    about: dict[str, Any] = {"source": main.name, "revision": first.revision, "license": first.license}
+    other_name = other_revision = None
     sources, notes = list(main.sources), list(main.prepared.notes)
     pairs, source_of = main.prepared.pairs, main.prepared.source_of
     if config.eval_path or config.eval_split:
@@ -74,7 +75,7 @@ def prepare_data(
         held_out = other.prepared.pairs[: config.eval_limit]
         sources += other.sources
         notes += other.prepared.notes
-        about |= {"held_out_source": other.name, "held_out_revision": other.sources[0].revision}
+        other_name, other_revision = other.name, other.sources[0].revision
         held_out = _without_overlap(config, pairs, held_out, say)
         places: Sequence[int] = range(len(pairs))
     else:
@@ -87,9 +88,13 @@ def prepare_data(
         if not len(train):
             raise DataError(f"data.weights={'+'.join(map(str, config.weights))} leaves no training pair. Raise them.")
     dropped = sum(note.action == "dropped" for note in notes)
-    about |= {"train_pairs": len(train), "held_out_pairs": len(held_out), "dropped": dropped}
+    about = DataRecord(
+        source=main.name, revision=first.revision, license=first.license, train_pairs=len(train),
+        held_out_pairs=len(held_out), dropped=dropped, held_out_source=other_name, held_out_revision=other_revision,
+    )  # fmt: skip
     say(f"pairs: {len(train)} to train, {len(held_out)} held out")
-    return PreparedData(train, held_out, about, [Path(name) for entry in sources for name in entry.files], notes)
+    files = [Path(name) for entry in sources for name in entry.files]
+    return PreparedData(train=train, held_out=held_out, about=about, files=files, notes=notes)
 
 
 def read_data(config: DataConfig, tokenizer: Any, watcher: Watcher, *, scratch: Path | None = None) -> ReadData:

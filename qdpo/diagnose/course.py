@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-Record = dict[str, Any]
+# One line of metrics.jsonl: the step and the metrics by name.
+Record = dict[str, float]
 
 # Pairs that a mean over recent steps should hold: below that, accuracy is mostly noise.
 WINDOW_PAIRS = 32

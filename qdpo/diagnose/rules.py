@@ -72,7 +72,7 @@ def follow(records: Sequence[Record], terms: Terms, looks: int = 200) -> list[Se
             continue
         now = {finding.rule: finding for finding in findings(course)}
         for rule, finding in now.items():
-            first = seen[rule].first_step if rule in seen else record["step"]
+            first = seen[rule].first_step if rule in seen else int(record["step"])
             seen[rule] = Seen(finding, first, lasting=True)
         for rule in seen.keys() - now.keys():
             seen[rule] = Seen(seen[rule].finding, seen[rule].first_step, lasting=False)

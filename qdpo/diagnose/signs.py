@@ -73,7 +73,7 @@ def overfit(course: Course) -> str | None:
     best = min(course.evaluations, key=lambda record: float(record["eval_loss"]))
     start = float(course.evaluations[0]["eval_loss"])
     rise, bound = latest["eval_loss"] - best["eval_loss"], max(0.02 * abs(start), 0.25 * (start - best["eval_loss"]))
-    place = max(best["step"], course.window)  # records of steps have no gaps, so step n is the n-th
+    place = max(int(best["step"]), course.window)  # records of steps have no gaps, so step n is the n-th
     then = course.steps[place - course.window : place]
     if rise > bound and mean(course.steps[-course.window :], "loss") < mean(then, "loss"):
         return (
@@ -180,7 +180,7 @@ def length(course: Course) -> str | None:
 
 
 def spikes(course: Course) -> str | None:
-    norms = [record["grad_norm"] for record in course.steps[-SPIKE_STEPS:] if record["grad_norm"] is not None]
+    norms = [record["grad_norm"] for record in course.steps[-SPIKE_STEPS:] if "grad_norm" in record]
     peaks = []
     for place in range(course.window, len(norms)):
         usual = statistics.median(norms[max(0, place - 2 * course.window) : place])

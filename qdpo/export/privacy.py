@@ -9,7 +9,6 @@ from typing import Any
 from qdpo.errors import VerificationError
 from qdpo.export.trained import TrainedRun
 from qdpo.machine.debug_log import SECRETS
-from qdpo.run import disk
 
 NEUTRAL = "a local file"
 # Keys under which libraries note where a model was loaded from; the hub needs none of them.
@@ -27,12 +26,11 @@ class Privacy:
     def of(cls, trained: TrainedRun) -> "Privacy":
         """The home folder, and every folder and file that the run has used."""
         record = trained.record
-        paths = [Path(record["base"]["folder"]), trained.run.path.resolve(), Path.cwd()]
-        paths.append(disk.cache_folder(record["settings"].get("cache.dir")))
-        paths += [Path(name) for name in record["files"]]
-        for value in (record["base"]["source"], record["data"]["source"], record["settings"].get("adapter.start")):
-            if value and Path(value).is_absolute():
-                paths.append(Path(value))
+        paths = [Path(record.base.folder), trained.run.path.resolve(), Path.cwd(), trained.finished.cache]
+        paths += [Path(name) for name in record.files]
+        for value in (record.base.source, record.data.source, record.settings.get("adapter.start")):
+            if value and Path(str(value)).is_absolute():
+                paths.append(Path(str(value)))
         folders = [path if path.suffix == "" else path.parent for path in paths]
         texts = {str(path) for path in [*paths, *folders] if len(path.parts) > 2}
         # A home such as /root alone may be a word of a vocabulary; with the separator it is a path.

@@ -13,8 +13,7 @@ from qdpo.export.privacy import Privacy
 from qdpo.export.trained import Announce, TrainedRun
 from qdpo.model.base.folder import check_folder
 from qdpo.report.card import card_text, public_name
-from qdpo.run import disk
-from qdpo.run.folder import RunDir
+from qdpo.run.record import BaseRecord
 
 # What a model's or an adapter's folder may hold for the hub; anything else stays here.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -64,14 +63,12 @@ def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Ann
     Raises: ConfigError without a token, a finished run or a merged model; VerificationError if a local path is left.
     """
     repo = _full_name(repo)
-    if not trained.run.result.is_file():
-        raise ConfigError(f"{trained.run.path} is not finished: its card has no result to show. Let it finish first.")
     folder = trained.merged(None) if merged else trained.run.adapter
     if merged:
         check_folder(folder)
-    base = trained.record["base"]
+    base = trained.record.base
     privacy = Privacy.of(trained)
-    files: dict[str, Path | bytes] = {CARD: _card(trained.run, trained.record, repo, merged).encode()}
+    files: dict[str, Path | bytes] = {CARD: _card(trained, repo, merged).encode()}
     for path in sorted(folder.iterdir()):
         if path.suffix in SUFFIXES and path.is_file() and not path.name.startswith("."):
             files[path.name] = _cleaned(path, privacy, base)
@@ -103,19 +100,17 @@ def _full_name(repo: str) -> str:
         return f"{HfApi().whoami()['name']}/{repo}"
 
 
-def _card(run: RunDir, record: dict[str, Any], repo: str, merged: bool) -> str:
-    environment = disk.read_json(run.environment)
-    settings = record["settings"]
-    return card_text(record, disk.read_json(run.result), settings, environment, repo=repo, is_merged=merged)
+def _card(trained: TrainedRun, repo: str, merged: bool) -> str:
+    return card_text(trained.finished, repo=repo, is_merged=merged)
 
 
-def _cleaned(path: Path, privacy: Privacy, base: dict[str, Any]) -> Path | bytes:
+def _cleaned(path: Path, privacy: Privacy, base: BaseRecord) -> Path | bytes:
     """The file, or its JSON without local names. tokenizer.json is left as it is: it is large, and searched later."""
     if path.suffix != ".json" or path.name == "tokenizer.json":
         return path
     content = json.loads(path.read_text(encoding="utf-8"))
     if path.name == "adapter_config.json":
-        content["base_model_name_or_path"] = public_name(base["name"], base["source"], hide=True)
+        content["base_model_name_or_path"] = public_name(base.name, base.source, hide=True)
     cleaned = privacy.cleaned(content)
     return path if cleaned == content and path.name != "adapter_config.json" else _json(cleaned)
 

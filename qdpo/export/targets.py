@@ -165,8 +165,8 @@ def export_vllm(order: Order) -> None:
         write_normal(adapter, base, out)
         order.say(f"# this adapter's scale is special (rsLoRA or patterns); {out} holds it as vLLM reads it")
         adapter = out
-    commit = order.trained.record["base"]["commit"]
-    name = [str(order.trained.record["base"]["name"]), "--revision", commit] if commit else [str(base.resolve())]
+    commit = order.trained.record.base.commit
+    name = [order.trained.record.base.name, "--revision", commit] if commit else [str(base.resolve())]
     order.say(f"# all {len(lora.layers)} adapted layers are in the base's checkpoint under their names")
     order.say(
         "# vLLM serves the base as stored; the adapter was trained over it quantised, and acts a little differently"

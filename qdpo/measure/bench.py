@@ -24,7 +24,6 @@ from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, Settings
 from qdpo.measure import random_base, steps
 from qdpo.model.device import DTYPES, choose_device, choose_dtype, give_back_memory, peak_gib
-from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
 from qdpo.train.start import auto_memory
@@ -75,13 +74,13 @@ def run_bench(
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
     free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
-    values = layered.flat(config)
     run = choose.settings_of(
-        values, optimizer=optimizer_name, element=DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False
-    )
+        config.model, config.adapter, config.memory, optimizer=optimizer_name,
+        element=DTYPES[dtype].itemsize, cuda=device.type == "cuda", context=False,
+    )  # fmt: skip
     lengths = _lengths(longest or 2 * config.data.max_tokens, config.train.pairs_per_step)
     chosen = choose.choose(
-        shape, run, lengths, choose.given_of(values, shape), limit=allowed * choose.PLANNED_SHARE,
+        shape, run, lengths, choose.given_of(config.memory, shape), limit=allowed * choose.PLANNED_SHARE,
         host_limit=auto_memory.HOST_SHARE * auto_memory.available(auto_memory.CPU),
     )  # fmt: skip
     if chosen.peak > allowed:
@@ -133,11 +132,7 @@ def _build(
 ) -> tuple[Loaded, list[TokenPair]]:  # fmt: skip
     """The policy with random weights and its pairs, after the longest row was tried."""
     config = resolved.config
-    place = "host" if chosen.run.host_embeddings else "device"
-    found = zip(
-        auto_memory.SETTINGS, (chosen.tokens_per_row, chosen.run.kept_layers, chosen.run.offload, place), strict=True
-    )
-    config = auto_memory.settled(config, dict(found))
+    config = auto_memory.settled(config, auto_memory.memory_of(chosen))
     torch.manual_seed(0)
     model = random_base.random_base(
         settings, quantization=config.model.quantization, double_quant=config.model.double_quant,

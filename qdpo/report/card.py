@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from qdpo import __version__
 from qdpo.run import disk
-from qdpo.run.folder import RunDir
+from qdpo.run.finished import FinishedRun
+from qdpo.run.record import Environment
 from qdpo.settings import layered
-from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import RULES, needs_reference
 from qdpo.settings.schema import LossConfig
 
@@ -20,44 +19,37 @@ LICENSES = {
 }  # fmt: skip
 
 
-def write_card(run: RunDir, resolved: Resolved) -> None:
+def write_card(finished: FinishedRun) -> None:
     """Writes README.md into the run folder and its adapter folder, from run.json and result.json."""
-    record, result, environment = (disk.read_json(path) for path in (run.record, run.result, run.environment))
-    text = card_text(record, result, layered.flat(resolved.config), environment)
+    run, text = finished.run, card_text(finished)
     disk.write_text(run.card, text)
     disk.write_text(run.adapter / "README.md", text)
 
 
-def card_text(
-    record: dict[str, Any],
-    result: dict[str, Any],
-    settings: dict[str, Any],
-    environment: dict[str, Any],
-    *,
-    repo: str | None = None,
-    is_merged: bool = False,
-) -> str:
+def card_text(finished: FinishedRun, *, repo: str | None = None, is_merged: bool = False) -> str:
     """The card in the hub's format. Paths of this machine are left out.
 
     `repo` is where the card is pushed to; such a card does not even name local files. `is_merged`: it describes the
     merged model, not the adapter.
     """
-    base, data, found = record["base"], record["data"], record["found"]
-    before, after = result["before"], result["after"]
+    record = finished.record
+    base, data, found, config = record.base, record.data, record.found.settings(), finished.config()
+    settings = layered.flat(config)
+    before, after = finished.result.before, finished.result.after
     hide = repo is not None
     what = "A LoRA adapter, merged into" if is_merged else "A LoRA adapter over"
-    names = {"base": public_name(base["name"], base["source"], hide=hide)}
-    names["data"] = public_name(data["source"], data["source"], hide=hide)
-    commit = f" at commit {base['commit']}" if base["commit"] else ""
-    start = ", or with its start adapter" if settings["adapter.start"] else ""
+    names = {"base": public_name(base.name, base.source, hide=hide)}
+    names["data"] = public_name(data.source, data.source, hide=hide)
+    commit = f" at commit {base.commit}" if base.commit else ""
+    start = ", or with its start adapter" if config.adapter.start else ""
     header = ["---", f"library_name: {'transformers' if is_merged else 'peft'}", "pipeline_tag: text-generation"]
     header.append("tags: [dpo, qlora, lora, qdpo]")
-    if base["commit"]:
-        header += [f"base_model: {base['name']}", f"base_model_relation: {'finetune' if is_merged else 'adapter'}"]
-    if base.get("license"):
-        header += _license_lines(base["license"])
-    if data["revision"]:
-        header.append(f"datasets: [{data['source'].partition(':')[0].partition('@')[0]}]")
+    if base.commit:
+        header += [f"base_model: {base.name}", f"base_model_relation: {'finetune' if is_merged else 'adapter'}"]
+    if base.license:
+        header += _license_lines(base.license)
+    if data.revision:
+        header.append(f"datasets: [{data.source.partition(':')[0].partition('@')[0]}]")
     rows = "\n".join(
         f"| {label} | {before[name]:.4f} | {after[name]:.4f} |"
         for label, name in (
@@ -71,27 +63,25 @@ def card_text(
     used = "\n".join(
         f"| {name} | {settings[name] if name not in found else found[name]} |"
         for name in (
-            *_loss_settings(settings), "train.learning_rate", "train.pairs_per_step", "train.steps", "train.schedule",
-            "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha",
+            *_loss_settings(config.loss), "train.learning_rate", "train.pairs_per_step", "train.steps",
+            "train.schedule", "train.warmup_steps", "train.optimizer", "train.seed", "adapter.rank", "adapter.alpha",
             "model.quantization", "model.dtype",
             "data.max_tokens",
         )
     )  # fmt: skip
-    losses = "; ".join(f"{name} ({RULES[name].source})" for name in settings["loss.name"])
-    reference = (
-        f"The reference is the base with the adapter off{start}." if needs_reference(settings["loss.name"]) else ""
-    )
+    losses = "; ".join(f"{name} ({RULES[name].source})" for name in config.loss.name)
+    reference = f"The reference is the base with the adapter off{start}." if needs_reference(config.loss.name) else ""
     return (
         "\n".join(header)
         + f"""
 ---
 # {"Merged model" if is_merged else "LoRA adapter"}, preference-tuned
 
-{what} {names["base"]}{commit}, trained by qdpo {__version__} on {data["train_pairs"]} preference pairs
-of {names["data"]} ({data["dropped"]} rows could not be used). Loss: {losses}. The base was quantised during
-training: {settings["model.quantization"]}. {reference}
+{what} {names["base"]}{commit}, trained by qdpo {__version__} on {data.train_pairs} preference pairs
+of {names["data"]} ({data.dropped} rows could not be used). Loss: {losses}. The base was quantised during
+training: {config.model.quantization}. {reference}
 
-## Held-out pairs ({data["held_out_pairs"]})
+## Held-out pairs ({data.held_out_pairs})
 | | before | after |
 |---|---|---|
 {rows}
@@ -102,26 +92,26 @@ training: {settings["model.quantization"]}. {reference}
 {used}
 
 ## Versions
-{_versions(environment)}. The licence of the base ({base.get("license") or "not stated there"}) holds for this, too.
+{_versions(finished.environment)}. The licence of the base ({base.license or "not stated there"}) holds for this, too.
 
 ## Use
 ```python
-{_usage(names["base"] if base["commit"] else None, repo, is_merged)}
+{_usage(names["base"] if base.commit else None, repo, is_merged)}
 ```
 Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
     )
 
 
-def _loss_settings(settings: dict[str, Any]) -> list[str]:
+def _loss_settings(loss: LossConfig) -> list[str]:
     """The settings of [loss] that act: its names, its beta if it has one, and what is not at its default."""
-    default = LossConfig().model_dump()
+    default, given = LossConfig().model_dump(), loss.model_dump()
     return [
         f"loss.{field}"
         for field in default
         if field == "name"
-        or settings[f"loss.{field}"] != default[field]
-        or (field == "beta" and any("beta" in RULES[name].takes for name in settings["loss.name"]))
+        or given[field] != default[field]
+        or (field == "beta" and any("beta" in RULES[name].takes for name in loss.name))
     ]
 
 
@@ -132,9 +122,9 @@ def _license_lines(name: str) -> list[str]:
     return ["license: other", f"license_name: {json.dumps(name)}"]
 
 
-def _versions(environment: dict[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in sorted(environment["packages"].items()))
-    return f"Python {environment['python']}, {packages}; trained on {environment['device']}"
+def _versions(environment: Environment) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(environment.packages.items()))
+    return f"Python {environment.python}, {packages}; trained on {environment.device}"
 
 
 def _usage(base: str | None, repo: str | None, is_merged: bool) -> str:

@@ -14,29 +14,29 @@ from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import choose_device
 from qdpo.model.policy.adapter import Policy
-from qdpo.run import disk
+from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
-from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
-from qdpo.train.start import auto_memory
 from qdpo.train.start.open_run import cache_folder
 
 # Settings that may differ from the run's: where to compute, how, and where the cache lies.
 PLACES = ("model.device", "memory.", "cache.dir")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reopened:
     """A finished run's settings with those given above them, and where its base lies."""
 
-    run: RunDir
+    finished: FinishedRun
     config: RunConfig
-    kept: dict[str, Any]
-    """What run.json holds."""
     device: torch.device
     place: BaseFolder
+
+    @property
+    def run(self) -> RunDir:
+        return self.finished.run
 
     @property
     def tokens_per_row(self) -> int:
@@ -51,34 +51,32 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
 
     Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
     """
-    run = RunDir(folder)
-    if not run.result.is_file():
-        raise ConfigError(f"{folder} is not a finished run: it has no {run.result.name}. `qdpo runs` lists the runs.")
-    kept = disk.read_json(run.record)
-    config = _settings(kept["settings"], arguments, may_change)
+    finished = finished_run(folder)
+    record = finished.record
+    config = _settings(finished, arguments, may_change)
     if not any(argument.removeprefix("--").startswith("memory.tokens_per_row") for argument in arguments):
-        found = kept["found"]
-        names = {"memory.tokens_per_row": 0, "memory.embeddings": "device"}
-        config = auto_memory.settled(config, {name: found.get(name, value) for name, value in names.items()})
+        settled = {"tokens_per_row": record.found.tokens_per_row, "embeddings": record.found.embeddings}
+        config = config.model_copy(update={"memory": config.memory.model_copy(update=settled)})
     if config.memory.tokens_per_row == "auto":
         raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
     device = choose_device(config.model.device, watcher.say)
-    revision = kept["base"]["commit"] or config.model.revision
+    revision = record.base.commit or config.model.revision
     place = fetch.locate_base(
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
     )
-    return Reopened(run, config, kept, device, place)
+    return Reopened(finished=finished, config=config, device=device, place=place)
 
 
 def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher: Watcher) -> Loaded:
     """The run's base with the adapter that `config` names; warns where the base's weights are others than then."""
     watcher.begin("loading the model", 1, "model")
-    dtype = opened.kept["found"]["model.dtype"]
+    record = opened.finished.record
     loaded = load_policy(
-        config, opened.place.folder, device=opened.device, dtype=dtype, probe_with=probe_with, say=watcher.say
-    )
+        config, opened.place.folder, device=opened.device, dtype=record.found.dtype, probe_with=probe_with,
+        say=watcher.say,
+    )  # fmt: skip
     watcher.finish()
-    if loaded.weights != opened.kept["weights"]:
+    if loaded.weights != record.weights:
         watcher.say("warning: the base's weights as loaded here are not those of the training run")
     return loaded
 
@@ -96,7 +94,7 @@ def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
     return loaded.policy, tokenizer
 
 
-def _settings(kept: dict[str, Any], arguments: list[str], may_change: tuple[str, ...]) -> RunConfig:
+def _settings(finished: FinishedRun, arguments: list[str], may_change: tuple[str, ...]) -> RunConfig:
     """The run's settings with `arguments` above them."""
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
     fixed = [name for name in sorted(given) if not name.startswith(may_change)]
@@ -104,4 +102,4 @@ def _settings(kept: dict[str, Any], arguments: list[str], may_change: tuple[str,
         raise ConfigError(
             f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(may_change)} settings can."
         )
-    return layered.resolve_over(kept, "the run", arguments).config
+    return finished.config(arguments)

@@ -1,74 +1,249 @@
-"""run.json and config.toml: what a run was started with, and whether the same command may continue it.
+"""run.json: what a run was started with and what was found at its start, as one typed record.
 
 Imports nothing heavy, so that a finished run, or a changed setting, is answered at once.
 """
 
+import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from qdpo.errors import ConfigError
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
-from qdpo.settings import layered
-from qdpo.settings.layered import Resolved
-from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY
+from qdpo.settings.layered import Values
+
+# 1: qdpo 0.1.0, which wrote no version. 2: the same keys, with the version.
+VERSION = 2
 
 
-def trajectory_settings(resolved: Resolved) -> dict[str, Any]:
-    """The settings that change the numbers of a run, as given."""
-    return {name: value for name, value in layered.flat(resolved.config).items() if name not in NOT_TRAJECTORY}
+class Part:
+    """A part of a JSON file as a dataclass. What a newer version wrote beside the known fields is kept in `more`.
+
+    A field whose name in the file is another (`model.dtype`) has it in its metadata.
+    """
+
+    more: dict[str, object]
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises: KeyError, TypeError or AttributeError where a value is missing or of another kind."""
+        known: dict[str, Any] = {}
+        names: dict[str, dataclasses.Field[Any]] = {_key(one): one for one in _fields(cls)}
+        for key, one in names.items():
+            if key in values:
+                known[one.name] = one.metadata.get("read", _same)(values[key])
+            elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
+                raise KeyError(key)
+        known["more"] = {key: value for key, value in values.items() if key not in names}
+        return cls(**known)
+
+    def to_json(self) -> dict[str, object]:
+        """By the names of the file. A field that is not set and may be missing is left out."""
+        found: dict[str, object] = {}
+        for one in _fields(type(self)):
+            value = getattr(self, one.name)
+            if value is None and one.default is None:
+                continue
+            found[_key(one)] = _plain(value)
+        return {**found, **self.more}
 
 
-def run_folder(resolved: Resolved) -> RunDir:
-    """The run's folder: output.name, or the preset and 6 hex digits of the settings that change the numbers."""
-    output = resolved.config.output
-    text = json.dumps(trajectory_settings(resolved), sort_keys=True)
-    name = output.name or f"{resolved.preset or 'run'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    return RunDir(Path(output.dir) / name)
-
-
-def check_unchanged(run: RunDir, resolved: Resolved) -> None:
-    """Raises: ConfigError that lists settings and files that are not as at the run's first start."""
-    record = disk.read_json(run.record)
-    now, then = trajectory_settings(resolved), record["settings"]
-    changed = [name for name in now if now[name] != then.get(name, now[name])]
-    if changed:
-        lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
-        raise ConfigError(
-            f"The run {run.path} was started with other settings:\n{lines}\n"
-            "Give the old values to continue it, another output.name, or --fresh to start anew (the old run is "
-            "kept aside)."
-        )
-    check_files(record["files"], run)
-
-
-def check_files(files: dict[str, dict[str, Any]], run: RunDir) -> None:
-    """Raises: ConfigError naming a data or model file that is gone or has other contents than at the first start."""
-    for name, then in files.items():
-        path = Path(name)
-        if not path.exists():
-            problem = "is gone"
-        elif path.stat().st_size != then["bytes"]:
-            problem = f"has {path.stat().st_size} bytes and had {then['bytes']}"
-        elif path.stat().st_mtime_ns != then["mtime_ns"] and file_record(path)["sha256"] != then["sha256"]:
-            problem = "has other contents"
-        else:
-            continue
-        raise ConfigError(
-            f"{name} {problem} since the run {run.path} was started. Put the file back to continue, or start "
-            "anew with --fresh."
-        )
-
-
-def file_record(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class FileRecord(Part):
     """Size, time and sha256 of a file, by which a change is noticed."""
+
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecord(Part):
+    """The base model's folder on this machine and where it came from; see `BaseFolder` of model/base/fetch."""
+
+    folder: str
+    source: str
+    name: str
+    commit: str | None
+    license: str | None
+    revision: str | None
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord(Part):
+    """Sources and numbers of pairs. `dropped` counts rows that could not be used."""
+
+    source: str
+    revision: str | None
+    license: str | None
+    train_pairs: int
+    held_out_pairs: int
+    dropped: int
+    held_out_source: str | None = None
+    held_out_revision: str | None = None
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark(Part):
+    """The proof that a 4-bit weight was made again exactly: see `mark` of model/base/quant."""
+
+    sha256: str
+    offset: float | None
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryChoice:
+    """The memory.* settings with a value in the place of each `auto`."""
+
+    tokens_per_row: int
+    kept_layers: int | str
+    offload: bool
+    embeddings: str
+
+
+def _named(name: str, **more: Any) -> Any:
+    return field(**more, metadata={"key": name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found(Part):
+    """Values that were chosen at the first start and are kept on resume, since others would change the numbers."""
+
+    dtype: str = _named("model.dtype")
+    optimizer: str = _named("train.optimizer")
+    tokens_per_row: int = _named("memory.tokens_per_row")
+    kept_layers: int | str = _named("memory.kept_layers")
+    offload: bool = _named("memory.offload")
+    embeddings: str = _named("memory.embeddings")
+    revision: str | None = _named("model.revision", default=None)
+    steps: int | None = _named("train.steps", default=None)
+    total_pairs: int | None = None
+    warmup_steps: int | None = _named("train.warmup_steps", default=None)
+    row_splits: dict[str, int] | None = None
+    """By step: into how many parts its rows were split after a lack of memory."""
+    more: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> MemoryChoice:
+        """The values of [memory]."""
+        return MemoryChoice(
+            tokens_per_row=self.tokens_per_row, kept_layers=self.kept_layers, offload=self.offload,
+            embeddings=self.embeddings,
+        )  # fmt: skip
+
+    def settings(self) -> Values:
+        """The found values that stand in the place of settings, by full name."""
+        return {name: value for name, value in self.to_json().items() if "." in name}  # type: ignore[misc]
+
+
+def _files(values: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {name: FileRecord.of_json(one) for name, one in values.items()}
+
+
+def _marks(values: Mapping[str, Any]) -> dict[str, Mark]:
+    return {name: Mark.of_json(one) for name, one in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord(Part):
+    """All of run.json."""
+
+    settings: Values
+    """As given, by full name."""
+    preset: str | None
+    found: Found = field(metadata={"read": Found.of_json})
+    base: BaseRecord = field(metadata={"read": BaseRecord.of_json})
+    data: DataRecord = field(metadata={"read": DataRecord.of_json})
+    files: dict[str, FileRecord] = field(metadata={"read": _files})
+    """Data and model files, by absolute path."""
+    weights: str | None = None
+    """Checksum of the loaded base."""
+    four_bit: dict[str, Mark] | None = field(default=None, metadata={"read": _marks})
+    """By module name."""
+    before: dict[str, float] | None = None
+    """The evaluation before the first step."""
+    version: int = 1
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment(Part):
+    """environment.json: versions and the device of the first start."""
+
+    packages: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    threads: int
+    more: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLengths(Part):
+    """Median lengths in tokens of the sampled answers to `count` prompts, with the end token."""
+
+    count: int
+    median_tokens_before: float
+    median_tokens_after: float
+    more: dict[str, object] = field(default_factory=dict)
+
+
+def _lengths(values: Mapping[str, Any] | None) -> AnswerLengths | None:
+    return None if values is None else AnswerLengths.of_json(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Part):
+    """result.json, the last file of a run: held-out metrics before and after, and what training took."""
+
+    steps: int
+    pairs: int
+    before: dict[str, float]
+    after: dict[str, float]
+    samples: AnswerLengths | None = field(metadata={"read": _lengths})
+    seconds: float
+    training_seconds: float
+    peak_gib: float
+    overflows: int
+    adapter: str
+    more: dict[str, object] = field(default_factory=dict)
+
+
+def read_record(run: RunDir) -> RunRecord:
+    """Raises: ConfigError if the folder has no run.json, or one that cannot be read."""
+    if not run.record.is_file():
+        raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
+    return _read(RunRecord, run.record)
+
+
+def read_environment(run: RunDir) -> Environment:
+    """Raises: ConfigError if environment.json is missing or cannot be read."""
+    return _read(Environment, run.environment)
+
+
+def read_result(run: RunDir) -> Result:
+    """Raises: ConfigError if result.json is missing or cannot be read."""
+    return _read(Result, run.result)
+
+
+def write_record(run: RunDir, record: RunRecord) -> None:
+    """Replaces run.json, atomically."""
+    disk.write_json(run.record, record.to_json())
+
+
+def file_record(path: Path) -> FileRecord:
+    """The file's size, time and sha256 as they are now."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     status = path.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+    return FileRecord(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=digest)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -79,34 +254,35 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for path in wanted if path.is_file())
 
 
-def config_toml(resolved: Resolved, found: dict[str, Any]) -> str:
-    """All settings as TOML, each with its origin as a comment; `found` holds the values that `auto` settings took."""
-    lines, section = ["# Settings of this run. Each value's origin is behind it."], None
-    for name, value in layered.flat(resolved.config).items():
-        table, _, field = name.rpartition(".")
-        if table != section:
-            lines += ["", f"[{table}]"]
-            section = table
-        origin = resolved.origins.get(name, "default")
-        if name in found:
-            value, origin = found[name], f"{origin}; found at the first start"
-        lines.append(f"# {field} is not set" if value is None else f"{field} = {toml_value(value)}  # {origin}")
-    return "\n".join(lines) + "\n"
+P = TypeVar("P", bound=Part)
 
 
-def toml_value(value: Any) -> str:
-    """A setting's value in TOML syntax (JSON's syntax for strings, numbers, booleans and lists is TOML's as well)."""
-    return json.dumps(value, ensure_ascii=False)
+def _read(kind: type[P], path: Path) -> P:
+    try:
+        return kind.of_json(disk.read_json(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"{path} cannot be read: {problem}. Put the file back from a copy, or start the run anew with --fresh."
+        ) from error
 
 
-def take_neutral(run: RunDir, now: dict[str, Any]) -> None:
-    """Lets settings that change no number replace those of an earlier start, unless they are auto."""
-    kept = disk.read_json(run.record)
-    changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept["settings"].get(name))}
-    if changed:
-        mark_state(run, settings={**kept["settings"], **changed}, found={**kept["found"], **changed})
+def _fields(kind: type[Part]) -> list[dataclasses.Field[Any]]:
+    return [one for one in dataclasses.fields(kind) if one.name != "more"]  # type: ignore[arg-type]
 
 
-def mark_state(run: RunDir, **values: Any) -> None:
-    """Merges values into run.json, atomically."""
-    disk.write_json(run.record, {**disk.read_json(run.record), **values})
+def _key(one: "dataclasses.Field[Any]") -> str:
+    return str(one.metadata.get("key", one.name))
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Records inside as JSON."""
+    if isinstance(value, Part):
+        return value.to_json()
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value

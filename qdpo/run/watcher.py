@@ -1,6 +1,8 @@
 """The events of a run, as the one who watches it receives them."""
 
-from typing import Any, Protocol
+from typing import Protocol
+
+from qdpo.diagnose.course import Record
 
 
 class Watcher(Protocol):
@@ -18,5 +20,5 @@ class Watcher(Protocol):
     def finish(self) -> None:
         """The current stage is over."""
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """A training step or an evaluation was recorded."""

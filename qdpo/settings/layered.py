@@ -19,6 +19,10 @@ from qdpo.settings.bad_value import explain
 from qdpo.settings.loss_rules import RENAMED
 from qdpo.settings.schema import RunConfig, Section, problems_across
 
+# What a setting may hold, and settings by full name.
+Value = str | int | float | bool | None | list[str] | list[float]
+Values = dict[str, Value]
+
 # Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
 # long.
 BELONG_TO = {
@@ -116,13 +120,13 @@ def resolve(arguments: list[str]) -> Resolved:
     return _resolved(layers, preset, problems)
 
 
-def resolve_over(settings: dict[str, Any], origin: str, arguments: list[str]) -> Resolved:
+def resolve_over(settings: Values, origin: str, arguments: list[str]) -> Resolved:
     """Configuration from a finished run's settings (by full name) and `key=value` arguments above them."""
     problems: list[str] = []
     preset, files, overrides = _sort_arguments(arguments, problems)
     problems += [f"{name} cannot be given here; only key=value settings can." for name in (preset, *files) if name]
     defaults = flat(RunConfig())
-    settings = {name: value for name, value in settings.items() if value != defaults[name]}
+    settings = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
     return _resolved([(origin, settings), ("the command line", overrides)], None, problems)
 
 
@@ -149,7 +153,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def flat(config: RunConfig) -> dict[str, Any]:
+def flat(config: RunConfig) -> Values:
     """Every setting's value by full name, in the order of declaration."""
     return _flatten(config.model_dump())
 

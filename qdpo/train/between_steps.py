@@ -4,7 +4,9 @@ import json
 from typing import Any
 
 from qdpo.data.tokens.pack import pack_rows
+from qdpo.diagnose.course import Record
 from qdpo.run import disk
+from qdpo.run.record import AnswerLengths
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.start.open_run import Job
 from qdpo.train.watch.alarm import Alarm
@@ -38,7 +40,7 @@ class Checkup:
         values = dict(evaluation.values)
         if job.config.samples.every_eval or step in (0, self._steps):
             values |= self._samples.take(step)
-        line = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
+        line: Record = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
         if step not in self._metrics.evaluated:
             self._metrics.write(line)
             self._alarm.hear(line)
@@ -46,7 +48,7 @@ class Checkup:
         self._saver.attempt(self._write)
         return evaluation
 
-    def insist(self) -> dict[str, Any] | None:
+    def insist(self) -> AnswerLengths | None:
         """Writes the files for good; the summary of the samples."""
         self._saver.insist(self._write)
         return self._samples.summary()

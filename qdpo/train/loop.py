@@ -4,24 +4,26 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from qdpo.diagnose.course import Record
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model.device import give_back_memory, peak_gib
 from qdpo.model.policy import adapter
-from qdpo.run import disk, lock, record
+from qdpo.run import disk, identity, lock
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result, read_record, write_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import Resolved
 from qdpo.train.between_steps import Checkup
 from qdpo.train.keep import checkpoint
 from qdpo.train.keep.checkpoint import Trained
 from qdpo.train.keep.disk_full import Saver
+from qdpo.train.keep.progress import Progress
 from qdpo.train.keep.stop import StopRequest, listen
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Plan
@@ -35,12 +37,12 @@ from qdpo.train.watch.evaluate import Evaluation, reference_offset
 from qdpo.train.watch.metrics_file import Metrics
 
 
-def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
+def run_training(resolved: Resolved, watcher: Watcher) -> Result:
     """Runs, or continues, the run that `resolved` describes; returns what result.json holds.
 
     Raises: QdpoError. On Interrupted and most others everything needed to continue is in the run folder.
     """
-    run = record.run_folder(resolved)
+    run = identity.run_folder(resolved)
     try:
         with lock.alone(run), listen(watcher.say) as stop:
             return _run(resolved, run, watcher, stop)
@@ -51,7 +53,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> dict[str, Any]:
         ) from error
 
 
-def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> dict[str, Any]:
+def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Result:
     lock.clear_leftovers(run)
     job = open_run(resolved, run, watcher, stop)
     try:
@@ -60,10 +62,10 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
         used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
         job.scorer.fill([job.train[index] for index in sorted(used)], job.held_out)
         parameters = list(job.loaded.policy.adapter_parameters().values())
-        optimizer = make_optimizer(job.found["train.optimizer"], parameters, weight_decay=job.config.train.weight_decay)
+        optimizer = make_optimizer(job.found.optimizer, parameters, weight_decay=job.config.train.weight_decay)
         # fp16 gradients underflow without a loss scale; other types need none, and a disabled scaler does nothing.
         scaler = torch.amp.GradScaler(
-            job.loaded.policy.device.type, enabled=job.found["model.dtype"] == "fp16", init_scale=2.0**14
+            job.loaded.policy.device.type, enabled=job.found.dtype == "fp16", init_scale=2.0**14
         )
         feed = Feed(
             lambda step: [job.train[index] for index in plan.indices(step, job.config.train, len(job.train))],
@@ -81,32 +83,32 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training came to: held-out figures before and after, the last state, and what looks at the run."""
+    """What training came to: held-out figures before and after, the progress made, and what looks at the run."""
 
     before: dict[str, float]
     after: Evaluation
-    state: dict[str, Any]
+    progress: Progress
     checkup: Checkup
 
 
 def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
     """Steps from the newest checkpoint (or 0) to the end."""
     config = job.config
-    state, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
+    progress, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
     parameters = list(trained.policy.adapter_parameters().values())
     recovery = Recovery(
-        job.found.get("row_splits", {}), trained.policy.device, job.watcher.say,
-        lambda splits: record.mark_state(job.run, found={**job.found, "row_splits": splits}),
+        job.found.row_splits or {}, trained.policy.device, job.watcher.say,
+        lambda splits: job.keep(row_splits=splits),
     )  # fmt: skip
 
     def save() -> None:
-        checkpoint.save_checkpoint(job.run.checkpoints, trained, state, keep=config.train.keep_checkpoints)
+        checkpoint.save_checkpoint(job.run.checkpoints, trained, progress, keep=config.train.keep_checkpoints)
 
     last: Evaluation | None = None
     tokens = metrics.last_tokens
     job.watcher.begin("training", plan.steps, "step")
-    job.watcher.advance(state["step"])
-    for step in range(state["step"], plan.steps):
+    job.watcher.advance(progress.step)
+    for step in range(progress.step, plan.steps):
         begun = time.monotonic()
         rate = learning_rate(
             step,
@@ -129,11 +131,11 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
             report = recovery.take(step, rows, compute)
         except OutOfMemoryError as error:
             save()
-            raise OutOfMemoryError(f"{error} {auto_memory.after_failure(job.config, job.train, state)}") from None
+            raise OutOfMemoryError(f"{error} {auto_memory.after_failure(job.config, job.train, progress)}") from None
         tokens += report.tokens
         seconds = time.monotonic() - begun
-        state = _after_step(job, state, step, report, seconds)
-        line = _step_record(job, state, report, rate, seconds, tokens)
+        progress = _after_step(job, progress, step, report, seconds)
+        line = _step_record(job, progress, report, rate, seconds, tokens)
         metrics.write(line)
         job.watcher.step(line)
         job.watcher.advance(1)
@@ -157,24 +159,25 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
         if alarm.stops_on is not None and done < plan.steps:
             raise _stopped(alarm.stops_on, done, plan)
     job.watcher.finish()
-    before_values = disk.read_json(job.run.record)["before"]
-    return Outcome(before_values, last or checkup.take(plan.steps), state, checkup)
+    before = read_record(job.run).before
+    assert before is not None
+    return Outcome(before, last or checkup.take(plan.steps), progress, checkup)
 
 
-def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, Any], Metrics, Alarm, Checkup, Saver]:
+def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
     """The run as its newest checkpoint left it, or evaluated before its first step."""
     config = job.config
-    state: dict[str, Any] = {"step": 0, "overflows": 0, "seconds": 0.0, "peak_gib": 0.0}
+    progress = Progress()
     newest = (
         checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
     )
     if newest is None:
         keep_through = -1
     else:
-        state = checkpoint.load_checkpoint(newest, trained)
+        progress = checkpoint.load_checkpoint(newest, trained)
         checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
-        job.watcher.say(f"resuming after step {state['step']} of {plan.steps}")
-        keep_through = state["step"]
+        job.watcher.say(f"resuming after step {progress.step} of {plan.steps}")
+        keep_through = progress.step
     metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker)
     saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
     alarm = Alarm(
@@ -185,10 +188,10 @@ def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[dict[str, Any], Me
     if newest is None:
         before = checkup.take(0)
         _check_offset(job, before)
-        record.mark_state(job.run, before=before.values)
-    elif alarm.stops_on is not None and state["step"] < plan.steps:
-        raise _stopped(alarm.stops_on, state["step"], plan)
-    return state, metrics, alarm, checkup, saver
+        write_record(job.run, replace(read_record(job.run), before=before.values))
+    elif alarm.stops_on is not None and progress.step < plan.steps:
+        raise _stopped(alarm.stops_on, progress.step, plan)
+    return progress, metrics, alarm, checkup, saver
 
 
 def _stopped(finding: Finding, step: int, plan: Plan) -> StoppedByFinding:
@@ -216,7 +219,7 @@ def _check_offset(job: Job, before: Evaluation) -> None:
         )
 
 
-def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, seconds: float) -> dict[str, Any]:
+def _after_step(job: Job, progress: Progress, step: int, report: StepReport, seconds: float) -> Progress:
     if report.overflow:
         job.watcher.say(f"step {step + 1}: fp16 overflow, update skipped and loss scale lowered")
     elif step == 0 and report.grad_norm == 0:
@@ -225,32 +228,30 @@ def _after_step(job: Job, state: dict[str, Any], step: int, report: StepReport, 
             "answers may be "
             "identical after cutting, or adapter.targets may match no layer that is used."
         )
-    return {
-        "step": step + 1,
-        "overflows": state["overflows"] + report.overflow,
-        "seconds": state["seconds"] + seconds,
-        "peak_gib": max(state["peak_gib"], peak_gib(job.loaded.policy.device)),
-    }
+    return Progress(
+        step=step + 1,
+        overflows=progress.overflows + report.overflow,
+        seconds=progress.seconds + seconds,
+        peak_gib=max(progress.peak_gib, peak_gib(job.loaded.policy.device)),
+    )
 
 
-def _step_record(
-    job: Job, state: dict[str, Any], report: StepReport, rate: float, seconds: float, tokens: int
-) -> dict[str, Any]:
+def _step_record(job: Job, progress: Progress, report: StepReport, rate: float, seconds: float, tokens: int) -> Record:
     return {
-        "step": state["step"],
-        "epoch": round(state["step"] * job.config.train.pairs_per_step / len(job.train), 4),
+        "step": progress.step,
+        "epoch": round(progress.step * job.config.train.pairs_per_step / len(job.train), 4),
         **report.values,
-        "grad_norm": report.grad_norm if math.isfinite(report.grad_norm) else None,
+        "grad_norm": report.grad_norm,
         "learning_rate": rate,
         "tokens_per_s": report.tokens / seconds,
         "pairs_per_s": report.pairs / seconds,
-        "peak_gib": state["peak_gib"],
+        "peak_gib": progress.peak_gib,
         "num_tokens": tokens,
-        "overflows": state["overflows"],
+        "overflows": progress.overflows,
     }
 
 
-def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
+def _finish(job: Job, plan: Plan, outcome: Outcome) -> Result:
     """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
     policy = job.loaded.policy
     give_back_memory(policy.device)
@@ -262,18 +263,17 @@ def _finish(job: Job, plan: Plan, outcome: Outcome) -> dict[str, Any]:
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
     saver.insist(lambda: disk.write_folder(job.run.adapter, fill))
     shown = outcome.checkup.insist()
-    after, state = outcome.after, outcome.state
-    result = {
-        "steps": plan.steps,
-        "pairs": plan.total_pairs,
-        "before": outcome.before,
-        "after": after.values,
-        "samples": shown,
-        "seconds": time.monotonic() - job.started,
-        "training_seconds": state["seconds"],
-        "peak_gib": peak_gib(policy.device),
-        "overflows": state["overflows"],
-        "adapter": str(job.run.adapter),
-    }
-    saver.insist(lambda: disk.write_json(job.run.result, result))
+    result = Result(
+        steps=plan.steps,
+        pairs=plan.total_pairs,
+        before=outcome.before,
+        after=outcome.after.values,
+        samples=shown,
+        seconds=time.monotonic() - job.started,
+        training_seconds=outcome.progress.seconds,
+        peak_gib=peak_gib(policy.device),
+        overflows=outcome.progress.overflows,
+        adapter=str(job.run.adapter),
+    )
+    saver.insist(lambda: disk.write_json(job.run.result, result.to_json()))
     return result

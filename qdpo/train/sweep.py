@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.run import disk, record
+from qdpo.run import identity
+from qdpo.run.finished import is_finished
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result, read_result
 from qdpo.settings import layered
 
 STOPPED = (130, 143)
@@ -48,10 +50,9 @@ class Ended:
     exit_code: int | None
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Result | None:
         """What result.json holds, once the run is finished."""
-        path = self.planned.run.result
-        return disk.read_json(path) if self.exit_code == 0 and path.is_file() else None
+        return read_result(self.planned.run) if self.exit_code == 0 and is_finished(self.planned.run) else None
 
 
 def plan_sweep(arguments: list[str]) -> Sweep:
@@ -81,12 +82,12 @@ def _planned(words: list[str], differs: dict[str, str]) -> Planned:
     resolved = layered.resolve(words)
     if resolved.config.output.name is not None:
         # One name for several runs: each gets the digits that a run without a name has.
-        settings = str(sorted(record.trajectory_settings(resolved).items()))
+        settings = str(sorted(identity.trajectory_settings(resolved).items()))
         name = f"{resolved.config.output.name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
         words = [word for word in words if not word.removeprefix("--").startswith("output.name=")]
         words.append(f"output.name={name}")
         resolved = layered.resolve(words)
-    return Planned(words, differs, record.run_folder(resolved))
+    return Planned(words, differs, identity.run_folder(resolved))
 
 
 def _same_runs(runs: list[Planned]) -> Iterator[str]:

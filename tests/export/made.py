@@ -12,8 +12,11 @@ from tokenizers import Tokenizer, models, trainers
 from qdpo.export.gguf.sentencepiece import LEGACY, SPACE
 from qdpo.export.gguf.vocabulary import PROBES
 from qdpo.export.trained import TrainedRun, trained_run
+from qdpo.run.folder import RunDir
+from qdpo.run.record import FileRecord
 from tests.conftest import CHATML, tiny_tokenizer
 from tests.model.families import SIZE, build
+from tests.run.made import write_records
 
 SHAPE = {**SIZE, "vocab_size": 400, "max_position_embeddings": 512}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32}
@@ -92,18 +95,11 @@ def make_run(folder: Path, base: Path, *, merged: bool = False, **adapter: Any) 
     tiny_tokenizer().save_pretrained(folder / "adapter")
     if merged:
         save_merged(folder / "merged", base, folder / "adapter")
-    metrics = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-    settings = {
-        "adapter.start": None,
-        "model.revision": None,
-        "cache.dir": str(folder.parent / "cache"),
-    }
-    source = {"folder": str(base), "name": str(base), "source": str(base), "commit": None, "license": None}
-    data = {"source": str(folder.parent / "pairs.jsonl"), "revision": None}
-    files = {str(base / "config.json"): {}, str(folder.parent / "pairs.jsonl"): {}}
-    record = {"base": source, "data": data, "files": files, "found": {}, "settings": settings}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "result.json").write_text(json.dumps({"before": dict.fromkeys(metrics, 0.5)}))
+    pairs = folder.parent / "pairs.jsonl"
+    any_file = FileRecord(bytes=0, mtime_ns=0, sha256="")
+    files = {str(base / "config.json"): any_file, str(pairs): any_file}
+    words = [f"data.path={pairs}", f"cache.dir={folder.parent / 'cache'}"]
+    write_records(RunDir(folder), base, words, files=files, data=str(pairs))
     return trained_run(folder)
 
 

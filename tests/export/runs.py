@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
 from qdpo.model.device import DTYPES
-from qdpo.run import disk, record
 from qdpo.run.folder import RunDir
-from qdpo.settings import layered
+from qdpo.run.record import Mark, file_record, model_files
 from tests.conftest import tiny_tokenizer
+from tests.run.made import write_records
 
 CPU = torch.device("cpu")
 SETTINGS = ("data.path=unused.jsonl", "model.device=cpu")
@@ -43,23 +43,14 @@ def make_run(
 ) -> RunDir:
     """A run folder as training leaves it, as far as a merge reads it; the adapter is random."""
     words = [f"model.path={base}", f"model.quantization={quantization}", f"model.double_quant={double_quant}"]
-    resolved = layered.resolve([*words, *SETTINGS])
     run = RunDir(path)
     run.path.mkdir(parents=True)
     adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), **lora).save_pretrained(run.adapter)
-    marks = {}
+    marks: dict[str, Mark] = {}
     if quantization != "none":
         marks = quant.layer_marks(four_bit(base, quantization, double_quant, dtype))
-    content = {
-        "settings": layered.flat(resolved.config),
-        "found": {"model.dtype": dtype},
-        "base": {"commit": None},
-        "files": {str(file.resolve()): record.file_record(file) for file in record.model_files(base)},
-        "four_bit": marks,
-    }
-    disk.write_json(run.record, content)
-    disk.write_json(run.environment, {"device": "cpu: x86_64"})
-    disk.write_json(run.result, {})
+    files = {str(file.resolve()): file_record(file) for file in model_files(base)}
+    write_records(run, base, [*words, *SETTINGS], dtype=dtype, files=files, marks=marks)
     return run
 
 

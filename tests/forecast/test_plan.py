@@ -13,7 +13,7 @@ from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
-from qdpo.run import record
+from qdpo.run import identity
 from qdpo.settings import layered
 from tests.conftest import qdpo, tiny_rows, write_jsonl
 
@@ -138,7 +138,7 @@ def test_prepared_pairs_are_used_as_they_are() -> None:
     assert make_plan(resolved).known.how.startswith("assumed: pairs up to 4,096 tokens")
     sizes = [(100, 20, 30), (7, 300, 400), (50, 1, 2)] * 11 + [(7, 500, 300)]
     pairs = [TokenPair(*(np.arange(n, dtype=np.int32) for n in parts), row) for row, parts in enumerate(sizes)]
-    run = record.run_folder(resolved)
+    run = identity.run_folder(resolved)
     save_pairs(run.train_pairs, pairs[:30])
     save_pairs(run.held_out_pairs, pairs[30:])
     found = make_plan(resolved)

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from qdpo.errors import ConfigError
 from qdpo.report.screen.explain import PAGE, explain
+from qdpo.run.record import Result
 from qdpo.settings.loss_rules import RULES, default_beta
 from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import Pairs
@@ -56,7 +56,7 @@ def test_a_metric_says_what_its_curve_means(name: str) -> None:
     assert {"Rising", "Falling"} <= found.keys() or "Rising, falling" in found
 
 
-def test_everything_a_run_records_is_explained(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+def test_everything_a_run_records_is_explained(train: Callable[..., tuple[Result, Quiet]]) -> None:
     _, watcher = train(train__steps="1")
     recorded = {name for record in watcher.records for name in record}
     assert {"loss", "eval_loss", "grad_norm"} <= recorded

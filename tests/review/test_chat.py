@@ -10,9 +10,10 @@ import pytest
 from qdpo.review import chat as room
 from qdpo.review.chat import Chat, talk
 from qdpo.review.open import reopen, tuned
+from qdpo.run.record import Result
 from tests.conftest import Quiet, qdpo
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 GREEDY = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
 
 

@@ -21,6 +21,7 @@ from qdpo.model.generate.generate import complete, stream
 from qdpo.model.policy.adapter import Policy
 from qdpo.report.screen.comparison import print_comparison
 from qdpo.review.compare import Drawing, compare, compare_run
+from qdpo.run.record import Result
 from qdpo.settings.schema import RunConfig
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
 
@@ -149,7 +150,7 @@ def test_a_prompt_that_cannot_be_used_is_named(tmp_path: Path, row: dict[str, An
 
 
 def test_a_trained_run_from_the_command_line(
-    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str], tmp_path: Path
+    train: Callable[..., tuple[Result, Quiet]], settings: dict[str, str], tmp_path: Path
 ) -> None:
     train(train__steps="6", model__quantization="nf4")
     run, prompts = str(Path(settings["output.dir"]) / "run"), tmp_path / "p.txt"

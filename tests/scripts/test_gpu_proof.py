@@ -90,7 +90,8 @@ def test_time_is_kept(tmp_path: Path) -> None:
 def test_nothing_outlives_a_killed_script(tmp_path: Path) -> None:
     """A measurement left behind would hold memory of the card, and slow down the next one."""
     file = tmp_path / "linger.count"
-    code = "from tests.scripts.test_gpu_proof import *; run_items(Path(sys.argv[1]), [make_item(Path(sys.argv[1]), 'linger')])"
+    code = "from tests.scripts.test_gpu_proof import *; "
+    code += "run_items(Path(sys.argv[1]), [make_item(Path(sys.argv[1]), 'linger')])"
     parent = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (file.exists() and file.read_text()) and time.monotonic() < deadline:

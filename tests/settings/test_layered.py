@@ -13,7 +13,7 @@ from qdpo.data.tokens.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.forecast.plan import make_plan
 from qdpo.forecast.preset_table import preset_table
-from qdpo.run.record import config_toml, run_folder
+from qdpo.run.identity import config_toml, run_folder
 from qdpo.settings import layered
 from tests.conftest import qdpo
 

@@ -13,13 +13,14 @@ from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base.load import embeddings_to_host
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result
 from qdpo.train.start import auto_memory
 from tests.conftest import Quiet
 from tests.train.test_step import make
 
 
 def test_a_run_records_what_it_found_and_keeps_it(
-    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str]
+    train: Callable[..., tuple[Result, Quiet]], settings: dict[str, str]
 ) -> None:
     _, watcher = train(train__steps="1")
     assert "GiB forecast of" in watcher.text and "2 of 2 layers kept" in watcher.text
@@ -31,7 +32,7 @@ def test_a_run_records_what_it_found_and_keeps_it(
 
 
 def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(
-    train: Callable[..., tuple[dict[str, Any], Quiet]], settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., tuple[Result, Quiet]], settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def loads(*arguments: Any, **more: Any) -> None:
         raise AssertionError("the base was loaded")
@@ -47,7 +48,7 @@ def test_a_run_that_cannot_fit_stops_before_anything_is_loaded(
 
 
 def test_the_embedding_table_on_the_host_changes_no_number(
-    train: Callable[..., tuple[dict[str, Any], Quiet]], tiny_base: Path, tmp_path: Path
+    train: Callable[..., tuple[Result, Quiet]], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "untied"
     shutil.copytree(tiny_base, base)
@@ -56,7 +57,7 @@ def test_the_embedding_table_on_the_host_changes_no_number(
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(base)
     results = [
-        train(model__path=str(base), memory__embeddings=place, train__steps="3", output__name=place)[0]["after"]
+        train(model__path=str(base), memory__embeddings=place, train__steps="3", output__name=place)[0].after
         for place in ("device", "host")
     ]
     assert results[0] == results[1]
@@ -119,12 +120,12 @@ def test_the_worst_row_is_the_fullest(settings: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the compiler warns of its own code and of what it traces
-def test_compiled_layers_train_as_plain_ones_do(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+def test_compiled_layers_train_as_plain_ones_do(train: Callable[..., tuple[Result, Quiet]]) -> None:
     for kept in ("all", "1"):
         plain, _ = train(train__steps="4", memory__kept_layers=kept, output__name=f"plain-{kept}")
         compiled, watcher = train(
             train__steps="4", memory__kept_layers=kept, train__compile="true", output__name=f"compiled-{kept}"
         )
         assert "compile: kept layers are compiled" in watcher.text
-        for name, value in plain["after"].items():
-            assert compiled["after"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        for name, value in plain.after.items():
+            assert compiled.after[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

@@ -12,12 +12,13 @@ import torch
 from qdpo.errors import ConfigError, DataError, StoppedByFinding
 from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.train.watch import samples
-from qdpo.train.watch.metrics_file import read_metrics
 from qdpo.train.watch.samples import repetition
 from tests.conftest import Quiet, write_jsonl
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 SAMPLED = {"samples__count": "3", "samples__max_new_tokens": "8", "train__eval_every": "2"}
 
 
@@ -34,7 +35,7 @@ def test_prompts_are_completed_at_every_evaluation(train: Train, settings: dict[
     assert any(line["after"] != line["before"] for line in lines)
     records = [record for record in read_metrics(run.metrics) if "eval_loss" in record]
     assert [record["step"] for record in records] == [0, 2, 4, 6]
-    assert records[-1]["eval_samples/tokens"] == result["samples"]["median_tokens_after"] <= 8
+    assert records[-1]["eval_samples/tokens"] == result.samples.median_tokens_after <= 8
     assert watcher.text.count("sample with the adapter off:") == 1 and watcher.text.count("sample after step") == 3
     assert [what for what, _ in watcher.stages].count("completing sample prompts") == 4
 
@@ -86,7 +87,7 @@ def test_held_out_pairs_before_and_after(train: Train, settings: dict[str, str])
         assert after["margin"] == pytest.approx(beta * (gap["1"] - gap["0"]), abs=1e-4)
     for side in ("chosen", "rejected"):
         mean = sum(line["after"][f"logps/{side}"] for line in lines) / len(lines)
-        assert mean == pytest.approx(result["after"][f"logps/{side}"], rel=1e-6)
+        assert mean == pytest.approx(result.after[f"logps/{side}"], rel=1e-6)
 
 
 def test_prompts_of_a_file(train: Train, settings: dict[str, str], tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_too_little_memory_for_samples_costs_no_run(
 
     monkeypatch.setattr(samples, "complete", complete)
     result, watcher = train(train__steps="2", **SAMPLED)
-    assert batches[:2] == [25, 1] and "not enough memory to complete" in watcher.text and result["samples"] is None
+    assert batches[:2] == [25, 1] and "not enough memory to complete" in watcher.text and result.samples is None
 
 
 def test_repetition_is_the_share_of_pieces_that_stood_before() -> None:
@@ -161,7 +162,7 @@ def test_a_run_stops_on_what_it_was_told_and_goes_on_without(train: Train, setti
     result, watcher = train(train__stop_when="none", **lost)
     assert f"resuming after step {stopped}" in watcher.text and "warning: runaway" in watcher.text
     weights = [(run_of(settings, name).adapter / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
-    assert weights[0] == weights[1] and result["after"] == whole["after"]
+    assert weights[0] == weights[1] and result.after == whole.after
 
 
 def test_a_finding_is_said_once(train: Train) -> None:

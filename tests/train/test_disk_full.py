@@ -10,13 +10,15 @@ import pytest
 
 from qdpo.errors import DiskError
 from qdpo.run import disk
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.train.keep import checkpoint, disk_full
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.keep.stop import StopRequest
-from qdpo.train.watch.metrics_file import Metrics, read_metrics
+from qdpo.train.watch.metrics_file import Metrics
 from tests.conftest import Quiet
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 
 
 class Disk:

@@ -11,6 +11,7 @@ from qdpo.data.tokens.pack import pack_rows
 from qdpo.errors import OutOfMemoryError
 from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result
 from qdpo.settings.schema import LossConfig
 from qdpo.train import loop
 from qdpo.train.step.feed import ready
@@ -19,7 +20,7 @@ from qdpo.train.step.step import RowTooLarge, train_step
 from tests.conftest import Quiet
 from tests.train.test_step import LISTS, make, near
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 CPU = torch.device("cpu")
 LOSSES: dict[str, dict[str, Any]] = {
     "sigmoid": {}, "simpo": {"name": "simpo"}, "aot": {"name": "aot"}, "sigmoid_norm": {"name": "sigmoid_norm"}, **LISTS
@@ -103,8 +104,8 @@ def test_a_run_goes_on_with_smaller_rows(train: Train, settings: dict[str, str],
     crowded.update(most=1, calls=0)
     smaller, watcher = train(**row)
     assert "from here on rows of one pair at a time" in watcher.text
-    for name, value in whole["after"].items():
-        assert smaller["after"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    for name, value in whole.after.items():
+        assert smaller.after[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
     folder = Path(settings["output.dir"]) / "run"
     assert read_json(RunDir(folder).record)["found"]["row_splits"] == {"2": SINGLE}
 

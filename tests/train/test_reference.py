@@ -18,7 +18,7 @@ import pytest
 
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError, VerificationError
-from qdpo.run import record
+from qdpo.run import identity
 from qdpo.settings import layered
 from qdpo.train.keep.stop import listen
 from qdpo.train.policy import reference_cache
@@ -257,7 +257,7 @@ def opened(settings: dict[str, str], **changes: str) -> Iterator[tuple[Job, Quie
     watcher = Quiet()
     resolved = layered.resolve(arguments(settings, **changes))
     with listen(watcher.say) as stop:
-        job = open_run(resolved, record.run_folder(resolved), watcher, stop)
+        job = open_run(resolved, identity.run_folder(resolved), watcher, stop)
         try:
             yield job, watcher
         finally:

@@ -16,6 +16,8 @@ from qdpo.data.tokens.pack import pack_rows
 from qdpo.model.base import fetch
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.policy import install
+from qdpo.run.folder import RunDir
+from qdpo.run.record import read_result
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES
 from qdpo.train.loop import run_training
@@ -66,7 +68,7 @@ model.save_pretrained({str(tmp_path / "full")!r})
     assert answer.returncode == 0, answer.stderr
     assert "already 4-bit" in answer.stdout and "step 2/2" in answer.stdout
     result = json.loads((tmp_path / "runs" / "seven" / "result.json").read_text())
-    assert result["before"]["rewards/margins"] == 0 and result["after"]["rewards/margins"] != 0
+    assert result.before["rewards/margins"] == 0 and result.after["rewards/margins"] != 0
 
 
 def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_every_loss_trains_the_demo_model(tmp_path: Path, name: str) -> None:
     settings += ["loss.label_smoothing=0.1"] if name in ("exo_pair", "robust") else []
     result = run_training(layered.resolve(settings), Quiet())
     metric, sign = MOVES.get(name, ("rewards/margins", 1))
-    assert sign * (result["after"][metric] - result["before"][metric]) > 0.01
+    assert sign * (result.after[metric] - result.before[metric]) > 0.01
 
 
 @pytest.mark.parametrize("isa", ["as it is", "AVX2"])
@@ -147,10 +149,10 @@ def test_the_demo_learns_the_preference(tmp_path: Path, isa: str) -> None:
     assert finished.returncode == 0, finished.stderr
     assert ("compute type: fp32, because" in finished.stdout) or isa == "as it is"
     (folder,) = (tmp_path / "runs").iterdir()
-    result = json.loads((folder / "result.json").read_text())
+    result = read_result(RunDir(folder))
     # Exactly 0.5 where the CPU repeats its rounding; where it does not, ties of 1e-5 nats fall to either side.
-    assert abs(result["before"]["rewards/margins"]) < 0.02 and result["before"]["rewards/accuracies"] < 0.75
-    assert result["after"]["rewards/accuracies"] >= 0.9
-    lengths = result["samples"]
-    assert lengths["median_tokens_after"] <= 0.6 * lengths["median_tokens_before"]
-    assert result["peak_gib"] < 3
+    assert abs(result.before["rewards/margins"]) < 0.02 and result.before["rewards/accuracies"] < 0.75
+    assert result.after["rewards/accuracies"] >= 0.9
+    lengths = result.samples
+    assert lengths is not None and lengths.median_tokens_after <= 0.6 * lengths.median_tokens_before
+    assert result.peak_gib < 3

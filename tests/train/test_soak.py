@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
-from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import ROOT, Quiet, arguments
 
 pytestmark = pytest.mark.slow
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 SAVES = {"train__steps": "6", "train__save_every": "2", "train__keep_checkpoints": "3", "train__eval_every": "3"}
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json")
 

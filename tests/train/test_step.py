@@ -17,6 +17,8 @@ from qdpo.data.tokens.sieve import TokenPair, load_pairs
 from qdpo.errors import NonFiniteError
 from qdpo.model.policy import adapter
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES, needs_reference
 from qdpo.settings.schema import LossConfig
@@ -26,7 +28,6 @@ from qdpo.train.step.feed import Feed, ready
 from qdpo.train.step.measures import MEAN_OVER
 from qdpo.train.step.optimizer import learning_rate, make_optimizer
 from qdpo.train.step.step import score, train_step
-from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments
 
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def plain_run(
 
 @pytest.mark.parametrize(("smoothing", "row"), [(0.0, 0), (0.2, 150)])
 def test_twenty_steps_equal_the_plain_implementation(
-    train: Callable[..., tuple[dict[str, Any], Quiet]],
+    train: Callable[..., tuple[Result, Quiet]],
     settings: dict[str, str],
     tiny_base: Path,
     smoothing: float,
@@ -259,7 +260,7 @@ def test_rows_are_made_ready_one_step_ahead(settings: dict[str, str]) -> None:
     assert ahead in ({0: False, 1: True, 3: False}, {0: False, 1: True, 2: True, 3: False})
 
 
-def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+def test_an_untouched_adapter_has_no_margin(train: Callable[..., tuple[Result, Quiet]]) -> None:
     result, watcher = train(train__steps="1", model__quantization="nf4", model__dtype="bf16")
     start = watcher.records[0]
     assert start["step"] == 0 and start["eval_rewards/margins"] == 0 and start["eval_rewards/accuracies"] == 0.5
@@ -277,15 +278,15 @@ MOVES |= {"apo_down": ("rewards/rejected", -1), "discopop": ("loss", -1)}
 
 
 @pytest.mark.parametrize("name", [*RULES, "sigmoid+bco_pair+sft"])
-def test_every_loss_trains_through_a_run(train: Callable[..., tuple[dict[str, Any], Quiet]], name: str) -> None:
+def test_every_loss_trains_through_a_run(train: Callable[..., tuple[Result, Quiet]], name: str) -> None:
     changes = {"loss__label_smoothing": "0.1"} if name in ("exo_pair", "robust") else {}
     result, watcher = train(train__steps="8", loss__name=name, memory__tokens_per_row="120", **changes)
     metric, sign = MOVES.get(name, ("rewards/margins", 1))
-    assert sign * (result["after"][metric] - result["before"][metric]) > 0.01
+    assert sign * (result.after[metric] - result.before[metric]) > 0.01
     # dpop weighs any held-out answer that falls below the reference 50 times
-    assert result["after"]["loss"] < result["before"]["loss"] or name == "dpop"
+    assert result.after["loss"] < result.before["loss"] or name == "dpop"
     alone = not any(RULES[part].reference for part in name.split("+"))
-    assert ("no reference pass" in watcher.text) == alone == ("kl" not in result["after"])
+    assert ("no reference pass" in watcher.text) == alone == ("kl" not in result.after)
     assert ("reference log-probs", 40) not in watcher.stages or not alone
 
 
@@ -322,16 +323,16 @@ def test_fp16_overflow_skips_the_update_and_is_counted(settings: dict[str, str])
     assert all(torch.equal(p, before[name]) for name, p in parameters.items())
 
 
-def test_fp16_trains(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+def test_fp16_trains(train: Callable[..., tuple[Result, Quiet]]) -> None:
     result, _ = train(train__steps="6", model__dtype="fp16", model__quantization="nf4")
-    assert result["after"]["rewards/margins"] > 0.01 and result["overflows"] <= 2
+    assert result.after["rewards/margins"] > 0.01 and result.overflows <= 2
 
 
-def test_the_8_bit_optimizer_follows_the_fp32_one(train: Callable[..., tuple[dict[str, Any], Quiet]]) -> None:
+def test_the_8_bit_optimizer_follows_the_fp32_one(train: Callable[..., tuple[Result, Quiet]]) -> None:
     margins = {}
     for optimizer in ("adamw", "paged_adamw8bit"):
         result, watcher = train(train__steps="8", train__optimizer=optimizer, output__name=optimizer)
-        margins[optimizer] = result["after"]["rewards/margins"]
+        margins[optimizer] = result.after["rewards/margins"]
     assert "optimizer: adamw8bit, because on the CPU" in watcher.text
     assert margins["paged_adamw8bit"] == pytest.approx(margins["adamw"], rel=0.1)
 

@@ -73,7 +73,7 @@ def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path)
     assert [run["exit_code"] for run in kept] == [0, 2, 0] and kept[1]["accuracy"] is None
     result = json.loads((Path(kept[2]["run"]) / "result.json").read_text())
     assert kept[2]["settings"] == {"adapter.targets": "v_proj"}
-    assert kept[2]["loss"] == result["after"]["loss"] and kept[2]["training_seconds"] > 0
+    assert kept[2]["loss"] == result.after["loss"] and kept[2]["training_seconds"] > 0
     assert "v_proj" in (Path(settings["output.dir"]) / "sweep.html").read_text(encoding="utf-8")
     again = qdpo("sweep", *words, cwd=tmp_path)
     assert again.stdout.count("is finished") == 2 and "step 1/" not in again.stdout

@@ -12,12 +12,13 @@ from accelerate import tracking
 
 from qdpo.errors import ConfigError
 from qdpo.run.disk import read_json
-from qdpo.run.record import run_folder
+from qdpo.run.identity import run_folder
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.settings import layered
-from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments, qdpo
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 
 
 def events(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -67,7 +68,7 @@ def test_a_tracker_that_fails_is_left_alone(
 
     monkeypatch.setattr(tracking.TensorBoardTracker, "log", fails)
     result, watcher = train(train__steps="4", track__to="tensorboard")
-    assert result["steps"] == 4 and watcher.text.count("track.to=tensorboard failed (ConnectionError: nobody") == 1
+    assert result.steps == 4 and watcher.text.count("track.to=tensorboard failed (ConnectionError: nobody") == 1
     run = Path(settings["output.dir"]) / "run"
     assert [step for step, _ in events(run)["loss"]] == [1]
     assert {record["step"] for record in read_metrics(run / "metrics.jsonl")} == set(range(5))

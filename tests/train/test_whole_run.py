@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,13 +21,14 @@ from qdpo.errors import ConfigError, DataError, DiskError, Interrupted, Verifica
 from qdpo.model.policy import adapter
 from qdpo.run import lock
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from qdpo.train.policy import reference_cache
-from qdpo.train.watch.metrics_file import read_metrics
 from tests.conftest import Quiet, arguments, qdpo, start_qdpo, tiny_rows, write_jsonl
 
-Train = Callable[..., tuple[dict[str, Any], Quiet]]
+Train = Callable[..., tuple[Result, Quiet]]
 
 
 def weights(folder: Path) -> bytes:
@@ -47,7 +47,7 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     assert first.returncode == 0, first.stderr
     run = RunDir(folder_of(settings))
     result = json.loads(run.result.read_text())
-    assert result["before"]["rewards/accuracies"] == 0.5 and result["after"]["rewards/accuracies"] >= 0.9
+    assert result.before["rewards/accuracies"] == 0.5 and result.after["rewards/accuracies"] >= 0.9
     assert "layout: " in first.stdout and "step 24/24" in first.stdout and "qdpo eval" in first.stdout
     for path in (run.config, run.environment, run.data_report, run.train_pairs, run.metrics, run.samples, run.card):
         assert path.is_file(), path
@@ -64,7 +64,7 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     scored = qdpo("eval", str(run.path), "--json", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
     values = json.loads(scored.stdout)
-    for name, value in result["after"].items():
+    for name, value in result.after.items():
         assert values[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     per_token = values["logps/chosen"] / values["lengths/chosen"]  # 8 answers and their tokens: means cancel the 8
     assert values["perplexity/chosen"] == pytest.approx(math.exp(-per_token), rel=1e-4)
@@ -219,7 +219,7 @@ def test_a_start_adapter_is_continued_and_is_its_own_reference(train: Train, set
     _, own = train(train__steps="3", output__name="own", adapter__start=start)
     assert own.records[0]["eval_rewards/margins"] == 0 and own.records[0]["eval_rewards/accuracies"] == 0.5
     result, base = train(train__steps="3", output__name="base", adapter__start=start, adapter__reference="base")
-    assert result["before"]["rewards/margins"] > 0.01
+    assert result.before["rewards/margins"] > 0.01
     first, second = (load_file(folder_of(settings, n) / "adapter" / adapter.WEIGHTS) for n in ("run", "own"))
     assert first.keys() == second.keys() and any(not torch.equal(first[k], second[k]) for k in first)
 
@@ -254,13 +254,13 @@ def test_the_loss_scale_of_fp16_is_resumed(train: Train, settings: dict[str, str
 def test_separate_sequences_reach_the_same_result(train: Train) -> None:
     shared, _ = train(train__steps="5")
     separate, _ = train(train__steps="5", model__attention="eager", output__name="separate")
-    assert separate["after"]["rewards/margins"] == pytest.approx(shared["after"]["rewards/margins"], rel=1e-3)
+    assert separate.after["rewards/margins"] == pytest.approx(shared.after["rewards/margins"], rel=1e-3)
 
 
 def test_hours_shorten_the_run(train: Train) -> None:
     result, watcher = train(train__epochs="500", train__hours="0.003", train__eval_every="100000")
-    assert "steps fit" in watcher.text and 1 < result["steps"] < 4000
-    assert result["seconds"] < 3 * 0.003 * 3600
+    assert "steps fit" in watcher.text and 1 < result.steps < 4000
+    assert result.seconds < 3 * 0.003 * 3600
 
 
 def test_changed_settings_and_files_are_refused(train: Train, settings: dict[str, str], pairs_file: Path) -> None:

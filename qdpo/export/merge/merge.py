@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -23,7 +23,9 @@ from qdpo.export.merge.source import Source, open_source
 from qdpo.model.base import quant
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
+from qdpo.run.finished import finished_run
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Mark
 from qdpo.run.watcher import Watcher
 
 Base = Literal["dequantized", "original"]
@@ -69,7 +71,7 @@ def merge_run(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already. Remove it, or name another folder: qdpo merge {run.path} FOLDER")
-    source = open_source(run, watcher.say)
+    source = open_source(finished_run(run.path), watcher.say)
     if base == "original" and source.is_stored_four_bit:
         raise ConfigError(
             f"--base original: the base in {source.folder} is stored in 4 bits; its original is not there. "
@@ -179,23 +181,22 @@ class _Merge:
             parts = {name: one.whole() for name, one in source.beside(key).items()}
             weight_NK, made = quant.stored_weight(whole, parts)
         else:
-            offset = recorded["offset"] if recorded else None
+            offset = recorded.offset if recorded else None
             dense = whole.T if source.transposed else whole
             weight_NK, made = quant.round_trip(dense, source.form, source.device, offset)
         self._prove(key, made, recorded)
         return weight_NK
 
-    def _prove(self, key: str, made: dict[str, Any], recorded: dict[str, Any] | None) -> None:
+    def _prove(self, key: str, made: Mark, recorded: Mark | None) -> None:
         self.dequantized += 1
         if recorded is None:
             return
-        if made["sha256"] != recorded["sha256"]:
+        if made.sha256 != recorded.sha256:
             run = self.source.run
-            device = disk.read_json(run.environment)["device"]
             raise VerificationError(
                 f"The 4-bit form of {key} made here is not the one that {run.path} was trained on (sha256 "
-                f"{made['sha256'][:12]}…, recorded {recorded['sha256'][:12]}…). The quantisers of CPUs and CUDA "
-                f"devices may differ: merge where the run was trained ({device}). Else the base in "
+                f"{made.sha256[:12]}…, recorded {recorded.sha256[:12]}…). The quantisers of CPUs and CUDA "
+                f"devices may differ: merge where the run was trained ({self.source.trained_on}). Else the base in "
                 f"{self.source.folder} has been changed: put it back."
             )
         self.proved += 1

@@ -17,13 +17,14 @@ from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit
 from qdpo.model.device import DTYPES
-from qdpo.run import disk, record
+from qdpo.run import identity
+from qdpo.run.finished import FinishedRun
 from qdpo.run.folder import RunDir
-from qdpo.settings import layered
+from qdpo.run.record import Mark, RunRecord
 from qdpo.settings.schema import RunConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A finished run's adapter and base, checked."""
 
@@ -35,10 +36,12 @@ class Source:
     tensors: dict[str, Stored]
     deltas: dict[str, Layer]
     """By the name of the weight in the base's files, as are the others."""
-    marks: dict[str, dict[str, Any] | None]
+    marks: dict[str, Mark | None]
     """Every weight that was 4-bit in the run; None where the run recorded no mark."""
     form: FourBit | None
     """How the run quantised; None if it did not, or if the base is stored in 4 bits."""
+    trained_on: str
+    """The device of the run, as recorded."""
     device: torch.device
     """Where the run's 4-bit weights were made, or the CPU."""
 
@@ -64,30 +67,17 @@ class Source:
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
 
 
-def finished(run: RunDir) -> dict[str, Any]:
-    """The run's record. Raises: ConfigError unless `run` is a finished run with an adapter."""
-    if not run.record.is_file():
-        raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
-    if not run.result.is_file() or not run.adapter.is_dir():
-        raise ConfigError(
-            f"The run {run.path} has no adapter yet: it is not finished. `qdpo run` with its settings continues it."
-        )
-    kept: dict[str, Any] = disk.read_json(run.record)
-    return kept
-
-
-def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
+def open_source(finished: FinishedRun, say: Callable[[str], None]) -> Source:
     """Reads headers and the adapter, no weight of the base.
 
     Raises: ConfigError if the base is not what the run was trained on, or the adapter does not fit it.
     """
-    kept = finished(run)
-    settings = layered.resolve_over(kept["settings"], "the run", []).config
-    place = _locate(run, kept, settings, say)
+    run, record, settings = finished.run, finished.record, finished.config()
+    place = _locate(finished, settings, say)
     deltas = read_lora(run.adapter).layers
     tensors = stored_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    compute = DTYPES[kept["found"]["model.dtype"]]
+    compute = DTYPES[record.found.dtype]
     if names_experts(tensors):
         raise ConfigError(
             f"The base in {place} is a mixture of experts, whose weights are stored in other shapes than they are used "
@@ -96,40 +86,41 @@ def open_source(run: RunDir, say: Callable[[str], None]) -> Source:
     form = None
     if settings.model.quantization != "none" and "quantization_config" not in config:
         form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
-    marks = _marks(kept, config, tensors, form, place, say)
+    marks = _marks(record, config, tensors, form, place, say)
     keys = weight_keys({*marks, *deltas}, tensors, place)
     by_key = {keys[name]: delta for name, delta in deltas.items()}
     source = Source(
-        run, place, config, compute, tensors, by_key, {keys[name]: one for name, one in marks.items()}, form,
-        _device(run, say) if form else torch.device("cpu"),
+        run=run, folder=place, config=config, compute=compute, tensors=tensors, deltas=by_key,
+        marks={keys[name]: one for name, one in marks.items()}, form=form, trained_on=finished.environment.device,
+        device=_device(finished.environment.device, say) if form else torch.device("cpu"),
     )  # fmt: skip
     _check_shapes(source)
     return source
 
 
-def _locate(run: RunDir, kept: dict[str, Any], settings: RunConfig, say: Callable[[str], None]) -> Path:
+def _locate(finished: FinishedRun, settings: RunConfig, say: Callable[[str], None]) -> Path:
     place = fetch.locate_base(
         str(settings.model.path),
-        revision=kept["base"]["commit"] or settings.model.revision,
-        cache_dir=disk.cache_folder(settings.cache.dir),
+        revision=finished.record.base.commit or settings.model.revision,
+        cache_dir=finished.cache,
         announce=say,
     )
-    own = {name: file for name, file in kept["files"].items() if Path(name).parent == place.folder}
-    record.check_files(own, run)
+    own = {name: file for name, file in finished.record.files.items() if Path(name).parent == place.folder}
+    identity.check_files(own, finished.run)
     return place.folder
 
 
 def _marks(
-    kept: dict[str, Any],
+    record: RunRecord,
     config: dict[str, Any],
     tensors: Collection[str],
     form: FourBit | None,
     folder: Path,
     say: Callable[[str], None],
-) -> dict[str, dict[str, Any] | None]:
+) -> dict[str, Mark | None]:
     """The run's 4-bit layers by module name, each with its mark."""
-    if "four_bit" in kept:
-        return dict(kept["four_bit"])
+    if record.four_bit is not None:
+        return dict(record.four_bit)
     if "quantization_config" in config:
         ends = f".{quant.STATE}"
         return {name.partition(".weight" + ends)[0]: None for name in tensors if ends in name}
@@ -143,8 +134,8 @@ def _marks(
     return dict.fromkeys(quant.four_bit_names(model, form))
 
 
-def _device(run: RunDir, say: Callable[[str], None]) -> torch.device:
-    if not str(disk.read_json(run.environment)["device"]).startswith("cuda"):
+def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:
+    if not trained_on.startswith("cuda"):
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

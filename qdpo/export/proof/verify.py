@@ -85,13 +85,13 @@ class Verification:
     fault: str | None
     verdict: str
 
-    def to_json(self, run: RunDir) -> dict[str, Any]:
+    def to_json(self, run: RunDir) -> dict[str, object]:
         """For qdpo_verification.json. Names no path of this machine."""
         return {
             "schema": 1,
             "qdpo": __version__,
             "run": run.path.resolve().name,
-            "adapter_sha256": file_record(run.adapter / adapter.WEIGHTS)["sha256"],
+            "adapter_sha256": file_record(run.adapter / adapter.WEIGHTS).sha256,
             "bounds": {"kl": LARGEST_KL, "top1": LEAST_TOP1} if self.enforced else None,
             **dataclasses.asdict(self),
         }
@@ -107,7 +107,7 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     watcher.begin("loading the trained model", 1, "model")
     model = load_base(
         chosen.opened.place.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
-        dtype=chosen.opened.kept["found"]["model.dtype"], device=device, attention_name=None, announce=watcher.say,
+        dtype=chosen.opened.finished.record.found.dtype, device=device, attention_name=None, announce=watcher.say,
     )  # fmt: skip
     peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
     starts = config.adapter.start is not None and config.adapter.reference != "base"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
+from qdpo.run.record import Mark
+
 # Weights that share a scale: what bitsandbytes, and so transformers, takes unless told otherwise.
 BLOCK = 64
 # Weights quantised at a time on the CPU: bitsandbytes makes five temporary copies, which then stay in the core's cache.
@@ -137,12 +139,12 @@ def weights_checksum(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def layer_marks(model: nn.Module) -> dict[str, dict[str, Any]]:
+def layer_marks(model: nn.Module) -> dict[str, Mark]:
     """For every 4-bit layer what proves that its weight was made again exactly: see `mark`."""
     return {name: mark(layer.weight.data, layer.weight.quant_state) for name, layer in four_bit_layers(model)}
 
 
-def mark(packed: Tensor, state: Any) -> dict[str, Any]:
+def mark(packed: Tensor, state: Any) -> Mark:
     """sha256 over the packed bytes and the scales, and the mean that double quantisation subtracts from the scales.
 
     That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it: only
@@ -151,7 +153,7 @@ def mark(packed: Tensor, state: Any) -> dict[str, Any]:
     total = hashlib.sha256(_bytes(packed))
     for scales in [state.absmax] + ([state.state2.absmax] if state.nested else []):
         total.update(_bytes(scales))
-    return {"sha256": total.hexdigest(), "offset": state.offset.item() if state.nested else None}
+    return Mark(sha256=total.hexdigest(), offset=state.offset.item() if state.nested else None)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class FourBit:
 
 def round_trip(
     weight_NK: Tensor, form: FourBit, device: torch.device, offset: float | None = None
-) -> tuple[Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Mark]:
     """The weight as a 4-bit layer multiplies with it, and its mark; made on `device`, returned on the CPU.
 
     `offset` is that of the mark to be met, None for a new one.
@@ -206,7 +208,7 @@ def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 STATE = "quant_state.bitsandbytes__"
 
 
-def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Mark]:
     """The weight of a 4-bit layer from what a folder stores of it, and its mark.
 
     `parts` are the tensors beside it by the ends of their names: absmax, quant_map, …

@@ -12,9 +12,12 @@ from tokenizers import Tokenizer
 from qdpo.data.tokens.sieve import TokenPair, load_pairs
 from qdpo.diagnose.course import Record, Terms
 from qdpo.diagnose.rules import Seen, follow
-from qdpo.errors import ConfigError
 from qdpo.run import disk
+from qdpo.run.finished import FinishedRun, KnownRun, any_run
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import read_metrics
+from qdpo.run.record import Result, RunRecord
+from qdpo.settings.layered import Values
 
 
 @dataclass(frozen=True)
@@ -34,28 +37,40 @@ class Setting:
 class Facts:
     """One run."""
 
-    run: RunDir
-    name: str
-    record: dict[str, Any]
-    result: dict[str, Any] | None
-    """None while the run is unfinished."""
+    known: KnownRun
     steps: list[Record]
     evaluations: list[Record]
     samples: list[dict[str, Any]]
     pairs: list[dict[str, Any]]
     """Log-probs of held-out pairs, before and after."""
-    environment: dict[str, Any]
     data_report: list[dict[str, Any]]
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def run(self) -> RunDir:
+        return self.known.run
+
+    @property
+    def name(self) -> str:
+        return self.known.name
+
+    @property
+    def record(self) -> RunRecord:
+        return self.known.record
+
+    @property
+    def result(self) -> Result | None:
+        """None while the run is unfinished."""
+        return self.known.result if isinstance(self.known, FinishedRun) else None
+
+    @property
+    def settings(self) -> Values:
         """By full name, with the values that were found in the place of `auto`."""
-        known: dict[str, Any] = self.record["settings"]
-        return {**known, **{name: value for name, value in self.record["found"].items() if name in known}}
+        known = self.record.settings
+        return {**known, **{name: value for name, value in self.record.found.settings().items() if name in known}}
 
     @property
     def planned(self) -> int:
-        return int(self.record["found"].get("train.steps") or 0)
+        return self.record.found.steps or 0
 
     @property
     def done(self) -> int:
@@ -63,13 +78,13 @@ class Facts:
 
     @property
     def terms(self) -> Terms:
-        settings, held_out = self.settings, int(self.record["data"]["held_out_pairs"])
-        return Terms(self.planned, int(settings["train.pairs_per_step"]), held_out, float(settings["loss.beta"]))
+        config, held_out = self.known.config(), self.record.data.held_out_pairs
+        return Terms(self.planned, config.train.pairs_per_step, held_out, config.loss.beta)
 
     @cached_property
     def seen(self) -> list[Seen]:
         """What the rules found, at the end or on the way."""
-        return follow(disk.read_lines(self.run.metrics), self.terms)
+        return follow(read_metrics(self.run.metrics), self.terms)
 
     @property
     def first(self) -> Record | None:
@@ -104,7 +119,7 @@ class Facts:
 
     def tokenizer(self) -> Tokenizer | None:
         """To turn prepared ids into text: saved beside the adapter, or in the base's folder; None if in neither."""
-        for folder in (self.run.adapter, Path(self.record["base"]["folder"])):
+        for folder in (self.run.adapter, Path(self.record.base.folder)):
             if (folder / "tokenizer.json").is_file():
                 return Tokenizer.from_file(str(folder / "tokenizer.json"))
         return None
@@ -112,19 +127,13 @@ class Facts:
 
 def read_facts(folder: Path) -> Facts:
     """Raises: ConfigError if the folder is not a run."""
-    run = RunDir(folder)
-    if not run.record.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no {run.record.name}. `qdpo runs` lists the runs.")
-    records = disk.read_lines(run.metrics)
+    known = any_run(folder)
+    run, records = known.run, read_metrics(known.run.metrics)
     return Facts(
-        run=run,
-        name=folder.resolve().name,
-        record=disk.read_json(run.record),
-        result=disk.read_json(run.result) if run.result.is_file() else None,
+        known=known,
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "eval_loss" in record],
         samples=disk.read_lines(run.samples),
         pairs=disk.read_lines(run.eval_pairs),
-        environment=disk.read_json(run.environment),
         data_report=disk.read_lines(run.data_report),
     )

@@ -80,9 +80,9 @@ def comparison_page(runs: Sequence[Facts]) -> str:
             differing.append((name, values))
     rows = []
     for name, (label, form) in FIGURES.items():
-        values = [_value(facts.latest, name) for facts in runs]
-        if any(value is not None for value in values):
-            rows.append((label, [_formatted(value, form) for value in values]))
+        figures = [_value(facts.latest, name) for facts in runs]
+        if any(value is not None for value in figures):
+            rows.append((label, [_formatted(value, form) for value in figures]))
     return _render(
         "comparison.html",
         runs=[(facts, *verdict.verdict(facts), verdict.grouped(facts.seen)[0]) for facts in runs],

@@ -21,9 +21,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from qdpo.diagnose.course import Record
 from qdpo.report.screen.spark import sparkline
 from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result
 from qdpo.train.watch.prompts import question
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Terminal:
             self._live.stop()
         self._live = self._bar = self._task = None
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         if "loss" in record:
             learned = (
                 f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · "
@@ -128,7 +130,7 @@ class Terminal:
         )
 
 
-def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown: int = 2) -> None:
+def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 2) -> None:
     """Held-out figures before and after, completions side by side, where the adapter lies, and what to type next."""
     table = Table("held-out pairs", "before", "after", title="result", title_justify="left")
     for label, name in (
@@ -136,20 +138,20 @@ def print_result(run: RunDir, result: dict[str, Any], console: Console, *, shown
         ("reward margin", "rewards/margins"),
         ("loss", "loss"),
     ):
-        table.add_row(label, f"{result['before'][name]:.3f}", f"{result['after'][name]:.3f}")
-    lengths = result["samples"]
-    if lengths:
+        table.add_row(label, f"{result.before[name]:.3f}", f"{result.after[name]:.3f}")
+    lengths = result.samples
+    if lengths is not None:
         table.add_row(
-            f"median answer, tokens ({lengths['count']} prompts)",
-            f"{lengths['median_tokens_before']:g}",
-            f"{lengths['median_tokens_after']:g}",
+            f"median answer, tokens ({lengths.count} prompts)",
+            f"{lengths.median_tokens_before:g}",
+            f"{lengths.median_tokens_after:g}",
         )
     console.print(table)
     for line in read_lines(run.samples)[:shown]:
         _side_by_side(line, console)
     console.print(
-        f"{result['steps']} steps, {result['pairs']} pairs, {result['seconds'] / 60:.1f} minutes, peak memory "
-        f"{result['peak_gib']:.2f} GiB",
+        f"{result.steps} steps, {result.pairs} pairs, {result.seconds / 60:.1f} minutes, peak memory "
+        f"{result.peak_gib:.2f} GiB",
         markup=False,
     )
     commands = {

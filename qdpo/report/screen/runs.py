@@ -1,10 +1,9 @@
 """The list of runs: state and result, from the run folders alone."""
 
 from pathlib import Path
-from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.run import disk
+from qdpo.run.finished import FinishedRun, KnownRun, any_run
 from qdpo.run.folder import RunDir
 
 
@@ -15,28 +14,26 @@ def run_lines(folder: Path) -> list[str]:
     found = [RunDir(path) for path in folder.iterdir() if (path / "run.json").is_file()]
     rows = [("run", "state", "accuracy", "margin", "loss")]
     for run in sorted(found, key=lambda run: run.record.stat().st_mtime):
-        rows.append((run.path.name, _state(run), *_result(run)))
+        known = any_run(run.path)
+        rows.append((run.path.name, _state(known), *_result(known)))
     if len(rows) == 1:
         return [f"{folder} holds no runs yet."]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _state(run: RunDir) -> str:
-    if run.result.exists():
+def _state(known: KnownRun) -> str:
+    if isinstance(known, FinishedRun):
         return "finished"
-    steps = disk.read_json(run.record)["found"].get("train.steps")
-    saved = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
-    if saved:
-        return f"stopped, saved after step {int(saved[-1].removeprefix('step-'))} of {steps}"
+    if known.saved_step:
+        return f"stopped, saved after step {known.saved_step} of {known.record.found.steps}"
     return "started, nothing trained yet"
 
 
-def _result(run: RunDir) -> tuple[str, str, str]:
-    if not run.result.exists():
+def _result(known: KnownRun) -> tuple[str, str, str]:
+    if not isinstance(known, FinishedRun):
         return "", "", ""
-    result: dict[str, Any] = disk.read_json(run.result)
-    before, after = result["before"], result["after"]
+    before, after = known.result.before, known.result.after
     accuracy, margin = "rewards/accuracies", "rewards/margins"
     return (
         f"{before[accuracy]:.3f} → {after[accuracy]:.3f}",

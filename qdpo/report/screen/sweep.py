@@ -41,12 +41,12 @@ def _row(one: "Ended") -> dict[str, Any]:
     result = one.result
     code = one.exit_code
     state = "finished" if result else "not started" if code is None else f"exit code {code}"
-    after = {name: result["after"][metric] if result else None for name, metric in COLUMNS.items()}
+    after = {name: result.after[metric] if result else None for name, metric in COLUMNS.items()}
     return {
         "settings": one.planned.differs,
         "run": str(one.planned.run.path),
         "state": state,
         "exit_code": code,
         **after,
-        "training_seconds": result["training_seconds"] if result else None,
+        "training_seconds": result.training_seconds if result else None,
     }

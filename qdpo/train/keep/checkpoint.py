@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from qdpo.errors import VerificationError
 from qdpo.model.policy.adapter import Policy, adapter_tensors, load_adapter_tensors
 from qdpo.run import disk
+from qdpo.train.keep.progress import Progress
 from qdpo.train.step.optimizer import optimizer_tensors, restore_optimizer
 
 ADAPTER, OPTIMIZER, STATE, MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
@@ -32,13 +33,13 @@ class Trained:
     scaler: torch.amp.GradScaler
 
 
-def save_checkpoint(folder: Path, trained: Trained, state: dict[str, Any], *, keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN with `state` (must hold "step"), reads it back, then removes all but `keep` newest.
+def save_checkpoint(folder: Path, trained: Trained, progress: Progress, *, keep: int) -> Path:
+    """Writes `folder`/step-NNNNNN, reads it back, then removes all but `keep` newest.
 
     Raises: DiskError if it cannot be written, VerificationError if it reads back differently.
     """
     tensors, scalars = optimizer_tensors(trained.optimizer, trained.policy.adapter_parameters())
-    full_state = {**state, "optimizer": scalars, "scaler": trained.scaler.state_dict()}
+    full_state = {**progress.to_json(), "optimizer": scalars, "scaler": trained.scaler.state_dict()}
 
     def fill(path: Path) -> None:
         save_file(adapter_tensors(trained.policy), path / ADAPTER)
@@ -46,7 +47,7 @@ def save_checkpoint(folder: Path, trained: Trained, state: dict[str, Any], *, ke
         disk.write_json(path / STATE, full_state)
         disk.write_json(path / MANIFEST, {name: _fingerprint(path / name) for name in (ADAPTER, OPTIMIZER, STATE)})
 
-    target = folder / f"step-{state['step']:06d}"
+    target = folder / f"step-{progress.step:06d}"
     disk.write_folder(target, fill)
     if not _is_whole(target):
         raise VerificationError(f"The checkpoint {target} does not read back as it was written. Check the disk.")
@@ -74,17 +75,16 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
-    """Restores the trained objects in place; returns the state that was saved."""
+def load_checkpoint(folder: Path, trained: Trained) -> Progress:
+    """Restores the trained objects in place; returns the progress that was saved."""
     state: dict[str, Any] = disk.read_json(folder / STATE)
     load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))
     restore_optimizer(
-        trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state.pop("optimizer")
+        trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state["optimizer"]
     )
-    scaler = state.pop("scaler")
-    if scaler:
-        trained.scaler.load_state_dict(scaler)
-    return state
+    if state["scaler"]:
+        trained.scaler.load_state_dict(state["scaler"])
+    return Progress.of_json(state)
 
 
 def _by_step(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
 from qdpo.model.policy.adapter import Policy
-from qdpo.run.record import file_record
+from qdpo.run.record import Mark, file_record
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy import reference_cache
 from qdpo.train.step.feed import row_tensors
@@ -32,7 +32,7 @@ class Loaded:
     reference_name: str
     reference_is_start: bool
     weights: str
-    marks: dict[str, dict[str, Any]]
+    marks: dict[str, Mark]
     """What proves of each 4-bit layer that it was made again exactly."""
 
 
@@ -129,7 +129,7 @@ def _policy(model: Any, config: RunConfig, device: torch.device) -> Policy:
 
 
 def _reference_name(config: RunConfig, policy: Policy, attention: str, weights: str, dtype: str, is_start: bool) -> str:
-    start = file_record(Path(str(config.adapter.start)) / adapter.WEIGHTS)["sha256"] if is_start else None
+    start = file_record(Path(str(config.adapter.start)) / adapter.WEIGHTS).sha256 if is_start else None
     path = {
         "dtype": dtype,
         "attention": attention,

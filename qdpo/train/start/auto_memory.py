@@ -1,5 +1,6 @@
 """Fits a run into its device: values for the memory settings that are `auto`, and the worst row tried before step 0."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,16 +12,16 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.families import shapes
 from qdpo.forecast import choose
-from qdpo.forecast.choose import Lengths
+from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB
 from qdpo.model.device import give_back_memory
-from qdpo.settings import layered
+from qdpo.run.record import MemoryChoice
 from qdpo.settings.schema import RunConfig
+from qdpo.train.keep.progress import Progress
 from qdpo.train.policy.build import Loaded
 from qdpo.train.step.step import score
 
 Say = Callable[[str], None]
-SETTINGS = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload", "memory.embeddings")
 # Share of the free host memory that waiting inputs and an embedding table may take.
 HOST_SHARE = 0.7
 CPU = torch.device("cpu")
@@ -35,8 +36,8 @@ def choose_memory(
     dtype: str,
     optimizer: str,
     say: Say,
-) -> dict[str, Any]:
-    """Concrete values for SETTINGS: as given, or from the forecast for this device and these pairs.
+) -> MemoryChoice:
+    """A value for each setting of [memory] that may be auto: as given, or as forecast for this device and these pairs.
 
     Raises: OutOfMemoryError if the forecast says that nothing fits, before anything is loaded.
     """
@@ -45,24 +46,26 @@ def choose_memory(
         shape = shapes.from_config(model_config.to_dict(), str(config.model.path))
     except ConfigError as error:
         say(f"memory: no forecast, so nothing is packed or kept unless settings say so. {error}")
-        return {
-            "memory.tokens_per_row": _number(given.tokens_per_row) or 0,
-            "memory.kept_layers": 0 if given.kept_layers == "auto" else given.kept_layers,
-            "memory.offload": given.offload is True,
-            "memory.embeddings": "device" if given.embeddings == "auto" else given.embeddings,
-        }
+        return MemoryChoice(
+            tokens_per_row=0 if given.tokens_per_row == "auto" else given.tokens_per_row,
+            kept_layers=0 if given.kept_layers == "auto" else given.kept_layers,
+            offload=given.offload is True,
+            embeddings="device" if given.embeddings == "auto" else given.embeddings,
+        )
     if given.embeddings == "host" and shape.tied:
         raise ConfigError(
             "memory.embeddings=host has no use for this model: its head is the same table, and must be on the device. "
             "Leave it at auto."
         )
     cuda = device.type == "cuda"
-    values = layered.flat(config)
-    run = choose.settings_of(values, optimizer=optimizer, element=4 if dtype == "fp32" else 2, cuda=cuda, context=False)
+    run = choose.settings_of(
+        config.model, config.adapter, config.memory, optimizer=optimizer, element=4 if dtype == "fp32" else 2,
+        cuda=cuda, context=False,
+    )  # fmt: skip
     free = available(device)
     limit = _limit(config, free)
     lengths = lengths_of(pairs, config.train.pairs_per_step)
-    asked = choose.given_of(values, shape)
+    asked = choose.given_of(config.memory, shape)
     found = choose.choose(shape, run, lengths, asked, limit=limit, host_limit=HOST_SHARE * available(CPU))
     if found.peak > limit:
         ways = choose.ways_out(shape, run, lengths, asked, limit=limit, max_tokens=config.data.max_tokens)
@@ -78,8 +81,17 @@ def choose_memory(
         + ", inputs of the others on the host" * found.run.offload
         + ", embedding table on the host" * found.run.host_embeddings
     )
-    place = "host" if found.run.host_embeddings else "device"
-    return dict(zip(SETTINGS, (found.tokens_per_row, found.run.kept_layers, found.run.offload, place), strict=True))
+    return memory_of(found)
+
+
+def memory_of(chosen: Choice) -> MemoryChoice:
+    """The forecast's choice as values of settings."""
+    return MemoryChoice(
+        tokens_per_row=chosen.tokens_per_row,
+        kept_layers=chosen.run.kept_layers,
+        offload=chosen.run.offload,
+        embeddings="host" if chosen.run.host_embeddings else "device",
+    )
 
 
 def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: torch.device) -> None:
@@ -93,7 +105,7 @@ def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: tor
         return
     element = 4 if config.model.dtype == "fp32" else 2
     cuda = device.type == "cuda"
-    run = choose.settings_of(layered.flat(config), element=element, cuda=cuda, context=False)
+    run = choose.settings_of(config.model, config.adapter, config.memory, element=element, cuda=cuda, context=False)
     needed, limit = choose.smallest_fixed_part(shape, run), _limit(config, available(device))
     if needed > limit:
         raise OutOfMemoryError(
@@ -104,7 +116,7 @@ def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: tor
         )
 
 
-def after_failure(config: RunConfig, pairs: Sequence[TokenPair], state: dict[str, Any]) -> str:
+def after_failure(config: RunConfig, pairs: Sequence[TokenPair], progress: Progress) -> str:
     """What to say when a step ran out of memory for good: what was measured, and what may be changed."""
     memory, longest = config.memory, max(pair.tokens for pair in pairs)
     changes = []
@@ -116,7 +128,7 @@ def after_failure(config: RunConfig, pairs: Sequence[TokenPair], state: dict[str
         changes.append("memory.embeddings=host (unless the head is the same table)")
     anew = f"data.max_tokens={config.data.max_tokens * 3 // 4} --fresh"
     return (
-        f"The adapter after step {state['step']} is saved. Measured peak {state['peak_gib']:.1f} GiB, longest pair "
+        f"The adapter after step {progress.step} is saved. Measured peak {progress.peak_gib:.1f} GiB, longest pair "
         f"{longest} tokens. Close other programs that hold memory of the card, or continue with "
         f"{' or '.join([*changes[:2], anew])}."
     )
@@ -141,10 +153,6 @@ def _of_what(free: float, limit_gib: float | None) -> str:
     return f"{free / GIB:.1f} GiB are free, less {1 - choose.PLANNED_SHARE:.0%} to spare"
 
 
-def _number(value: int | str) -> int | None:
-    return value if isinstance(value, int) else None
-
-
 def available(device: torch.device) -> float:
     """Free bytes of the device; on the CPU, memory that the system can give without swapping."""
     if device.type == "cuda":
@@ -154,10 +162,9 @@ def available(device: torch.device) -> float:
     return float(psutil.virtual_memory().available)
 
 
-def settled(config: RunConfig, found: dict[str, Any]) -> RunConfig:
+def settled(config: RunConfig, choice: MemoryChoice) -> RunConfig:
     """The settings with the memory values that the run was started with."""
-    values = {name.partition(".")[2]: found[name] for name in SETTINGS if name in found}
-    return config.model_copy(update={"memory": config.memory.model_copy(update=values)})
+    return config.model_copy(update={"memory": config.memory.model_copy(update=dataclasses.asdict(choice))})
 
 
 def try_worst_row(

@@ -4,7 +4,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.model.device import choose_device, choose_dtype, repeat_rounding
 from qdpo.model.policy import adapter
-from qdpo.run import disk, record
+from qdpo.run import disk, identity, record
 from qdpo.run.folder import RunDir
+from qdpo.run.record import BaseRecord, Environment, Found, RunRecord, read_record, write_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -34,14 +35,14 @@ from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Passes, Plan, measure_speed, plan_steps, within_hours
-from qdpo.train.step import optimizer
+from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import Prompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every phase of a run needs. `started` is a monotonic clock reading."""
 
@@ -63,17 +64,21 @@ class Job:
     tracker: Tracker
 
     @property
-    def found(self) -> dict[str, Any]:
+    def found(self) -> Found:
         """Values chosen at the first start: compute type, optimizer, steps."""
-        found: dict[str, Any] = disk.read_json(self.run.record)["found"]
-        return found
+        return read_record(self.run).found
+
+    def keep(self, **found: Any) -> None:
+        """Records found values."""
+        kept = read_record(self.run)
+        write_record(self.run, replace(kept, found=replace(kept.found, **found)))
 
 
 def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Job:
     """Everything up to a loaded policy; the run folder appears once data and settings are known to be usable."""
     config, say, started = resolved.config, watcher.say, time.monotonic()
     if run.record.exists():
-        record.check_unchanged(run, resolved)
+        identity.check_unchanged(run, resolved)
         say(f"continuing {run.path}")
     check_package(config.track.to)
     if config.adapter.start is not None:
@@ -82,7 +87,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.train.deterministic and device.type == "cuda":
         repeat_rounding()
     cache_dir = cache_folder(config)
-    pinned = disk.read_json(run.record)["base"]["commit"] if run.record.exists() else None
+    pinned = read_record(run).base.commit if run.record.exists() else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
@@ -92,22 +97,25 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, watcher)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
-    record.take_neutral(run, layered.flat(config))
+    identity.take_neutral(run, config)
     train, held_out = prepare.load(run)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
-    config = auto_memory.settled(config, disk.read_json(run.record)["found"])
+    found = read_record(run).found
+    config = auto_memory.settled(config, found.memory)
     watcher.begin("loading the model", 1, "model")
-    dtype = disk.read_json(run.record)["found"]["model.dtype"]
-    loaded = load_policy(config, folder.folder, device=device, dtype=dtype, probe_with=probe_pairs(train), say=say)
+    loaded = load_policy(
+        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say
+    )
     watcher.finish()
     _check_weights(run, folder, loaded)
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
-    tracker = Tracker(config.track.to, run, record.trajectory_settings(resolved), say)
+    tracker = Tracker(config.track.to, run, identity.trajectory_settings(resolved), say)
     return Job(
-        config, resolved.config, run, watcher, stop, started, train, held_out, prompts, tokenizer, folder, loaded,
-        scorer, tracker,
+        config=config, given=resolved.config, run=run, watcher=watcher, stop=stop, started=started, train=train,
+        held_out=held_out, prompts=prompts, tokenizer=tokenizer, base=folder, loaded=loaded, scorer=scorer,
+        tracker=tracker,
     )  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def try_worst_row(job: Job) -> None:
     """Runs the longest row there can be: a lack of memory shows now. Records memory.kept_layers if it was lowered."""
     device = job.loaded.policy.device
     parameters = job.loaded.policy.adapter_parameters().values()
-    state_bytes = 8 if job.found["train.optimizer"] == "adamw" else 2
+    state_bytes = 8 if job.found.optimizer == "adamw" else 2
     kept = job.config.memory.kept_layers
     assert kept != "auto"
     fits = auto_memory.try_worst_row(
@@ -128,18 +136,18 @@ def try_worst_row(job: Job) -> None:
         [*job.train, *job.held_out],
         tokens_per_row=job.scorer.tokens_per_row,
         kept_layers=kept,
-        may_lower=device.type == "cuda" and layered.flat(job.given)["memory.kept_layers"] == "auto",
+        may_lower=device.type == "cuda" and job.given.memory.kept_layers == "auto",
         optimizer_bytes=state_bytes * sum(parameter.numel() for parameter in parameters),
         say=job.watcher.say,
     )
     if fits != kept:
-        record.mark_state(job.run, found={**job.found, "memory.kept_layers": fits})
+        job.keep(kept_layers=fits)
 
 
 def plan_run(job: Job) -> Plan:
     """Steps and warm-up: as recorded, or from epochs, steps or hours, and then recorded."""
     found, train = job.found, job.config.train
-    if "train.steps" not in found:
+    if found.steps is None:
         plan = plan_steps(train, len(job.train))
         if train.hours is not None:
             speed = measure_speed(
@@ -155,22 +163,23 @@ def plan_run(job: Job) -> Plan:
                 f"{min(shorter.steps, plan.steps)} of {plan.steps} steps fit"
             )
             plan = min(plan, shorter, key=lambda candidate: candidate.steps)
-        found |= {"train.steps": plan.steps, "total_pairs": plan.total_pairs, "train.warmup_steps": plan.warmup_steps}
-        record.mark_state(job.run, found=found)
-    plan = Plan(found["train.steps"], found["total_pairs"], found["train.warmup_steps"])
+        job.keep(steps=plan.steps, total_pairs=plan.total_pairs, warmup_steps=plan.warmup_steps)
+    else:
+        assert found.total_pairs is not None and found.warmup_steps is not None
+        plan = Plan(found.steps, found.total_pairs, found.warmup_steps)
     job.watcher.say(f"plan: {plan.steps} steps of {train.pairs_per_step} pairs, {plan.warmup_steps} of them warm-up")
     return plan
 
 
 def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
-    then = disk.read_json(run.record).get("weights", loaded.weights)
-    if then != loaded.weights:
+    kept = read_record(run)
+    if kept.weights not in (None, loaded.weights):
         raise ConfigError(
             f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the "
             "model back, or "
             "start anew with --fresh."
         )
-    record.mark_state(run, weights=loaded.weights, four_bit=loaded.marks)
+    write_record(run, replace(kept, weights=loaded.weights, four_bit=loaded.marks))
 
 
 def _first_start(
@@ -198,36 +207,25 @@ def _first_start(
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
         files.append(Path(config.adapter.start) / adapter.WEIGHTS)
-    found: dict[str, Any] = {
-        "model.dtype": dtype,
-        "train.optimizer": optimizer.choose_optimizer(config.train.optimizer, device, say),
-    }
-    found |= auto_memory.choose_memory(
-        config,
-        shape,
-        pairs,
-        device=device,
-        dtype=dtype,
-        optimizer=found["train.optimizer"],
-        say=say,
-    )
-    if folder.commit is not None:
-        found["model.revision"] = folder.commit
+    optimizer = choose_optimizer(config.train.optimizer, device, say)
+    memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
+    found = Found(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
 
     def fill(path: Path) -> None:
         new = RunDir(path)
         prepare.store(new, data)
-        disk.write_text(new.config, record.config_toml(resolved, found))
-        disk.write_json(new.environment, environment(device))
-        content = {
-            "settings": layered.flat(resolved.config),
-            "preset": resolved.preset,
-            "found": found,
-            "base": {**dataclasses.asdict(folder), "folder": str(folder.folder)},
-            "data": data.about,
-            "files": {str(file.absolute()): record.file_record(file) for file in files},
-        }
-        disk.write_json(new.record, content)
+        disk.write_text(new.config, identity.config_toml(resolved, found))
+        disk.write_json(new.environment, environment(device).to_json())
+        content = RunRecord(
+            settings=layered.flat(resolved.config),
+            preset=resolved.preset,
+            found=found,
+            base=BaseRecord(**{**dataclasses.asdict(folder), "folder": str(folder.folder)}),
+            data=data.about,
+            files={str(file.absolute()): record.file_record(file) for file in files},
+            version=record.VERSION,
+        )
+        write_record(new, content)
 
     disk.write_folder(run.path, fill)
     say(f"run folder: {run.path}")
@@ -240,14 +238,14 @@ def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
     disk.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Environment:
     """Versions and device, for the record."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
+    return Environment(
         # A clone that was never installed has no metadata.
-        "packages": {"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": f"{device.type}: {name}",
-        "threads": torch.get_num_threads(),
-    }
+        packages={"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
+        python=platform.python_version(),
+        platform=platform.platform(),
+        device=f"{device.type}: {name}",
+        threads=torch.get_num_threads(),
+    )

@@ -1,12 +1,14 @@
-"""metrics.jsonl, and the memory that a device reports."""
+"""metrics.jsonl as a run writes it."""
 
 import contextlib
 import json
+import math
 from pathlib import Path
-from typing import Any
 
+from qdpo.diagnose.course import Record
 from qdpo.errors import DiskError
 from qdpo.run import disk
+from qdpo.run.metrics import record_of
 from qdpo.train.watch.tracker import Tracker
 
 SCHEMA = 1
@@ -21,25 +23,26 @@ class Metrics:
         `tracker` gets what it lacks of the records kept, and every record that is written.
         """
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= keep_through]
-        disk.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        lines = [line for line in disk.read_lines(path) if line["step"] <= keep_through]
+        disk.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        kept = [record_of(line) for line in lines]
         self._waiting, self._tracker = "", tracker
         if tracker is not None:
             tracker.begin(kept)
-        self.last_tokens = max((record.get("num_tokens", 0) for record in kept), default=0)
+        self.last_tokens = int(max((record.get("num_tokens", 0) for record in kept), default=0))
         self.evaluated = {record["step"] for record in kept if "eval_loss" in record}
         self.kept = kept
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """Appends a line. On a full disk lines wait here, and go with the next one that can be written."""
         if self._tracker is not None:
             self._tracker.record(record)
-        self._waiting += json.dumps({"schema": SCHEMA, **record}) + "\n"
+        self._waiting += _line({"schema": SCHEMA, **record})
         with contextlib.suppress(DiskError):
             disk.append_text(self.path, self._waiting)  # a checkpoint must not be ahead of its steps after a power cut
             self._waiting = ""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file."""
-    return disk.read_lines(path)
+def _line(record: Record) -> str:
+    """JSON with null for a number that is not finite."""
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"

@@ -13,6 +13,7 @@ from qdpo.model.device import give_back_memory
 from qdpo.model.generate.generate import complete
 from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
+from qdpo.run.record import AnswerLengths
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import SamplesConfig
 from qdpo.train.watch.prompts import Prompt, question
@@ -70,15 +71,14 @@ class Samples:
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
             disk.write_text(self._path, "".join(lines))
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> AnswerLengths | None:
         """Median lengths before and after, in tokens, with the end token; None if nothing was completed."""
         if not self._prompts or not self._steps():
             return None
-        return {
-            "count": len(self._lines),
-            **{f"median_tokens_{side}": statistics.median(line[f"{side}_tokens"] for line in self._lines)
-               for side in ("before", "after")},
-        }  # fmt: skip
+        before, after = (
+            statistics.median(line[f"{side}_tokens"] for line in self._lines) for side in ("before", "after")
+        )
+        return AnswerLengths(count=len(self._lines), median_tokens_before=before, median_tokens_after=after)
 
     def _steps(self) -> list[int]:
         return [each["step"] for each in self._lines[0].get("during", [])]

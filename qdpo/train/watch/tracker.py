@@ -1,15 +1,18 @@
 """Hands what metrics.jsonl records to a tracker as well, by accelerate; the run does not depend on it."""
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
+from qdpo.diagnose.course import Record
 from qdpo.errors import ConfigError, DiskError
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.settings.layered import Values
 
 PROJECT = "qdpo"
 
@@ -34,12 +37,12 @@ class Tracker:
     written before the record is: a kill in between loses one record there, and none is ever there twice.
     """
 
-    def __init__(self, to: str, run: RunDir, settings: dict[str, Any], say: Callable[[str], None]):
+    def __init__(self, to: str, run: RunDir, settings: Values, say: Callable[[str], None]):
         self._to, self._run, self._settings, self._say = to, run, settings, say
         self._tracker: Any = None
         self._handed: dict[str, Any] = {}
 
-    def begin(self, kept: Sequence[dict[str, Any]]) -> None:
+    def begin(self, kept: Sequence[Record]) -> None:
         """Opens the tracker, or its run of before, and hands over what it lacks of the records `kept`."""
         if self._to == "none":
             return
@@ -51,7 +54,7 @@ class Tracker:
         for record in kept:
             self.record(record)
 
-    def record(self, record: dict[str, Any]) -> None:
+    def record(self, record: Record) -> None:
         """Hands one record over, unless that was done before the run was stopped."""
         kind = "eval" if "eval_loss" in record else "train"
         if self._tracker is None or record["step"] <= self._handed[kind]:
@@ -60,7 +63,7 @@ class Tracker:
         with suppress(DiskError):  # said where the run's own files are written
             disk.write_json(self._run.tracked, self._handed)
         numbers = {
-            name: value for name, value in record.items() if name not in ("step", "schema") and value is not None
+            name: value for name, value in record.items() if name not in ("step", "schema") and math.isfinite(value)
         }
         self._guarded(lambda: self._tracker.log(numbers, step=record["step"]))
 

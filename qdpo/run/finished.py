@@ -1,0 +1,82 @@
+"""The one door to a run on disk: any run, or one that is finished and can be used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdpo.errors import ConfigError
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.record import Environment, Result, RunRecord, read_environment, read_record, read_result
+from qdpo.settings import layered
+from qdpo.settings.schema import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownRun:
+    """A run's folder and what its files say, finished or not."""
+
+    run: RunDir
+    record: RunRecord
+    environment: Environment
+
+    @property
+    def name(self) -> str:
+        return self.run.path.resolve().name
+
+    @property
+    def cache(self) -> Path:
+        """The cache folder that the run used."""
+        given = self.record.settings.get("cache.dir")
+        return disk.cache_folder(None if given is None else str(given))
+
+    def config(self, arguments: list[str] | None = None) -> RunConfig:
+        """The run's settings with `key=value` arguments above them. Raises: ConfigError."""
+        return layered.resolve_over(self.record.settings, "the run", arguments or []).config
+
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint; 0 before there is one."""
+        names = [path.name.removeprefix("step-") for path in self.run.checkpoints.glob("step-*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun(KnownRun):
+    """A run that came to its end: it has a result and an adapter."""
+
+    result: Result
+
+
+def is_finished(run: RunDir) -> bool:
+    """Whether the run has its result, which is written last, and still has its adapter."""
+    return run.result.is_file() and (run.adapter / "adapter_config.json").is_file()
+
+
+def any_run(folder: Path) -> KnownRun:
+    """The run in `folder`: a FinishedRun if it is finished.
+
+    Raises: ConfigError if the folder is not a run, or if a file of it cannot be read.
+    """
+    run = RunDir(folder)
+    record, environment = read_record(run), read_environment(run)
+    if not is_finished(run):
+        return KnownRun(run=run, record=record, environment=environment)
+    return FinishedRun(run=run, record=record, environment=environment, result=read_result(run))
+
+
+def finished_run(folder: Path) -> FinishedRun:
+    """The finished run in `folder`. Raises: ConfigError if it is not a run, or not a finished one."""
+    found = any_run(folder)
+    if isinstance(found, FinishedRun):
+        return found
+    if found.run.result.is_file():
+        raise ConfigError(
+            f"The run {folder} is finished, but its adapter is gone: {found.run.adapter} has no adapter_config.json. "
+            "Put the folder back, or train again with --fresh."
+        )
+    of = f" of {found.record.found.steps}" if found.record.found.steps else ""
+    saved = f"saved after step {found.saved_step}{of}" if found.saved_step else "nothing is saved yet"
+    raise ConfigError(
+        f"The run {folder} is not finished and has no adapter yet ({saved}). The `qdpo run` command that started it "
+        "continues it."
+    )

@@ -1,0 +1,93 @@
+"""Whether a command continues a run: the run's folder, the settings that change its numbers, and its files.
+
+Imports nothing heavy, so that a finished run, or a changed setting, is answered at once.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qdpo.errors import ConfigError
+from qdpo.run.folder import RunDir
+from qdpo.run.record import FileRecord, Found, file_record, read_record, write_record
+from qdpo.settings import layered
+from qdpo.settings.layered import Resolved, Value, Values
+from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY, RunConfig
+
+
+def trajectory_settings(resolved: Resolved) -> Values:
+    """The settings that change the numbers of a run, as given."""
+    return {name: value for name, value in layered.flat(resolved.config).items() if name not in NOT_TRAJECTORY}
+
+
+def run_folder(resolved: Resolved) -> RunDir:
+    """The run's folder: output.name, or the preset and 6 hex digits of the settings that change the numbers."""
+    output = resolved.config.output
+    text = json.dumps(trajectory_settings(resolved), sort_keys=True)
+    name = output.name or f"{resolved.preset or 'run'}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return RunDir(Path(output.dir) / name)
+
+
+def check_unchanged(run: RunDir, resolved: Resolved) -> None:
+    """Raises: ConfigError that lists settings and files that are not as at the run's first start."""
+    record = read_record(run)
+    now, then = trajectory_settings(resolved), record.settings
+    changed = [name for name in now if now[name] != then.get(name, now[name])]
+    if changed:
+        lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
+        raise ConfigError(
+            f"The run {run.path} was started with other settings:\n{lines}\n"
+            "Give the old values to continue it, another output.name, or --fresh to start anew (the old run is "
+            "kept aside)."
+        )
+    check_files(record.files, run)
+
+
+def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
+    """Raises: ConfigError naming a data or model file that is gone or has other contents than at the first start."""
+    for name, then in files.items():
+        path = Path(name)
+        if not path.exists():
+            problem = "is gone"
+        elif path.stat().st_size != then.bytes:
+            problem = f"has {path.stat().st_size} bytes and had {then.bytes}"
+        elif path.stat().st_mtime_ns != then.mtime_ns and file_record(path).sha256 != then.sha256:
+            problem = "has other contents"
+        else:
+            continue
+        raise ConfigError(
+            f"{name} {problem} since the run {run.path} was started. Put the file back to continue, or start "
+            "anew with --fresh."
+        )
+
+
+def config_toml(resolved: Resolved, found: Found | None = None) -> str:
+    """All settings as TOML, each with its origin as a comment; `found` holds the values that `auto` settings took."""
+    lines, section = ["# Settings of this run. Each value's origin is behind it."], None
+    settled = found.settings() if found else {}
+    for name, value in layered.flat(resolved.config).items():
+        table, _, field = name.rpartition(".")
+        if table != section:
+            lines += ["", f"[{table}]"]
+            section = table
+        origin = resolved.origins.get(name, "default")
+        if name in settled:
+            value, origin = settled[name], f"{origin}; found at the first start"
+        lines.append(f"# {field} is not set" if value is None else f"{field} = {toml_value(value)}  # {origin}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Value) -> str:
+    """A setting's value in TOML syntax (JSON's syntax for strings, numbers, booleans and lists is TOML's as well)."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def take_neutral(run: RunDir, config: RunConfig) -> None:
+    """Lets settings that change no number replace those of an earlier start, unless they are auto."""
+    now, kept = layered.flat(config), read_record(run)
+    changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept.settings.get(name))}
+    if changed:
+        found = Found.of_json({**kept.found.to_json(), **changed})
+        write_record(run, replace(kept, settings={**kept.settings, **changed}, found=found))

@@ -1,0 +1,26 @@
+"""How far a run has come: what a checkpoint holds beside tensors."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Sums over the steps so far, of every start of the run."""
+
+    step: int = 0
+    """Steps done."""
+    overflows: int = 0
+    """Steps whose update was skipped: an fp16 gradient was not finite."""
+    seconds: float = 0.0
+    """Spent on steps."""
+    peak_gib: float = 0.0
+    """Peak of the device's memory."""
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "Progress":
+        """Keys of a newer version are ignored."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})

@@ -1,0 +1,50 @@
+"""The records of a finished run that was never trained, written by the types that training writes."""
+
+from pathlib import Path
+
+from qdpo.run import disk
+from qdpo.run.folder import RunDir
+from qdpo.run.record import (
+    VERSION,
+    BaseRecord,
+    DataRecord,
+    Environment,
+    FileRecord,
+    Found,
+    Mark,
+    Result,
+    RunRecord,
+    write_record,
+)
+from qdpo.settings import layered
+
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+def write_records(
+    run: RunDir, base: Path, words: list[str], *, dtype: str = "fp32", files: dict[str, FileRecord] | None = None,
+    marks: dict[str, Mark] | None = None, data: str = "pairs.jsonl",
+) -> None:  # fmt: skip
+    """run.json, environment.json and result.json; `words` are settings as key=value."""
+    resolved = layered.resolve([f"model.path={base}", *words])
+    found = Found(
+        dtype=dtype, optimizer="adamw", tokens_per_row=0, kept_layers=0, offload=False, embeddings="device", steps=1,
+        total_pairs=1, warmup_steps=0,
+    )  # fmt: skip
+    source = BaseRecord(
+        folder=str(base), source=str(base), name=str(base), commit=None, license=None, revision=None
+    )  # fmt: skip
+    about = DataRecord(source=data, revision=None, license=None, train_pairs=1, held_out_pairs=1, dropped=0)
+    record = RunRecord(
+        settings=layered.flat(resolved.config), preset=None, found=found, base=source, data=about, files=files or {},
+        four_bit=marks, version=VERSION,
+    )  # fmt: skip
+    environment = Environment(packages={"qdpo": "0"}, python="3", platform="here", device="cpu: x86_64", threads=1)
+    values = dict.fromkeys(METRICS, 0.5)
+    result = Result(
+        steps=1, pairs=1, before=values, after=values, samples=None, seconds=1.0, training_seconds=1.0, peak_gib=1.0,
+        overflows=0, adapter=str(run.adapter),
+    )  # fmt: skip
+    write_record(run, record)
+    disk.write_json(run.environment, environment.to_json())
+    disk.write_json(run.result, result.to_json())
