@@ -114,8 +114,11 @@ def chat(
         policy, tokenizer = tuned(opened, terminal)
     finally:
         terminal.finish()
-    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    talk(Chat(policy, tokenizer, opened.config.data, drawing, seed), sys.stdin, sys.stdout)
+    chat = Chat(
+        policy=policy, tokenizer=tokenizer, data=opened.config.data, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    talk(chat, sys.stdin, sys.stdout)
 
 
 def metrics(

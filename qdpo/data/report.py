@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,10 +47,31 @@ FACTS = {
 
 
 @dataclass(frozen=True)
+class SourceReport:
+    """One source of data.path, and how its rows are laid out."""
+
+    name: str
+    license: str | None
+    layout: str
+    why: str
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """Lengths in tokens; `histogram` counts them in bins of equal ratio from 1 to the longest."""
+
+    median: float
+    mean: float
+    p95: float
+    longest: int
+    histogram: list[int]
+
+
+@dataclass(frozen=True)
 class DataReport:
     """A data set as it would be trained on. Lengths are in tokens; shares are of usable pairs."""
 
-    sources: list[dict[str, Any]]
+    sources: list[SourceReport]
     seen: int
     outcomes: int
     usable: int
@@ -60,7 +80,7 @@ class DataReport:
     mended: dict[str, int]
     drop_fraction: float
     """Share of the pairs that cannot be used, ties left aside."""
-    lengths: dict[str, dict[str, Any]]
+    lengths: dict[str, LengthReport]
     what_if: list[dict[str, int]]
     """For each data.max_tokens: pairs that stay whole, are cut, or are dropped for their length."""
     longest: dict[str, int]
@@ -210,7 +230,7 @@ def make_report(
     longest = prepared.pairs[longest_place(prepared)] if usable else None
     return DataReport(
         sources=[
-            {"name": source.name, "license": source.license, "layout": layout.name, "why": layout.why}
+            SourceReport(source.name, source.license, layout.name, layout.why)
             for source, layout in zip(sources, layouts, strict=True)
         ],
         seen=prepared.seen,
@@ -272,15 +292,15 @@ def _fact(name: str, fact: Fact) -> str:
     return FACTS[name].format(count=fact.count, example=fact.example)
 
 
-def _lengths(values: np.ndarray) -> dict[str, Any]:
+def _lengths(values: np.ndarray) -> LengthReport:
     edges = np.geomspace(1, max(2, int(values.max())) + 1, BINS + 1)
-    return {
-        "median": float(np.median(values)),
-        "mean": float(values.mean()),
-        "p95": float(np.percentile(values, 95)),
-        "longest": int(values.max()),
-        "histogram": np.histogram(values, edges)[0].tolist(),
-    }
+    return LengthReport(
+        median=float(np.median(values)),
+        mean=float(values.mean()),
+        p95=float(np.percentile(values, 95)),
+        longest=int(values.max()),
+        histogram=np.histogram(values, edges)[0].tolist(),
+    )
 
 
 def _tried(limits: Limits) -> list[int]:

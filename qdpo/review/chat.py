@@ -19,15 +19,16 @@ HELP = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Chat:
     """Two conversations with one policy: with its adapter off, and on. Each keeps what it has said itself."""
 
     policy: Policy
     tokenizer: Any
     data: DataConfig
-    drawing: dict[str, Any]
-    """How answers are drawn: what `stream` takes besides the seed."""
+    max_new_tokens: int
+    temperature: float
+    top_p: float
     seed: int
     asked: tuple[str, ...] = SIDES
     """Who answers."""
@@ -67,7 +68,10 @@ class Chat:
 
         try:
             with self.policy.reference() if side == "base" else nullcontext():
-                stream(self.policy.peft, self.tokenizer, ids, take, **self.drawing, seed=self.seed + self.turns)
+                stream(
+                    self.policy.peft, self.tokenizer, ids, take, max_new_tokens=self.max_new_tokens,
+                    temperature=self.temperature, top_p=self.top_p, seed=self.seed + self.turns,
+                )  # fmt: skip
         finally:
             if text := "".join(pieces).strip():
                 self.said[side] = [*turns, {"role": "assistant", "content": text}]

@@ -69,6 +69,42 @@ class Compared:
 
 
 @dataclass(frozen=True)
+class Middle:
+    """The middle of numbers, two ways."""
+
+    mean: float
+    median: float
+
+
+@dataclass(frozen=True)
+class SideSummary:
+    """One model's answers: each of MEASURES, and the share that was cut at the length limit."""
+
+    measures: dict[str, Middle]
+    cut: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All answers of a comparison. KL in nats."""
+
+    base: SideSummary
+    tuned: SideSummary
+    changed: float
+    kl_per_token: Middle
+    kl: Middle
+
+    def to_json(self) -> dict[str, object]:
+        """Measures beside `cut`, as --json prints them."""
+        sides = {
+            name: {**{key: asdict(middle) for key, middle in side.measures.items()}, "cut": side.cut}
+            for name, side in (("base", self.base), ("tuned", self.tuned))
+        }
+        kl = {"kl_per_token": asdict(self.kl_per_token), "kl": asdict(self.kl)}
+        return {**sides, "changed": self.changed, **kl}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All prompts of `source`, answered by the base and by the tuned model of `run`."""
 
@@ -77,21 +113,19 @@ class Comparison:
     drawing: Drawing
     prompts: list[Compared]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Means and medians over the answers, and the share of answers that changed."""
-        found: dict[str, Any] = {}
-        for side in ("base", "tuned"):
-            answers = [asdict(getattr(one, side)) for one in self.prompts]
-            found[side] = {name: _middle([answer[name] for answer in answers]) for name in MEASURES}
-            found[side]["cut"] = sum(not answer["ended"] for answer in answers) / len(answers)
-        found["changed"] = statistics.fmean(one.changed for one in self.prompts)
-        found["kl_per_token"] = _middle([one.kl_per_token for one in self.prompts])
-        found["kl"] = _middle([one.kl for one in self.prompts])
-        return found
+        return Summary(
+            base=_summed([one.base for one in self.prompts]),
+            tuned=_summed([one.tuned for one in self.prompts]),
+            changed=statistics.fmean(one.changed for one in self.prompts),
+            kl_per_token=_middle([one.kl_per_token for one in self.prompts]),
+            kl=_middle([one.kl for one in self.prompts]),
+        )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything, as plain values."""
-        return {**asdict(self), "summary": self.summary()}
+        return {**asdict(self), "summary": self.summary().to_json()}
 
 
 def compare_run(
@@ -206,5 +240,10 @@ def _compared(tokenizer: Any, pair: TokenPair, scores: _Scores, ends: set[int]) 
     )  # fmt: skip
 
 
-def _middle(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "median": statistics.median(values)}
+def _middle(values: Sequence[float]) -> Middle:
+    return Middle(mean=statistics.fmean(values), median=statistics.median(values))
+
+
+def _summed(answers: list[Answer]) -> SideSummary:
+    measures = {name: _middle([getattr(answer, name) for answer in answers]) for name in MEASURES}
+    return SideSummary(measures=measures, cut=sum(not answer.ended for answer in answers) / len(answers))

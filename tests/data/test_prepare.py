@@ -35,7 +35,7 @@ def two_files(tmp_path):
 def test_several_sources_are_joined_and_weighted(chat_tokenizer, two_files):
     both, text = prepared(chat_tokenizer, two_files, eval_fraction=0.1)
     assert len(both.train) + len(both.held_out) == 100 and text.count("layout:") == 2
-    assert len(both.files) == 2 and both.about["source"].count(" + ") == 1
+    assert len(both.files) == 2 and both.about.source.count(" + ") == 1
     weighted, _ = prepared(chat_tokenizer, two_files, eval_fraction=0.1, weights="2+0.5")
     assert [pair.digest for pair in weighted.held_out] == [pair.digest for pair in both.held_out]
     times = Counter(pair.digest for pair in weighted.train)

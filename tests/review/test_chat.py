@@ -22,7 +22,7 @@ def chat(train: Train, settings: dict[str, str]) -> Chat:
     train(train__steps="6")
     opened = reopen(Path(settings["output.dir"]) / "run", [], Quiet())
     policy, tokenizer = tuned(opened, Quiet())
-    return Chat(policy, tokenizer, opened.config.data, GREEDY, seed=0)
+    return Chat(policy=policy, tokenizer=tokenizer, data=opened.config.data, **GREEDY, seed=0)
 
 
 def said(chat: Chat, *lines: str) -> str:
@@ -75,4 +75,4 @@ def test_an_answer_cannot_steer_the_terminal() -> None:
 
 def test_from_the_command_line(train: Train, settings: dict[str, str], tmp_path: Path) -> None:
     none = qdpo("chat", str(tmp_path), cwd=tmp_path)
-    assert none.returncode == 2 and "is not a finished run" in none.stderr
+    assert none.returncode == 2 and "is not a run" in none.stderr

@@ -43,7 +43,7 @@ class Labelling:
         self._lock = Lock()
         self._folded: dict[str, str] = {}
 
-    def index(self) -> dict[str, Any]:
+    def index(self) -> dict[str, object]:
         """One light row a prompt, in the order of the files, and the figures."""
         with self._lock:
             return {
@@ -53,7 +53,7 @@ class Labelling:
                 **self._figures(),
             }
 
-    def view(self, prompt: str, *, again: bool = False) -> dict[str, Any]:
+    def view(self, prompt: str, *, again: bool = False) -> dict[str, object]:
         """A prompt with its answers in the order to show; asked again, without what was decided. Raises: DataError."""
         with self._lock:
             return self._view(self._item(prompt), again)
@@ -64,7 +64,7 @@ class Labelling:
         with self._lock:
             return [item.id for item in self.decisions.items.values() if wanted in self._text(item)]
 
-    def decide(self, wish: Mapping[str, Any]) -> dict[str, Any]:
+    def decide(self, wish: Mapping[str, Any]) -> dict[str, object]:
         """Takes what the page sent; when this returns, it is on disk.
 
         Raises: Overtaken where `count` is not what the journal holds; DataError for what means nothing; DiskError.

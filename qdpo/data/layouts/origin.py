@@ -34,7 +34,7 @@ class Origin:
         """Whether this model wrote the answer, as far as names tell: same base, same adapter, not edited."""
         return (self.model, self.adapter, self.edited) == (policy.model, policy.adapter, False)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """What is set, as plain values."""
         return {name: value for name, value in asdict(self).items() if value not in (None, False)}
 

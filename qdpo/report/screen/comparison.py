@@ -41,12 +41,12 @@ def print_comparison(found: "Comparison", console: Console) -> None:
     )
     table = Table("mean (median)", "base's answers", "tuned answers")
     for name, label in LABELS.items():
-        cells = (summary[side][name] for side in ("base", "tuned"))
-        table.add_row(label, *(f"{cell['mean']:.3f} ({cell['median']:.3f})" for cell in cells))
-    table.add_row("cut at the limit", *(f"{summary[side]['cut']:.0%}" for side in ("base", "tuned")))
-    for name, label in (("kl_per_token", "KL a token"), ("kl", "KL an answer")):
-        table.add_row(label, "", f"{summary[name]['mean']:.4f} ({summary[name]['median']:.4f})")
-    table.add_row("answers that changed", "", f"{summary['changed']:.0%}")
+        cells = (side.measures[name] for side in (summary.base, summary.tuned))
+        table.add_row(label, *(f"{cell.mean:.3f} ({cell.median:.3f})" for cell in cells))
+    table.add_row("cut at the limit", *(f"{side.cut:.0%}" for side in (summary.base, summary.tuned)))
+    for label, middle in (("KL a token", summary.kl_per_token), ("KL an answer", summary.kl)):
+        table.add_row(label, "", f"{middle.mean:.4f} ({middle.median:.4f})")
+    table.add_row("answers that changed", "", f"{summary.changed:.0%}")
     console.print(table)
     console.print(NOTES if drawing.temperature else f"{NOTES} {GREEDY}", markup=False)
 

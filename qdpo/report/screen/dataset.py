@@ -20,9 +20,9 @@ SHOWN_TOKENS = 220
 def print_report(report: DataReport, console: Console) -> None:
     """The whole report, the verdict last."""
     for source in report.sources:
-        licence = f" (licence: {source['license']})" if source["license"] else ""
-        console.print(f"data: {source['name']}{licence}", markup=False)
-        console.print(f"layout: {source['layout']}: {source['why']}", markup=False)
+        licence = f" (licence: {source.license})" if source.license else ""
+        console.print(f"data: {source.name}{licence}", markup=False)
+        console.print(f"layout: {source.layout}: {source.why}", markup=False)
     made = "" if report.outcomes == report.seen else f" that make {report.outcomes:,} pairs"
     console.print(f"rows: {report.seen:,}{made}")
     console.print(_counts(report))
@@ -106,8 +106,8 @@ def _counts(report: DataReport) -> Table:
 def _lengths(report: DataReport) -> Table:
     table = Table("tokens", "median", "mean", "95 %", "longest", "1 … longest", box=None, padding=(0, 2, 0, 0))
     for side, found in report.lengths.items():
-        numbers = [f"{found[key]:,.0f}" for key in ("median", "mean", "p95", "longest")]
-        table.add_row(side, *numbers, histogram(found["histogram"]))
+        numbers = [f"{number:,.0f}" for number in (found.median, found.mean, found.p95, found.longest)]
+        table.add_row(side, *numbers, histogram(found.histogram))
     for column in table.columns[1:5]:
         column.justify = "right"
     return table
