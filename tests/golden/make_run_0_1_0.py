@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(__file__).resolve().parent / "run-0.1.0"
@@ -70,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=Path, help="work in this new folder, and leave it")
     options = parser.parse_args()
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "tree"
         git("worktree", "add", "--detach", str(tree), REV)
