@@ -1,7 +1,9 @@
-"""The architecture as a test: imports point one way, and each heavy library has its named importers."""
+"""The architecture as a test: imports point one way, each heavy library has its named importers, and what crosses from
+room to room has a type."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,40 @@ IMPORTERS = {
     "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
     "peft": {"model/policy/adapter", "export/proof/verify", "export/merge/lora"},
 }
+# The same inside a room: a folder stands on those before it.
+INSIDE = {
+    "data": ["read", "layouts", "tokens"],
+    "model": ["base", "fast", "policy", "generate"],
+    "train": ["step", "keep", "policy", "watch", "start"],
+    "report": ["screen", "page"],
+    "collect": ["judge", "label"],
+    "export": ["merge", "gguf", "proof"],
+}
+# Formats of other programs may stay as they are read: config.json, adapter_config.json, transformers' arguments, and
+# the JSON that a browser sends.
+FOREIGN = {"from_config", "read_json", "loading", "check_adapter_folder", "Labelling"}
+UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
+LONGEST = 330
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(("qdpo", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+MODULES = {name_of(path): path for path in FILES if path.name != "__init__.py"}
+
+
+def targets(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    found = set()
+    for name in imports(path):
+        found |= {name, name.rpartition(".")[0]} & MODULES.keys()
+    return found - {name_of(path)}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -41,6 +72,84 @@ def test_imports_point_one_way(path: Path) -> None:
         if parts[0] != "qdpo" or parts[1] not in LAYER:
             continue
         assert parts[1] == home or LAYER[parts[1]] < LAYER[home], f"{home} imports {name}"
+
+
+def test_no_modules_import_each_other() -> None:
+    try:
+        list(TopologicalSorter({name: targets(path) for name, path in MODULES.items()}).static_order())
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_folders_of_a_room_import_each_other() -> None:
+    """A folder and a file beside it count alike."""
+    for home in LAYER:
+        graph: dict[str, set[str]] = {}
+        for name, path in MODULES.items():
+            if room(path) == home:
+                part = name.split(".")[2:3]
+                inside = {target.split(".")[2] for target in targets(path) if target.startswith(f"qdpo.{home}.")}
+                graph.setdefault("".join(part), set()).update(inside - set(part))
+        try:
+            list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            pytest.fail(f"{home}: {' → '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("home", INSIDE)
+def test_imports_point_one_way_inside_a_room(home: str) -> None:
+    order = INSIDE[home]
+    folders = {path.name for path in (PACKAGE / home).iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(order), "name the new folder in INSIDE, behind those that it imports"
+    for name, path in MODULES.items():
+        part = name.split(".")[2:]
+        if room(path) != home or part[0] not in order:
+            continue
+        for target in targets(path):
+            its = target.split(".")[1:]
+            if its[0] == home and len(its) == 3:
+                assert order.index(its[1]) <= order.index(part[0]), f"{name} imports {target}"
+
+
+def untyped(node: ast.AST) -> list[str]:
+    """The parameters, fields and results of a function or class that are bare dictionaries."""
+    found = []
+    for one in ast.walk(node):
+        if isinstance(one, ast.FunctionDef) and (not one.name.startswith("_") or one.name == "__init__"):
+            every = [*one.args.posonlyargs, *one.args.args, *one.args.kwonlyargs]
+            notes = [(argument.arg, argument.annotation) for argument in every] + [("result", one.returns)]
+            found += [f"{one.name}: {name}" for name, note in notes if note is not None and is_bare(note)]
+        elif isinstance(one, ast.AnnAssign) and isinstance(node, ast.ClassDef) and one in node.body:
+            found += [ast.unparse(one.target)] if is_bare(one.annotation) else []
+    return found
+
+
+def is_bare(annotation: ast.expr) -> bool:
+    return any(kind in ast.unparse(annotation) for kind in UNTYPED)
+
+
+def test_what_crosses_rooms_has_a_type() -> None:
+    used: dict[tuple[str, str], set[str]] = {}
+    for path in FILES:
+        modules = {name.rpartition(".")[2]: name for name in imports(path) if name in MODULES}
+        for name in imports(path):
+            module, _, thing = name.rpartition(".")
+            used.setdefault((module, thing), set()).add(room(path))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                used.setdefault((modules[node.value.id], node.attr), set()).add(room(path))
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in FOREIGN:
+                others = used.get((name, node.name), set()) - {room(path)}
+                assert not (others and untyped(node)), f"{name}.{node.name} ({untyped(node)}) is used in {others}"
+
+
+def test_files_are_of_one_idea() -> None:
+    for path in FILES:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= LONGEST, f"{path} has {len(lines)} lines: split it where its sentence has an 'and'"
+        assert path.name != "__init__.py" or path.parent == PACKAGE or not lines, f"{path} is not empty"
 
 
 @pytest.mark.parametrize("library", IMPORTERS)

@@ -11,7 +11,6 @@ from transformers.utils.logging import disable_progress_bar
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
 from qdpo.model.device import DTYPES, Announce
-from qdpo.model.fast import attention
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -42,11 +41,10 @@ def load_base(
 ) -> Any:
     """The frozen base on its device, in evaluation mode, every parameter without gradient.
 
-    `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `model.paths` switches it later. A folder
-    that is already 4-bit keeps its own settings.
+    `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `choose_path` of model/policy switches it
+    later. A folder that is already 4-bit keeps its own settings.
     Raises: ConfigError for a model that transformers cannot load, or not with that attention.
     """
-    attention.register()
     compute = DTYPES[dtype]
     arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
     try:

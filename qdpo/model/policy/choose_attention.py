@@ -36,6 +36,7 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
 
     Raises: ConfigError if the wanted function is not exact, VerificationError if nothing is.
     """
+    attention.register()
     truth_N = _truth(policy, row)
     candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
     refused: list[str] = []
