@@ -18,7 +18,7 @@ from qdpo.run.disk import read_json
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
-from qdpo.train.start.length import Plan
+from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import cache_folder
 
 MAX_TOKENS = 1024  # TRL's default max_length
@@ -76,7 +76,7 @@ class Start:
         record = read_json(run.record)
         config = RunConfig.model_validate(layered.nested(record["settings"]))
         found = record["found"]
-        plan = Plan(found["train.steps"], found["total_pairs"], found["train.warmup_steps"])
+        plan = RunLength(found["train.steps"], found["total_pairs"], found["train.warmup_steps"])
         places = [place for step in range(plan.steps) for place in plan.indices(step, config.train, len(train))]
         return [self.pairs[train[place].row - 1] for place in places]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.tiny import save_tiny_base
 from qdpo.export.merge import shards
 from qdpo.export.merge.merge import merge_run
-from qdpo.export.merge.shards import Planned
+from qdpo.export.merge.shards import PlannedTensor
 from qdpo.measure.random_base import config_of
 from qdpo.model.device import peak_gib
 from qdpo.run import disk
@@ -38,7 +38,7 @@ def write_model(work: Path, shape: str, layers: int | None) -> dict[str, Any]:
     model = _empty(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     planned = [
-        Planned(name, torch.bfloat16, tuple(parameter.shape))
+        PlannedTensor(name, torch.bfloat16, tuple(parameter.shape))
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name not in tied
     ]
@@ -68,7 +68,7 @@ def _empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def _random(tensor: Planned) -> Iterator[Tensor]:
+def _random(tensor: PlannedTensor) -> Iterator[Tensor]:
     left = tensor.bytes // 2
     while left:
         count = min(left, 2**22)

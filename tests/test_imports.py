@@ -145,6 +145,17 @@ def test_what_crosses_rooms_has_a_type() -> None:
                 assert not (others and untyped(node)), f"{name}.{node.name} ({untyped(node)}) is used in {others}"
 
 
+def test_a_type_has_one_meaning() -> None:
+    homes: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            alias = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else None
+            found = node.name if isinstance(node, ast.ClassDef) else alias.id if isinstance(alias, ast.Name) else ""
+            if found[:1].isupper() and not found.isupper():
+                homes.setdefault(found, []).append(name)
+    assert not {found: where for found, where in homes.items() if len(where) > 1}
+
+
 def test_files_are_of_one_idea() -> None:
     for path in FILES:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -16,7 +16,7 @@ from qdpo.families import shapes
 from qdpo.families.shapes import Shape
 from qdpo.forecast import choose, memory, model_table, plan
 from qdpo.forecast.choose import Given, Lengths
-from qdpo.forecast.memory import GIB, Row, Settings
+from qdpo.forecast.memory import GIB, MemorySettings, RowSize
 from qdpo.measure import random_base, steps
 from qdpo.model import device
 from qdpo.model.device import DTYPES, choose_device, choose_dtype
@@ -34,13 +34,13 @@ def longest(job: dict[str, Any]) -> dict[str, Any]:
     stand = Stand(job, *words)
     # As `qdpo fit` says it, with its share to spare; and without any, for what this process may use.
     limit, _card = plan.usable(job["card_gib"], None, None)
-    promised = model_table.longest_pair(stand.shape, Settings(rank=16, tile_mib=64), limit)
+    promised = model_table.longest_pair(stand.shape, MemorySettings(rank=16, tile_mib=64), limit)
     edge = model_table.longest_pair(stand.shape, stand.run, stand.allowed)
     if job["tiny"]:
         promised = edge = 4 * settings.TINY_TOKENS
     if not stand.try_pair(promised):
         raise Failed(f"a pair of {promised:,} tokens does not fit", {"promised": promised})
-    row = Row(promised, promised * 2 // 5)
+    row = RowSize(promised, promised * 2 // 5)
     found = {"promised": promised, "tokens_per_row": promised, "kept_layers": 0, **stand.peaks(row)}
     if stand.device.type != "cuda":
         return {**found, "edge": "not applicable: nothing holds a CPU's memory"}
@@ -59,7 +59,7 @@ def kept(job: dict[str, Any]) -> dict[str, Any]:
     if not stand.fits(pair, planned):
         raise Failed(f"{planned} kept layers do not fit", {"planned_edge": planned, "measured_edge": None})
     stand.run = replace(stand.run, kept_layers=planned)
-    found = {"tokens_per_row": rows, "kept_layers": planned, **stand.peaks(Row(rows, rows * 2 // 5))}
+    found = {"tokens_per_row": rows, "kept_layers": planned, **stand.peaks(RowSize(rows, rows * 2 // 5))}
     if stand.device.type != "cuda":
         return {**found, "edge": "not applicable: nothing holds a CPU's memory"}
     measured, unfit = planned, planned + 1
@@ -141,7 +141,7 @@ class Stand:
         print(f"{pairs[0].tokens} tokens, {kept_layers} kept: {fitted}, {time.monotonic() - begun:.1f} s")
         return fitted
 
-    def peaks(self, row: Row) -> dict[str, float]:
+    def peaks(self, row: RowSize) -> dict[str, float]:
         """The last try's peak, and the forecast of its row; on CUDA of torch's allocator."""
         forecast = memory.peak(self.shape, self.run, row)
         return {"peak_gib": device.peak_gib(self.device), "forecast_gib": forecast / GIB}

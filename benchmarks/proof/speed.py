@@ -77,7 +77,7 @@ class Ready:
         self.device = device
         self.optimizer = optimizer.choose_optimizer("auto", device, print)
 
-    def steps(self, rows: int) -> Iterator[steps.Step]:
+    def steps(self, rows: int) -> Iterator[steps.TimedStep]:
         """A step to warm up, and TIMED more."""
         return steps.timed_steps(
             self.config, self.loaded, self.pairs, tokens_per_row=rows, optimizer_name=self.optimizer

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import Settings, quiet_libraries
+from qdpo.cli.common import SettingArguments, quiet_libraries
 from qdpo.errors import ConfigError, ServerError
 
 Files = Annotated[list[Path], typer.Argument(metavar="CANDIDATES…", help="Prompts with answers, one a line (.jsonl).")]
@@ -19,7 +19,7 @@ def sample(
         str,
         typer.Argument(metavar="PROMPTS", help="A text with a prompt a line, or data: a file, a folder, a hub id."),
     ],
-    settings: Settings = None,
+    settings: SettingArguments = None,
     out: Annotated[Path, typer.Option(help="The file of candidates; the same command again goes on with it.")] = Path(
         "candidates.jsonl"
     ),
@@ -47,7 +47,7 @@ def sample(
         raise ConfigError(f"--out={out}: candidates are JSON lines. Give a name that ends in .jsonl.")
     quiet_libraries()
     from qdpo.collect.answering_model import base_sampler, run_sampler
-    from qdpo.collect.sample import Drawing, Sampled, read_prompts
+    from qdpo.collect.sample import Sampled, SamplingParameters, read_prompts
     from qdpo.collect.sample import sample as sample_prompts
     from qdpo.report.screen.live import Terminal
 
@@ -56,7 +56,7 @@ def sample(
     try:
         read = read_prompts(prompts, column, limit, terminal)
         sampler = run_sampler(adapter, settings or [], terminal) if adapter else base_sampler(settings or [], terminal)
-        drawing = Drawing(n, temperature, top_p, max_new_tokens, seed)
+        drawing = SamplingParameters(n, temperature, top_p, max_new_tokens, seed)
         found = sample_prompts(sampler, read, out, drawing, terminal)
     finally:
         terminal.finish()
@@ -85,11 +85,11 @@ def label(
     from qdpo.collect.candidates import read_candidates
     from qdpo.collect.decisions import opened
     from qdpo.collect.label.server import LabelServer
-    from qdpo.collect.label.sitting import Labelling, Options
+    from qdpo.collect.label.sitting import Labelling, LabelOptions
 
     found = read_candidates(candidates)
     with opened(out, found.items) as decisions:
-        labelling = Labelling(decisions, Options(blind, agreement, seed))
+        labelling = Labelling(decisions, LabelOptions(blind, agreement, seed))
         with LabelServer(labelling, port) as server:
             for note in found.notes:
                 typer.echo(note)
@@ -152,7 +152,7 @@ def judge(
     quiet_libraries()
     from qdpo.collect.candidates import read_candidates
     from qdpo.collect.decisions import opened
-    from qdpo.collect.judge.choose import Options, make_judge
+    from qdpo.collect.judge.choose import JudgeOptions, make_judge
     from qdpo.collect.judge.run import judge_candidates, summary_lines
     from qdpo.report.screen.live import Terminal
 
@@ -160,7 +160,7 @@ def judge(
     collected = read_candidates(candidates)
     for note in collected.notes:
         terminal.say(note)
-    options = Options(
+    options = JudgeOptions(
         margin=margin, quantization=quantization, device=device, judge_model=judge_model, rubric=rubric,
         parallel=parallel, timeout=timeout, max_tokens=max_tokens,
     )  # fmt: skip

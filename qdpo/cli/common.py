@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-Settings = Annotated[
+SettingArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[preset=NAME] [FILE.toml] [key=value …]",
@@ -16,7 +16,7 @@ Settings = Annotated[
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
-Places = Annotated[
+PlaceArguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value …]", help="model.device, memory.* and cache.dir may differ from the run's."),
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qdpo.cli.common import EXTRA, Settings, quiet_libraries
+from qdpo.cli.common import EXTRA, SettingArguments, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from qdpo.data.layouts.origin import Origin
 
 app = typer.Typer(no_args_is_help=True, help="Check, look at, convert or split preference data.")
-Source = Annotated[str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="A file, a folder, a hub id; several joined with +.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 
 
 @app.command(context_settings=EXTRA)
 def check(
-    path: Source,
-    settings: Settings = None,
+    path: SourceArgument,
+    settings: SettingArguments = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     report: Annotated[
         Path, typer.Option(help="Where every dropped, cut or mended row is named by file and line.")
@@ -63,7 +65,7 @@ def check(
 
 @app.command(context_settings=EXTRA)
 def show(
-    path: Source,
+    path: SourceArgument,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
     row: Annotated[int | None, typer.Option(help="The row to show, counted from 1. Default: the first three.")] = None,
 ) -> None:
@@ -87,7 +89,7 @@ def show(
 
 @app.command(context_settings=EXTRA)
 def convert(
-    path: Source,
+    path: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
     force: Force = False,
@@ -104,7 +106,7 @@ def convert(
 
 @app.command(context_settings=EXTRA)
 def split(
-    path: Source,
+    path: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import Settings, quiet_libraries
+from qdpo.cli.common import SettingArguments, quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
 
 
 def plan(
-    settings: Settings = None,
+    settings: SettingArguments = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
     card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
     others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
@@ -58,7 +58,7 @@ def fit(
 
 
 def bench(
-    settings: Settings = None,
+    settings: SettingArguments = None,
     limit_gib: Annotated[float | None, typer.Option(help="Stand for a card with this memory, in GiB.")] = None,
     others_gib: Annotated[
         float | None, typer.Option(help="What other programs would hold of it. Default: 0.7.")

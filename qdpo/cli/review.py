@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import MaxNewTokens, Places, Run, Seed, quiet_libraries
+from qdpo.cli.common import MaxNewTokens, PlaceArguments, Run, Seed, quiet_libraries
 
 
 def report(
@@ -53,7 +53,7 @@ def eval_(
 
 def compare(
     run: Run,
-    settings: Places = None,
+    settings: PlaceArguments = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="A text with a prompt a line, or .jsonl with `prompt` as text or messages."),
@@ -73,10 +73,10 @@ def compare(
     quiet_libraries()
     from qdpo.report.screen.comparison import print_comparison
     from qdpo.report.screen.live import Terminal
-    from qdpo.review.compare import Drawing, compare_run
+    from qdpo.review.compare import CompletionParameters, compare_run
 
     terminal = Terminal(stderr=json_)
-    drawing = Drawing(max_new_tokens, temperature, seed)
+    drawing = CompletionParameters(max_new_tokens, temperature, seed)
     try:
         found = compare_run(run, settings or [], terminal, prompts=prompts, count=n, drawing=drawing)
     finally:
@@ -89,7 +89,7 @@ def compare(
 
 def chat(
     run: Run,
-    settings: Places = None,
+    settings: PlaceArguments = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.7,
     top_p: Annotated[

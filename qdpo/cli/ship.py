@@ -14,7 +14,7 @@ from qdpo.errors import ConfigError
 TARGETS = ("peft", "gguf-adapter", "gguf", "ollama", "vllm")
 
 
-class Base(StrEnum):
+class BaseOption(StrEnum):
     dequantized = "dequantized"
     original = "original"
 
@@ -29,8 +29,9 @@ def merge(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="A new folder. Default: RUN/merged.")] = None,
     base: Annotated[
-        Base, typer.Option(help="The 4-bit weights that were trained on, dequantised; or those in the base's files.")
-    ] = Base.dequantized,
+        BaseOption,
+        typer.Option(help="The 4-bit weights that were trained on, dequantised; or those in the base's files."),
+    ] = BaseOption.dequantized,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Default: as the base's files if these have 16 bits, else what the run used.")
     ] = None,
@@ -48,7 +49,7 @@ def merge(
     Example: qdpo merge runs/7b-24gb-1a2b3c
     """
     quiet_libraries()
-    from qdpo.export.proof.prove import Options, check_again, merge_proved, table
+    from qdpo.export.proof.prove import MergeOptions, check_again, merge_proved, table
     from qdpo.report.screen.live import Terminal
     from qdpo.run.folder import RunDir
 
@@ -56,7 +57,7 @@ def merge(
         raise ConfigError("--no-verify leaves nothing for --compare or --check to do. Leave one of them out.")
     run, terminal = RunDir(run_folder), Terminal(stderr=json_)
     folder = out or run.merged
-    options = Options(base.value, dtype.value if dtype else None, verify, compare, data, pairs)
+    options = MergeOptions(base.value, dtype.value if dtype else None, verify, compare, data, pairs)
     try:
         if check:
             report, found = None, check_again(run, folder, options, terminal)

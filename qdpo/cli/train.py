@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qdpo.cli import common
-from qdpo.cli.common import Settings, quiet_libraries
+from qdpo.cli.common import SettingArguments, quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    settings: Settings = None,
+    settings: SettingArguments = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved settings with their origins, and stop.")
     ] = False,
@@ -90,7 +90,7 @@ def _left_at_once() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def sweep(settings: Settings = None) -> None:
+def sweep(settings: SettingArguments = None) -> None:
     """Train once for each combination of the values that commas part, one run after the other, and compare them.
 
     Each is an ordinary run in output.dir; the same command continues where it was stopped, and shows what is finished.

@@ -20,7 +20,7 @@ from qdpo.data.layouts.origin import COLUMNS
 from qdpo.errors import ConfigError, DataError
 from qdpo.run import disk
 
-Kind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
+DecisionKind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
 """pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left it to a person ·
 undo: the prompt is as it was before its last decision."""
 MAKES_PAIR = ("pick", "edit")
@@ -31,7 +31,7 @@ class Decision:
     """One decision about one prompt; `best` and `worst` are ids of answers."""
 
     prompt: str
-    kind: Kind
+    kind: DecisionKind
     by: str = "person"
     """Who took it: person, or the name of a judge."""
     best: str | None = None
@@ -174,7 +174,7 @@ class Decisions:
 
     def _check(self, decision: Decision, where: str) -> None:
         item = self.items.get(decision.prompt)
-        if decision.kind not in get_args(Kind):
+        if decision.kind not in get_args(DecisionKind):
             raise DataError(f"{where} is of the unknown kind {decision.kind!r}.")
         if item is None:
             raise DataError(

@@ -32,7 +32,7 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingParameters:
     """How answers are drawn."""
 
     n: int = 4
@@ -97,7 +97,9 @@ def read_prompts(path: str, column: str | None, limit: int | None, watcher: Watc
     return list(distinct.values())[:limit]
 
 
-def sample(sampler: Sampler, prompts: Sequence[Prompt], out: Path, drawing: Drawing, watcher: Watcher) -> Sampled:
+def sample(
+    sampler: Sampler, prompts: Sequence[Prompt], out: Path, drawing: SamplingParameters, watcher: Watcher
+) -> Sampled:
     """Writes a line to `out` for each prompt that has none yet, as soon as its answers are drawn.
 
     Raises: ConfigError if `out` was drawn otherwise; DataError for a prompt that does not fit the model; DiskError.
@@ -119,7 +121,7 @@ def sample(sampler: Sampler, prompts: Sequence[Prompt], out: Path, drawing: Draw
 
 
 def _answer(
-    sampler: Sampler, works: list[_Work], out: Path, drawing: Drawing, watcher: Watcher, counts: Sampled
+    sampler: Sampler, works: list[_Work], out: Path, drawing: SamplingParameters, watcher: Watcher, counts: Sampled
 ) -> None:
     """Longest prompts first: what does not fit shows at the start, and the time left is overstated, if anything."""
     works = sorted(works, key=lambda work: -len(work.ids))
@@ -151,7 +153,7 @@ def _answer(
     watcher.finish()
 
 
-def _ask(work: _Work, drawing: Drawing) -> list[tuple[_Work, Draw]]:
+def _ask(work: _Work, drawing: SamplingParameters) -> list[tuple[_Work, Draw]]:
     """The draws that the prompt still needs; none when it has all its answers, or was asked often enough."""
     missing = drawing.n - len(work.answers)
     if work.rounds == ROUNDS or not missing:
@@ -172,7 +174,7 @@ def _take(work: _Work, one: Draw, drawn: Drawn, sampler: Sampler, counts: Sample
         work.answers.append(Answer(text, sampler.origin, len(drawn.ids), drawn.cut, one.seed))
 
 
-def _write(work: _Work, out: Path, drawing: Drawing, counts: Sampled) -> None:
+def _write(work: _Work, out: Path, drawing: SamplingParameters, counts: Sampled) -> None:
     line = Candidates(work.prompt.prompt, tuple(work.answers), work.prompt.place, work.prompt.drawn)
     disk.append_text(out, json.dumps(line.to_json(), ensure_ascii=False) + "\n")
     counts.answers += len(work.answers)
@@ -180,7 +182,7 @@ def _write(work: _Work, out: Path, drawing: Drawing, counts: Sampled) -> None:
     counts.short += len(work.answers) < drawing.n
 
 
-def _try(sampler: Sampler, draws: list[Draw], drawing: Drawing) -> list[Drawn] | None:
+def _try(sampler: Sampler, draws: list[Draw], drawing: SamplingParameters) -> list[Drawn] | None:
     """None where the batch does not fit. Raises: OutOfMemoryError if it is a single answer."""
     try:
         return draw(
@@ -196,7 +198,7 @@ def _try(sampler: Sampler, draws: list[Draw], drawing: Drawing) -> list[Drawn] |
         ) from error
 
 
-def _at_once(sampler: Sampler, longest: int, drawing: Drawing) -> int:
+def _at_once(sampler: Sampler, longest: int, drawing: SamplingParameters) -> int:
     element = sampler.model.get_output_embeddings().weight.element_size()
     one = bytes_an_answer(sampler.model.config, element, longest, drawing.max_new_tokens)
     fits = int(auto_memory.available(sampler.device) * MEMORY_SHARE / one)

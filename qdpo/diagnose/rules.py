@@ -26,7 +26,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Symptom:
     """A way to go wrong."""
 
     threshold: str
@@ -80,81 +80,81 @@ def follow(records: Sequence[Record], terms: Terms, looks: int = 200) -> list[Se
 
 
 RULES = {
-    "unmoved": Rule(
+    "unmoved": Symptom(
         f"every margin is exactly 0 for the first {signs.UNMOVED_STEPS} steps",
         "The adapter learns nothing. Usual causes: a rate too small to change a weight (train.learning_rate), "
         "adapter.targets that no answer passes through, or a layer without a backward pass.",
         signs.unmoved,
         is_failure=True,
     ),
-    "reversed": Rule(
+    "reversed": Symptom(
         "accuracy is three standard errors below its start",
         "Labels are swapped in one of the two sets, or the columns are (data.columns.chosen, data.columns.rejected).",
         signs.swapped,
         is_failure=True,
     ),
-    "stuck": Rule(
+    "stuck": Symptom(
         "half of the run is over, and held-out accuracy is within two standard errors of its start",
         "The rate is too low, the run too short, or the labels are noise: read twenty pairs and say which answer you "
         "would choose.",
         signs.stuck,
         is_failure=True,
     ),
-    "overfit": Rule(
+    "overfit": Symptom(
         "held-out loss rises by a quarter of what it had fallen while training loss falls, or held-out accuracy is "
         "that of chance where training accuracy is 90 %",
         "The run memorises its pairs: take fewer epochs, a lower rate, a larger beta, or more pairs.",
         signs.overfit,
     ),
-    "saturated": Rule(
+    "saturated": Symptom(
         f"accuracy reaches {signs.SATURATED:.0%} in the first {signs.EARLY_SHARE:.0%} of the run, or all held-out "
         "pairs are right at a tenth of the first loss",
         "Something trivial tells the answers apart (a marker, a style, the length), held-out pairs are among the "
         "training pairs, or the rate is too high or beta too small.",
         signs.saturated,
     ),
-    "displacement": Rule(
+    "displacement": Symptom(
         f"chosen answers lose {signs.DISPLACED:g} nats a token",
         "The model is leaving the text you asked for: lower the rate, raise beta, or add a term that holds chosen "
         "answers (loss.name=sigmoid+sft, dpop). `qdpo metrics displacement` says more.",
         signs.displacement,
     ),
-    "runaway": Rule(
+    "runaway": Symptom(
         f"margin / beta passes {signs.RUNAWAY:g} nats a token",
         "Margins this wide cost the quality of the text: lower the rate, raise beta, or take fewer steps.",
         signs.runaway,
     ),
-    "weak_beta": Rule(
+    "weak_beta": Symptom(
         f"half of the run is over, {signs.SORTED:.0%} of the pairs are ordered, and their margin is below "
         f"{signs.WEAK_MARGIN:g}",
         "The loss goes on pulling pairs that are long in order, so nothing but the number of steps bounds the drift: "
         "raise beta.",
         signs.weak_beta,
     ),
-    "drift": Rule(
+    "drift": Symptom(
         f"kl passes {signs.DRIFTED:g} nats a token",
         "The policy has left its reference: lower the rate, or raise beta.",
         signs.drift,
     ),
-    "repetition": Rule(
+    "repetition": Symptom(
         f"sampled answers repeat {signs.REPEATING:.0%} of themselves, and {signs.REPEATING_MORE:.0%} more than before",
         "The adapter has damaged the model: lower the rate or stop earlier, and read the samples.",
         signs.repetition,
     ),
-    "length": Rule(
+    "length": Symptom(
         f"sampled answers grow to {signs.LONGER:g} times, or shrink to {signs.SHORTER:g} times, beyond what chosen "
         "answers are",
         "The preference may be one for length: balance it in the data, or see loss.length_normalized and "
         "loss.ld_alpha.",
         signs.length,
     ),
-    "spikes": Rule(
+    "spikes": Symptom(
         f"{signs.SPIKES} of {signs.SPIKE_STEPS} gradients are {signs.SPIKE:g} times those before, or one "
         f"{signs.SPIKE**2:g} times",
         "Lower the rate or lengthen the warm-up (train.warmup_steps); look for broken rows.",
         signs.spikes,
     ),
-    "overflow": Rule(
+    "overflow": Symptom(
         "more than 5 of 20 updates are skipped",
         "Compute in bf16 or fp32 (model.dtype), or lower the rate.",
         signs.overflow,

@@ -10,10 +10,11 @@ from typing import Any
 from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.privacy import Privacy
-from qdpo.export.trained import Announce, TrainedRun
+from qdpo.export.trained import TrainedRun
 from qdpo.model.base.folder import check_folder
 from qdpo.report.card import card_text, public_name
 from qdpo.run.record import BaseRecord
+from qdpo.run.watcher import Say
 
 # What a model's or an adapter's folder may hold for the hub; anything else stays here.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -57,7 +58,7 @@ class Parcel:
             return str(api.create_commit(self.repo, operations, commit_message=message).commit_url)
 
 
-def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Announce) -> Parcel:
+def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Say) -> Parcel:
     """The files of the run's adapter, or of its merged model, cleaned and searched for local paths.
 
     Raises: ConfigError without a token, a finished run or a merged model; VerificationError if a local path is left.

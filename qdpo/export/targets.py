@@ -13,10 +13,11 @@ from qdpo.export.gguf.adapter import TYPES, write_gguf_adapter
 from qdpo.export.merge.lora import is_plain, read_lora
 from qdpo.export.merge.weight_names import require_layers
 from qdpo.export.plain_peft import write_normal
-from qdpo.export.trained import Announce, TrainedRun, require_free
+from qdpo.export.trained import TrainedRun, require_free
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
+from qdpo.run.watcher import Say
 
 # A float32 copy of the merged model and one of what was read back.
 BYTES_A_WEIGHT = 8
@@ -33,7 +34,7 @@ class Order:
     lora: bool
     name: str
     force: bool
-    say: Announce
+    say: Say
 
     def place(self, default: str, suffix: str = "") -> Path:
         """Where to write: the place given, or `default` in the run's export folder; free, or to be replaced."""

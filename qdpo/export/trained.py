@@ -1,7 +1,6 @@
 """What is exported: a finished run's adapter, its base, its merged folder; and whether the output's place is free."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,7 @@ from qdpo.model.base.from_gguf import wheel_gguf
 from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.record import RunRecord
-
-Announce = Callable[[str], None]
+from qdpo.run.watcher import Say
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class TrainedRun:
         """The folder that outputs go to unless a place is given."""
         return self.run.path / "export"
 
-    def base(self, announce: Announce) -> Path:
+    def base(self, announce: Say) -> Path:
         """The base's folder on this machine. Raises: ConfigError if it is neither there nor to be had again."""
         base = self.record.base
         if Path(base.folder).is_dir():
@@ -49,7 +47,7 @@ class TrainedRun:
             base.source, revision=revision, cache_dir=self.finished.cache, announce=announce
         ).folder
 
-    def base_gguf(self, announce: Announce) -> Path | None:
+    def base_gguf(self, announce: Say) -> Path | None:
         """The GGUF file that the base was converted from; None if it came as safetensors, or if the file is gone."""
         source = self.record.base.source
         if source.startswith("pypi:"):

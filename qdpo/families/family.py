@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
+class LayerForm:
     """A decoder layer, as far as its memory depends on how it is built."""
 
     norms: int = 2
@@ -44,7 +44,7 @@ class GgufForm:
 class Family:
     """All that is known of one model_type."""
 
-    layer: Layer | None = None
+    layer: LayerForm | None = None
     """Held to a traced step by tests/measure/test_trace.py."""
     tied: bool = False
     """Whether head and embedding are one table where a config.json does not say."""
@@ -56,31 +56,31 @@ class Family:
 _GELU = "gelu_pytorch_tanh"
 
 FAMILIES = {
-    "llama": Family(layer=Layer(), gguf=GgufForm(arch="llama", is_interleaved=True)),
-    "mistral": Family(layer=Layer(), gguf=GgufForm(arch="llama", is_interleaved=True)),
-    "qwen2": Family(layer=Layer(), gguf=GgufForm(arch="qwen2", has_biases=True, ropes=("default", "linear"))),
-    "qwen3": Family(layer=Layer(head_norms=True), gguf=GgufForm(arch="qwen3", ropes=("default", "linear"))),
-    "smollm3": Family(layer=Layer(), tied=True),
-    "granite": Family(layer=Layer()),
+    "llama": Family(layer=LayerForm(), gguf=GgufForm(arch="llama", is_interleaved=True)),
+    "mistral": Family(layer=LayerForm(), gguf=GgufForm(arch="llama", is_interleaved=True)),
+    "qwen2": Family(layer=LayerForm(), gguf=GgufForm(arch="qwen2", has_biases=True, ropes=("default", "linear"))),
+    "qwen3": Family(layer=LayerForm(head_norms=True), gguf=GgufForm(arch="qwen3", ropes=("default", "linear"))),
+    "smollm3": Family(layer=LayerForm(), tied=True),
+    "granite": Family(layer=LayerForm()),
     "gemma": Family(
-        layer=Layer(),
+        layer=LayerForm(),
         tied=True,
         gguf=GgufForm(arch="gemma", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",)),
     ),
     "gemma2": Family(
-        layer=Layer(norms=4, scored=True, copied_output=True),
+        layer=LayerForm(norms=4, scored=True, copied_output=True),
         tied=True,
         gguf=GgufForm(
             arch="gemma2", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",), window_pattern=2
         ),
     ),
     "gemma3_text": Family(
-        layer=Layer(norms=4, head_norms=True, copied_output=True),
+        layer=LayerForm(norms=4, head_norms=True, copied_output=True),
         tied=True,
         gguf=GgufForm(arch="gemma3", norm_shift=1.0, activation=_GELU, ropes=("default", "linear"), window_pattern=6),
     ),
-    "phi3": Family(layer=Layer(fused_mlp=True, copied_output=True), gguf=GgufForm(arch="phi3", ropes=("default",))),
-    "olmo2": Family(layer=Layer(head_norms=True)),
+    "phi3": Family(layer=LayerForm(fused_mlp=True, copied_output=True), gguf=GgufForm(arch="phi3", ropes=("default",))),
+    "olmo2": Family(layer=LayerForm(head_norms=True)),
     "gpt2": Family(transposed=True),
     "openai-gpt": Family(transposed=True),
 }

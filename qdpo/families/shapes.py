@@ -9,7 +9,7 @@ from typing import Any
 
 from qdpo.errors import ConfigError
 from qdpo.families.config_fields import experts_field, is_tied
-from qdpo.families.family import FAMILIES, WITH_FORECAST, Layer
+from qdpo.families.family import FAMILIES, WITH_FORECAST, LayerForm
 
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -18,7 +18,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 class Shape:
     """What of an architecture decides memory and time."""
 
-    layer: Layer
+    layer: LayerForm
     layers: int
     hidden: int
     intermediate: int
@@ -91,7 +91,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
     )  # fmt: skip
 
 
-def _layer(family: str) -> Layer:
+def _layer(family: str) -> LayerForm:
     layer = FAMILIES[family].layer
     assert layer is not None
     return layer

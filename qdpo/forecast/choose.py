@@ -6,7 +6,7 @@ from typing import Any
 
 from qdpo.families.shapes import Shape
 from qdpo.forecast import memory, timing
-from qdpo.forecast.memory import GIB, Row, Settings
+from qdpo.forecast.memory import GIB, MemorySettings, RowSize
 from qdpo.settings.schema import AdapterConfig, MemoryConfig, ModelConfig
 
 ROWS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
@@ -30,13 +30,13 @@ class Lengths:
     mean_prompt: float
     pairs_per_step: int
 
-    def row(self, budget: int) -> Row:
+    def row(self, budget: int) -> RowSize:
         """The fullest row of a budget: the longest pair alone if no shorter one fits beside it."""
         if budget <= self.longest + self.mean:
             tokens = max(self.longest, min(budget, self.longest + int(self.mean)))
-            return Row(tokens, self.longest_prompt, 1)
+            return RowSize(tokens, self.longest_prompt, 1)
         pairs = max(1, round((budget - self.longest) / self.mean))
-        return Row(budget, min(budget, self.longest_prompt + int(pairs * self.mean_prompt)), 1 + pairs)
+        return RowSize(budget, min(budget, self.longest_prompt + int(pairs * self.mean_prompt)), 1 + pairs)
 
     @property
     def step(self) -> int:
@@ -59,8 +59,8 @@ class Choice:
     """Concrete memory settings, what they are forecast to take, and seconds a token on the reference card."""
 
     tokens_per_row: int
-    run: Settings
-    row: Row
+    run: MemorySettings
+    row: RowSize
     peak: float
     seconds: float
 
@@ -75,7 +75,7 @@ class Way:
 
 
 def choose(
-    shape: Shape, run: Settings, lengths: Lengths, given: Given, *, limit: float, host_limit: float = float("inf")
+    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, host_limit: float = float("inf")
 ) -> Choice:
     """The fastest settings under `limit` bytes; what is given stays. If nothing fits, the smallest, above the limit."""
     best: Choice | None = None
@@ -109,7 +109,7 @@ def _switch(given: bool | None, possible: bool) -> list[bool]:
     return [False, True] if possible else [False]
 
 
-def _keep_most(shape: Shape, run: Settings, budget: int, row: Row, kept: int | None, limit: float) -> Choice:
+def _keep_most(shape: Shape, run: MemorySettings, budget: int, row: RowSize, kept: int | None, limit: float) -> Choice:
     """As many kept layers as fit, found by halving: the peak grows with them."""
     low, high = (0, shape.layers) if kept is None else (min(kept, shape.layers),) * 2
     while low < high:
@@ -124,7 +124,7 @@ def _keep_most(shape: Shape, run: Settings, budget: int, row: Row, kept: int | N
 
 
 def ways_out(
-    shape: Shape, run: Settings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
+    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
 ) -> list[Way]:
     """Up to three changes that make the run fit, the least slow first; then what costs data or adapter rank.
 
@@ -133,7 +133,7 @@ def ways_out(
     now = choose(shape, run, lengths, given, limit=limit)
     found: list[Way] = []
 
-    def attempt(change: str, run: Settings = run, lengths: Lengths = lengths, given: Given = given) -> bool:
+    def attempt(change: str, run: MemorySettings = run, lengths: Lengths = lengths, given: Given = given) -> bool:
         choice = choose(shape, run, lengths, given, limit=limit)
         if choice.peak <= limit:
             found.append(Way(change, choice.peak, choice.seconds / now.seconds))
@@ -172,7 +172,7 @@ def ways_out(
     return found[:3]
 
 
-def _all_changes(run: Settings, given: Given) -> tuple[list[str], Settings]:
+def _all_changes(run: MemorySettings, given: Given) -> tuple[list[str], MemorySettings]:
     """What frees memory without touching the data, as words, and the settings with it; what is given becomes auto."""
     words = [f"{name}=auto" for name, value in zip(_AUTO, vars(given).values(), strict=True) if value is not None]
     if not run.quantised:
@@ -184,7 +184,9 @@ def _all_changes(run: Settings, given: Given) -> tuple[list[str], Settings]:
     return words, replace(run, quantised=True, double_quant=True, tile_mib=min(run.tile_mib, 32))
 
 
-def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Given, limit: float) -> Lengths | None:
+def _longest_that_fits(
+    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, limit: float
+) -> Lengths | None:
     """The same data with longer pairs cut, as far as needed, in steps of an eighth; None if no pair fits at all."""
     for eighths in range(7, 0, -1):
         share = eighths / 8
@@ -198,12 +200,12 @@ def _longest_that_fits(shape: Shape, run: Settings, lengths: Lengths, given: Giv
     return None
 
 
-def fixed_part(shape: Shape, run: Settings) -> float:
+def fixed_part(shape: Shape, run: MemorySettings) -> float:
     """Bytes that no row length changes: below it nothing can run."""
     return sum(memory.fixed(shape, run).values()) + sum(memory.outside(run).values())
 
 
-def smallest_fixed_part(shape: Shape, run: Settings) -> float:
+def smallest_fixed_part(shape: Shape, run: MemorySettings) -> float:
     """The fixed part with every setting that makes it smaller: below it `ways_out` has nothing to offer."""
     lean = replace(run, quantised=True, double_quant=True, rank=min(run.rank, 8), host_embeddings=run.cuda)
     return fixed_part(shape, lean)
@@ -231,9 +233,9 @@ def given_of(memory: MemoryConfig, shape: Shape) -> Given:
     )
 
 
-def settings_of(model: ModelConfig, adapter: AdapterConfig, memory: MemoryConfig, **base: Any) -> Settings:
+def settings_of(model: ModelConfig, adapter: AdapterConfig, memory: MemoryConfig, **base: Any) -> MemorySettings:
     """What the forecast takes from three sections of settings; `base` holds the other fields."""
-    return Settings(
+    return MemorySettings(
         rank=adapter.rank, quantised=model.quantization != "none", double_quant=model.double_quant,
         tile_mib=memory.head_tile_mib, **base,
     )  # fmt: skip

@@ -27,7 +27,7 @@ CHARACTERS = 4.0
 TURN_TOKENS = 6
 """Tokens that a chat template puts around a turn, roughly."""
 
-Count = Callable[[list[str]], list[int]]
+CountTokens = Callable[[list[str]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _characters(p: Pair) -> int:
     return sum(len(turn["content"]) for turn in p.prompt) + len(p.chosen) + len(p.rejected)
 
 
-def _counter(tokenizer_file: Path | None) -> Count:
+def _counter(tokenizer_file: Path | None) -> CountTokens:
     if tokenizer_file is None:
         return lambda texts: [round(len(text) / CHARACTERS) for text in texts]
     from tokenizers import Tokenizer
@@ -126,7 +126,7 @@ def _counter(tokenizer_file: Path | None) -> Count:
     return lambda texts: [len(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def _counted(pairs: Sequence[Pair], count: Count, config: RunConfig) -> list[tuple[int, int, int]]:
+def _counted(pairs: Sequence[Pair], count: CountTokens, config: RunConfig) -> list[tuple[int, int, int]]:
     texts = [text for p in pairs for text in ("\n".join(t["content"] for t in p.prompt), p.chosen, p.rejected)]
     numbers = iter(count(texts))
     # A chat template puts roles around plain text as well; without one, `Human:` and `Assistant:` stand in a chat.

@@ -26,7 +26,7 @@ PROCESS = 1.0 * GIB
 
 
 @dataclass(frozen=True)
-class Row:
+class RowSize:
     """What of a row of pairs decides its memory: all its tokens, those of its prompts (each once), and its pairs."""
 
     tokens: int
@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MemorySettings:
     """What of a run decides its memory."""
 
     rank: int = 16
@@ -73,7 +73,7 @@ def nf4_bytes(numbers: int, double_quant: bool) -> float:
     return numbers / 2 + (blocks + 4 * blocks / 256 + 1024 if double_quant else 4 * blocks) + 64
 
 
-def fixed(shape: Shape, run: Settings) -> dict[str, float]:
+def fixed(shape: Shape, run: MemorySettings) -> dict[str, float]:
     """Bytes on the device before a step, by cause."""
     e = run.element
     sizes = [inputs * outputs for inputs, outputs in shape.linears]
@@ -96,7 +96,7 @@ def adapter_numbers(shape: Shape, rank: int) -> int:
     return shape.layers * rank * sum(inputs + outputs for inputs, outputs in shape.linears)
 
 
-def kept_bytes(shape: Shape, run: Settings, row: Row) -> float:
+def kept_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     """What one layer keeps for its backward pass, its input included."""
     e, tokens, layer = run.element, row.tokens, shape.layer
     hidden = 4 + (layer.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
@@ -108,7 +108,7 @@ def kept_bytes(shape: Shape, run: Settings, row: Row) -> float:
     return e * tokens * (hidden * shape.hidden + heads + wide + low) + gathered + tokens * statistics
 
 
-def forecast(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+def forecast(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Bytes on the device at the step's peak, by cause."""
     moments = [_at_head(shape, run, row), _in_last_mlp(shape, run, row)]
     kept = min(run.kept_layers, shape.layers)
@@ -120,35 +120,35 @@ def forecast(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
     return {**fixed(shape, run), **highest, **outside(run)}
 
 
-def outside(run: Settings) -> dict[str, float]:
+def outside(run: MemorySettings) -> dict[str, float]:
     """Bytes that no tensor takes, by cause."""
     if not run.cuda:
         return {"libraries": PROCESS if run.context else 0.0}
     return {"CUDA context": CONTEXT if run.context else 0.0, "workspaces": WORKSPACES}
 
 
-def peak(shape: Shape, run: Settings, row: Row) -> float:
+def peak(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     """Bytes of `forecast` together."""
     return sum(forecast(shape, run, row).values())
 
 
-def _inputs(shape: Shape, run: Settings, row: Row, kept: int) -> float:
+def _inputs(shape: Shape, run: MemorySettings, row: RowSize, kept: int) -> float:
     """Inputs of recomputed layers: all on the device, or with offload this one and the one on its way."""
     recomputed = shape.layers - kept
     return run.element * row.tokens * shape.hidden * (min(recomputed, 2) if run.offload else recomputed)
 
 
-def _weight(run: Settings, size: int) -> float:
+def _weight(run: MemorySettings, size: int) -> float:
     """A matrix in the compute type, with its unpacked scales."""
     return size * (run.element + (1 / 16 if run.double_quant else 0.0)) if run.quantised else 0.0
 
 
-def _indices(row: Row) -> float:
+def _indices(row: RowSize) -> float:
     """Ids, positions, labels, gathered keys and per-token metrics."""
     return 8.0 * (2 * row.tokens + row.keys) + 80.0 * row.responses
 
 
-def _at_head(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+def _at_head(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """All layers done: the last hidden states, those of answer tokens with their slopes, and one tile of logits."""
     e, kept = run.element, min(run.kept_layers, shape.layers)
     rows = min(row.responses, max(16, run.tile_mib * 2**20 // (shape.vocabulary * 12)))
@@ -161,7 +161,7 @@ def _at_head(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
     }
 
 
-def _in_last_mlp(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+def _in_last_mlp(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """The forward pass in the last layer's MLP: its product that goes down, or one gate and up matrix."""
     e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
     working, weight = shape.hidden + (0 if shape.layer.fused_mlp else shape.intermediate), _weight(run, size)
@@ -177,7 +177,7 @@ def _in_last_mlp(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
     }
 
 
-def _in_backward(shape: Shape, run: Settings, row: Row, kept: float, first: int) -> dict[str, float]:
+def _in_backward(shape: Shape, run: MemorySettings, row: RowSize, kept: float, first: int) -> dict[str, float]:
     """The backward pass in a layer, `kept` bytes of kept layers before it; 0: the first recomputed one."""
     own = 0.0 if kept else kept_bytes(shape, run, row) - run.element * row.tokens * shape.hidden
     working, weight = max(_mlp_gradients(shape, run, row), _attention_gradients(shape, run, row), key=sum)
@@ -189,7 +189,7 @@ def _in_backward(shape: Shape, run: Settings, row: Row, kept: float, first: int)
     }
 
 
-def _mlp_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]:
+def _mlp_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[float, float]:
     """The gradient of the MLP's product, then a dequantised weight or a slice's float32 work."""
     e, tokens, wide = run.element, row.tokens, shape.intermediate
     down = _weight(run, wide * shape.hidden)
@@ -201,7 +201,7 @@ def _mlp_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]
     return e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down
 
 
-def _attention_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, float]:
+def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[float, float]:
     """Gradients of queries, keys and values, and what the kernel sums them up in; the MLP's part is gone by then."""
     e, tokens = run.element, row.tokens
     gone = e * tokens * (2 * shape.intermediate + 2 * shape.hidden + shape.layer.copied_output * shape.query)
@@ -215,7 +215,7 @@ def _attention_gradients(shape: Shape, run: Settings, row: Row) -> tuple[float, 
     return working, 0.0
 
 
-def host_bytes(shape: Shape, run: Settings, row: Row) -> dict[str, float]:
+def host_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
     waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0
     buffer = run.element * row.tokens * shape.hidden

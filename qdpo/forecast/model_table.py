@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from qdpo.families.shapes import KNOWN, Shape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
-from qdpo.forecast.memory import GIB, Settings
+from qdpo.forecast.memory import GIB, MemorySettings
 
 # One or two models of each size, 1B to 32B.
 MODELS = (
@@ -40,14 +40,14 @@ def fit_table(limit: float, *, card: str, longest: int, mean: float, rank: int =
 
 
 def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
-    run = Settings(rank=rank, tile_mib=64)
+    run = MemorySettings(rank=rank, tile_mib=64)
     most = longest_pair(shape, run, limit)
     lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
     found = choose.choose(shape, run, lengths, Given(), limit=limit)
     if found.peak > limit:
         return Fit(name, most, None, None, shape.layers, False, False, None, None)
     budget = min(found.tokens_per_row, lengths.step)
-    row = memory.Row(budget, budget * 2 // 5, max(1, round(budget / mean)))
+    row = memory.RowSize(budget, budget * 2 // 5, max(1, round(budget / mean)))
     seconds = sum(
         timing.row_seconds(shape, found.run, row, timing.CARDS[card], scoring=scoring) for scoring in (False, True)
     )
@@ -57,7 +57,7 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
     )  # fmt: skip
 
 
-def longest_pair(shape: Shape, run: Settings, limit: float) -> int:
+def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
     """Tokens of the longest pair that fits with nothing kept and everything moved that can be, in steps of 64."""
 
     def fits(tokens: int) -> bool:

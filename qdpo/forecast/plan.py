@@ -12,7 +12,7 @@ from qdpo.families.shapes import Shape
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
-from qdpo.forecast.memory import GIB, Settings
+from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.run import identity
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -209,7 +209,7 @@ def _seconds(
     return {name: value for name, value in phases.items() if value > 0}
 
 
-def _disk(config: RunConfig, shape: Shape, run: Settings, known: Known) -> dict[str, float]:
+def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: what is downloaded once, and what the run writes."""
     weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)

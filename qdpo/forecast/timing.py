@@ -7,7 +7,7 @@ at its memory bandwidth, and the host's time to launch it all.
 from dataclasses import dataclass
 
 from qdpo.families.shapes import Shape
-from qdpo.forecast.memory import Row, Settings
+from qdpo.forecast.memory import MemorySettings, RowSize
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def card_for(gib: float) -> str:
     return fitting[-1] if fitting else common[0]
 
 
-def row_seconds(shape: Shape, run: Settings, row: Row, card: Card, *, scoring: bool = False) -> float:
+def row_seconds(shape: Shape, run: MemorySettings, row: RowSize, card: Card, *, scoring: bool = False) -> float:
     """Seconds for a row's forward and backward pass; `scoring`: for a forward pass alone, as of the reference."""
     kept = min(run.kept_layers, shape.layers) / shape.layers
     passes = 1.0 if scoring else 2.0 + RECOMPUTED * (1 - kept)

@@ -6,7 +6,6 @@ Nothing is downloaded. The base is built in 4 bits on the device, layer by layer
 import datetime
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,15 @@ from qdpo.families import shapes
 from qdpo.families.shapes import Shape
 from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Lengths
-from qdpo.forecast.memory import GIB, Settings
+from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.measure import random_base, steps
 from qdpo.model.device import DTYPES, choose_device, choose_dtype, give_back_memory, peak_gib
+from qdpo.run.watcher import Say
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
 from qdpo.train.start import auto_memory
 from qdpo.train.step import optimizer
 
-Say = Callable[[str], None]
 WARM_UP = 1
 
 
@@ -153,9 +152,9 @@ def _build(
 def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
     """GiB forecast for the fullest row of these pairs; on CUDA in torch's allocator, which holds workspaces too."""
     rows = auto_memory.worst_rows(pairs, chosen.tokens_per_row)
-    run: Settings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)
+    run: MemorySettings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)
     sizes = [
-        memory.Row(row.tokens, sum(len(pair.prompt) for pair in row.pairs), len(row.pairs)) for row in rows
+        memory.RowSize(row.tokens, sum(len(pair.prompt) for pair in row.pairs), len(row.pairs)) for row in rows
     ]  # fmt: skip
     return max(memory.peak(shape, run, row) for row in sizes) / GIB
 

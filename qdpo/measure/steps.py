@@ -56,7 +56,7 @@ def random_pair(
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """One step: seconds, the tokens of its pairs (a prompt once), and those of answers."""
 
     seconds: float
@@ -66,7 +66,7 @@ class Step:
 
 def timed_steps(
     config: RunConfig, loaded: Loaded, pairs: Sequence[TokenPair], *, tokens_per_row: int, optimizer_name: str
-) -> Iterator[Step]:
+) -> Iterator[TimedStep]:
     """Trains on the pairs in order, pairs_per_step at a time; the caller leaves out the first step, which warms up."""
     device, size = loaded.policy.device, config.train.pairs_per_step
     parameters = list(loaded.policy.adapter_parameters().values())
@@ -85,7 +85,7 @@ def timed_steps(
         )
         wait_for(device)
         seconds = time.monotonic() - begun
-        yield Step(seconds, report.tokens, sum(sum(row.lengths) for row in packed))
+        yield TimedStep(seconds, report.tokens, sum(sum(row.lengths) for row in packed))
 
 
 def _reference(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.forecast.memory import Row, Settings
+from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import random_base
 from qdpo.model.fast import attention, products
 from qdpo.model.fast.logps import Head
@@ -113,7 +113,9 @@ def _as_on_cuda() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def trace_peak(config: Any, run: Settings, row: Row, *, targets: Sequence[str] = ("all-linear",)) -> dict[str, float]:
+def trace_peak(
+    config: Any, run: MemorySettings, row: RowSize, *, targets: Sequence[str] = ("all-linear",)
+) -> dict[str, float]:
     """Bytes at the step's peak, of a transformers config under `run`, on two equal rows one after the other.
 
     "fixed" is what is there before a step: base, adapter and optimizer states. The CUDA context is not in it.
@@ -158,7 +160,7 @@ def _state(parameter: Tensor, optimizer: str) -> Tensor:
     return torch.empty(2 * numbers + 8 * -(-numbers // 256), dtype=torch.uint8)
 
 
-def _row(row: Row) -> PairRow:
+def _row(row: RowSize) -> PairRow:
     """A row of pairs with these totals, shared out evenly."""
     pairs = []
     for number in range(row.pairs):

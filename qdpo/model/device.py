@@ -6,15 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from qdpo.errors import ConfigError
+from qdpo.run.watcher import Say
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Announce = Callable[[str], None]
 
 
 def give_back_memory(device: torch.device) -> None:
@@ -46,7 +45,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def choose_device(wanted: str, announce: Announce) -> torch.device:
+def choose_device(wanted: str, announce: Say) -> torch.device:
     """The device to train on: among several CUDA devices the one with the most free memory.
 
     Raises: ConfigError if CUDA is asked for and there is none, saying what would run instead.
@@ -89,7 +88,7 @@ def _driver_hint() -> str:
     return ""
 
 
-def choose_dtype(wanted: str, device: torch.device, announce: Announce) -> str:
+def choose_dtype(wanted: str, device: torch.device, announce: Say) -> str:
     """Name of the compute type: bf16, fp16 or fp32; what `auto` found is announced."""
     if wanted != "auto":
         return wanted

@@ -32,7 +32,7 @@ MEASURES = ("tokens", "repeated", "base_logp", "tuned_logp")
 
 
 @dataclass(frozen=True)
-class Drawing:
+class CompletionParameters:
     """How answers are drawn; greedy at temperature 0."""
 
     max_new_tokens: int = 160
@@ -41,7 +41,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MeasuredAnswer:
     """One model's answer. Log-probs are a token's mean, in nats."""
 
     text: str
@@ -60,8 +60,8 @@ class Compared:
     """Both answers to one prompt, and KL(tuned ‖ base) along the tuned one, in nats."""
 
     prompt: str
-    base: Answer
-    tuned: Answer
+    base: MeasuredAnswer
+    tuned: MeasuredAnswer
     changed: bool
     kl_per_token: float
     kl: float
@@ -85,7 +85,7 @@ class SideSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ComparisonSummary:
     """All answers of a comparison. KL in nats."""
 
     base: SideSummary
@@ -110,12 +110,12 @@ class Comparison:
 
     run: str
     source: str
-    drawing: Drawing
+    drawing: CompletionParameters
     prompts: list[Compared]
 
-    def summary(self) -> Summary:
+    def summary(self) -> ComparisonSummary:
         """Means and medians over the answers, and the share of answers that changed."""
-        return Summary(
+        return ComparisonSummary(
             base=_summed([one.base for one in self.prompts]),
             tuned=_summed([one.tuned for one in self.prompts]),
             changed=statistics.fmean(one.changed for one in self.prompts),
@@ -129,7 +129,13 @@ class Comparison:
 
 
 def compare_run(
-    folder: Path, arguments: list[str], watcher: Watcher, *, prompts: Path | None, count: int, drawing: Drawing
+    folder: Path,
+    arguments: list[str],
+    watcher: Watcher,
+    *,
+    prompts: Path | None,
+    count: int,
+    drawing: CompletionParameters,
 ) -> Comparison:
     """Compares on the first `count` prompts of a file, or of the run's held-out pairs.
 
@@ -162,7 +168,7 @@ def compare(
     policy: Policy,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    drawing: Drawing,
+    drawing: CompletionParameters,
     watcher: Watcher,
     *,
     tokens_per_row: int = 0,
@@ -228,10 +234,10 @@ def _scores(policy: Policy, row: PairRow) -> list[_Scores]:
 
 
 def _compared(tokenizer: Any, pair: TokenPair, scores: _Scores, ends: set[int]) -> Compared:
-    def answer(name: str, ids: list[int]) -> Answer:
+    def answer(name: str, ids: list[int]) -> MeasuredAnswer:
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         logps = [float(scores.logps[name, model].mean(dtype=np.float64)) for model in ("base", "tuned")]
-        return Answer(text, len(ids), ids[-1] in ends, repetition(ids), *logps)
+        return MeasuredAnswer(text, len(ids), ids[-1] in ends, repetition(ids), *logps)
 
     old, new = pair.chosen.tolist(), pair.rejected.tolist()
     return Compared(
@@ -244,6 +250,6 @@ def _middle(values: Sequence[float]) -> Middle:
     return Middle(mean=statistics.fmean(values), median=statistics.median(values))
 
 
-def _summed(answers: list[Answer]) -> SideSummary:
+def _summed(answers: list[MeasuredAnswer]) -> SideSummary:
     measures = {name: _middle([getattr(answer, name) for answer in answers]) for name in MEASURES}
     return SideSummary(measures=measures, cut=sum(not answer.ended for answer in answers) / len(answers))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qdpo.errors import ConfigError
 from qdpo.run.folder import RunDir
-from qdpo.run.record import FileRecord, Found, file_record, read_record, write_record
+from qdpo.run.record import FileRecord, FoundValues, file_record, read_record, write_record
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved, Value, Values
 from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY, RunConfig
@@ -63,7 +63,7 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
         )
 
 
-def config_toml(resolved: Resolved, found: Found | None = None) -> str:
+def config_toml(resolved: Resolved, found: FoundValues | None = None) -> str:
     """All settings as TOML, each with its origin as a comment; `found` holds the values that `auto` settings took."""
     lines, section = ["# Settings of this run. Each value's origin is behind it."], None
     settled = found.settings() if found else {}
@@ -89,5 +89,5 @@ def take_neutral(run: RunDir, config: RunConfig) -> None:
     now, kept = layered.flat(config), read_record(run)
     changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept.settings.get(name))}
     if changed:
-        found = Found.of_json({**kept.found.to_json(), **changed})
+        found = FoundValues.of_json({**kept.found.to_json(), **changed})
         write_record(run, replace(kept, settings={**kept.settings, **changed}, found=found))

@@ -90,7 +90,7 @@ class DataRecord(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark(Part):
+class FourBitMark(Part):
     """The proof that a 4-bit weight was made again exactly: see `mark` of model/base/quant."""
 
     sha256: str
@@ -113,7 +113,7 @@ def _named(name: str, **more: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found(Part):
+class FoundValues(Part):
     """Values that were chosen at the first start and are kept on resume, since others would change the numbers."""
 
     dtype: str = _named("model.dtype")
@@ -147,8 +147,8 @@ def _files(values: Mapping[str, Any]) -> dict[str, FileRecord]:
     return {name: FileRecord.of_json(one) for name, one in values.items()}
 
 
-def _marks(values: Mapping[str, Any]) -> dict[str, Mark]:
-    return {name: Mark.of_json(one) for name, one in values.items()}
+def _marks(values: Mapping[str, Any]) -> dict[str, FourBitMark]:
+    return {name: FourBitMark.of_json(one) for name, one in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +158,14 @@ class RunRecord(Part):
     settings: Values
     """As given, by full name."""
     preset: str | None
-    found: Found = field(metadata={"read": Found.of_json})
+    found: FoundValues = field(metadata={"read": FoundValues.of_json})
     base: BaseRecord = field(metadata={"read": BaseRecord.of_json})
     data: DataRecord = field(metadata={"read": DataRecord.of_json})
     files: dict[str, FileRecord] = field(metadata={"read": _files})
     """Data and model files, by absolute path."""
     weights: str | None = None
     """Checksum of the loaded base."""
-    four_bit: dict[str, Mark] | None = field(default=None, metadata={"read": _marks})
+    four_bit: dict[str, FourBitMark] | None = field(default=None, metadata={"read": _marks})
     """By module name."""
     before: dict[str, float] | None = None
     """The evaluation before the first step."""

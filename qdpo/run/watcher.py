@@ -1,8 +1,12 @@
 """The events of a run, as the one who watches it receives them."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from qdpo.diagnose.course import Record
+
+# One line that stays on screen.
+Say = Callable[[str], None]
 
 
 class Watcher(Protocol):

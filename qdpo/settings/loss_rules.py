@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Rule:
+class LossRule:
     """One loss."""
 
     source: str
@@ -22,8 +22,8 @@ class Rule:
     """True: a pair's loss depends on the other pairs of the step."""
 
 
-def _rule(source: str, takes: str, *, reference: bool = True, couples: bool = False) -> Rule:
-    return Rule(source, frozenset(takes.split()), reference, couples)
+def _rule(source: str, takes: str, *, reference: bool = True, couples: bool = False) -> LossRule:
+    return LossRule(source, frozenset(takes.split()), reference, couples)
 
 
 # The score that f-divergences act on is the log-ratio, so they need a loss that reads nothing but score differences.

@@ -21,12 +21,12 @@ from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import Resolved
 from qdpo.train.between_steps import Checkup
 from qdpo.train.keep import checkpoint
-from qdpo.train.keep.checkpoint import Trained
+from qdpo.train.keep.checkpoint import TrainedObjects
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.keep.progress import Progress
 from qdpo.train.keep.stop import StopRequest, listen
 from qdpo.train.start import auto_memory
-from qdpo.train.start.length import Plan
+from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
 from qdpo.train.step.feed import Feed, ReadyRow
 from qdpo.train.step.optimizer import learning_rate, make_optimizer
@@ -74,7 +74,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
             device=job.loaded.policy.device,
         )
         with contextlib.closing(feed):
-            outcome = _train(job, plan, Trained(job.loaded.policy, optimizer, scaler), feed)
+            outcome = _train(job, plan, TrainedObjects(job.loaded.policy, optimizer, scaler), feed)
         return _finish(job, plan, outcome)
     finally:
         job.tracker.close()
@@ -82,7 +82,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What training came to: held-out figures before and after, the progress made, and what looks at the run."""
 
     before: dict[str, float]
@@ -91,7 +91,7 @@ class Outcome:
     checkup: Checkup
 
 
-def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
+def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> TrainingOutcome:
     """Steps from the newest checkpoint (or 0) to the end."""
     config = job.config
     progress, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
@@ -161,10 +161,10 @@ def _train(job: Job, plan: Plan, trained: Trained, feed: Feed) -> Outcome:
     job.watcher.finish()
     before = read_record(job.run).before
     assert before is not None
-    return Outcome(before, last or checkup.take(plan.steps), progress, checkup)
+    return TrainingOutcome(before, last or checkup.take(plan.steps), progress, checkup)
 
 
-def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
+def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
     """The run as its newest checkpoint left it, or evaluated before its first step."""
     config = job.config
     progress = Progress()
@@ -194,7 +194,7 @@ def _take_up(job: Job, plan: Plan, trained: Trained) -> tuple[Progress, Metrics,
     return progress, metrics, alarm, checkup, saver
 
 
-def _stopped(finding: Finding, step: int, plan: Plan) -> StoppedByFinding:
+def _stopped(finding: Finding, step: int, plan: RunLength) -> StoppedByFinding:
     return StoppedByFinding(
         f"Stopped by train.stop_when={finding.rule} after step {step} of {plan.steps}, which is saved: "
         f"{finding.evidence}. {finding.advice} The same command with train.stop_when=none continues."
@@ -251,7 +251,7 @@ def _step_record(job: Job, progress: Progress, report: StepReport, rate: float, 
     }
 
 
-def _finish(job: Job, plan: Plan, outcome: Outcome) -> Result:
+def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
     """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
     policy = job.loaded.policy
     give_back_memory(policy.device)

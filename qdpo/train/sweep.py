@@ -26,7 +26,7 @@ STOPPED = (130, 143)
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One combination: the command's arguments, what makes it differ from the others, and where it runs."""
 
     arguments: list[str]
@@ -39,14 +39,14 @@ class Sweep:
     """All combinations, in the order of the command line; the last setting varies fastest."""
 
     folder: Path
-    runs: list[Planned]
+    runs: list[PlannedRun]
 
 
 @dataclass(frozen=True)
 class Ended:
     """How one combination ended. `exit_code` is None where it was not started."""
 
-    planned: Planned
+    planned: PlannedRun
     exit_code: int | None
 
     @property
@@ -64,7 +64,7 @@ def plan_sweep(arguments: list[str]) -> Sweep:
     varied = [argument.removeprefix("--").partition("=")[0] for argument, values in given if len(values) > 1]
     if not varied:
         raise ConfigError("Nothing to sweep: no setting has several values. Write them with commas: loss.beta=0.1,0.3.")
-    runs: list[Planned] = []
+    runs: list[PlannedRun] = []
     problems: list[str] = []
     for words in itertools.product(*(values for _, values in given)):
         differs = dict(word.removeprefix("--").split("=", 1) for word in words if word.partition("=")[0] in varied)
@@ -78,7 +78,7 @@ def plan_sweep(arguments: list[str]) -> Sweep:
     return Sweep(runs[0].run.path.parent, runs)
 
 
-def _planned(words: list[str], differs: dict[str, str]) -> Planned:
+def _planned(words: list[str], differs: dict[str, str]) -> PlannedRun:
     resolved = layered.resolve(words)
     if resolved.config.output.name is not None:
         # One name for several runs: each gets the digits that a run without a name has.
@@ -87,11 +87,11 @@ def _planned(words: list[str], differs: dict[str, str]) -> Planned:
         words = [word for word in words if not word.removeprefix("--").startswith("output.name=")]
         words.append(f"output.name={name}")
         resolved = layered.resolve(words)
-    return Planned(words, differs, identity.run_folder(resolved))
+    return PlannedRun(words, differs, identity.run_folder(resolved))
 
 
-def _same_runs(runs: list[Planned]) -> Iterator[str]:
-    seen: dict[Path, Planned] = {}
+def _same_runs(runs: list[PlannedRun]) -> Iterator[str]:
+    seen: dict[Path, PlannedRun] = {}
     for planned in runs:
         first = seen.setdefault(planned.run.path, planned)
         if first is not planned:

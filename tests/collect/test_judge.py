@@ -10,10 +10,10 @@ import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, Decisions, opened
-from qdpo.collect.judge.choose import Options, make_judge
+from qdpo.collect.judge.choose import JudgeOptions, make_judge
 from qdpo.collect.judge.ranking import Ranking, comparisons
 from qdpo.collect.judge.rules import LengthJudge, RegexJudge
-from qdpo.collect.judge.run import Judge, Outcome, Unanswered, judge_candidates, summary_lines
+from qdpo.collect.judge.run import Judge, Judgement, Unanswered, judge_candidates, summary_lines
 from qdpo.errors import ConfigError, ServerError
 from tests.conftest import Quiet, qdpo, write_jsonl
 
@@ -34,7 +34,7 @@ def decided(judge: Judge, items: Sequence[Candidates]) -> list[str]:
     return [in_words(outcome, item) for outcome, item in zip(judge.decide(items), items, strict=True)]
 
 
-def in_words(outcome: Outcome, item: Candidates) -> str:
+def in_words(outcome: Judgement, item: Candidates) -> str:
     if isinstance(outcome, Unanswered):
         return outcome.reason
     texts = {each.id: each.text for each in item.answers}
@@ -83,13 +83,13 @@ def test_a_pattern_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pyte
 class Scripted(Judge):
     """A judge that gives the outcomes it was made with."""
 
-    def __init__(self, outcomes: list[Outcome], name: str = "scripted"):
+    def __init__(self, outcomes: list[Judgement], name: str = "scripted"):
         self.name, self.outcomes, self.asked = name, {each.prompt: each for each in outcomes}, []  # type: ignore[var-annotated]
 
     def opening(self, items: Sequence[Candidates]) -> list[str]:
         return []
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         for item in items:
             self.asked.append(item.prompt)
             yield self.outcomes[item.id]
@@ -187,7 +187,7 @@ def test_where_comparisons_say_nothing_more_is_asked_and_only_what_was_said_coun
 )  # fmt: skip
 def test_a_judge_that_cannot_be_is_refused(by: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        make_judge(by, Options(**options), [], lambda line: None)
+        make_judge(by, JudgeOptions(**options), [], lambda line: None)
 
 
 def test_the_verb_judges_and_a_second_time_finds_nothing_to_do(tmp_path: Path) -> None:

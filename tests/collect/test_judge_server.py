@@ -13,9 +13,9 @@ import pytest
 
 from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, opened
-from qdpo.collect.judge.choose import Options, make_judge
+from qdpo.collect.judge.choose import JudgeOptions, make_judge
 from qdpo.collect.judge.pairwise import PairwiseJudge, question, read_verdict
-from qdpo.collect.judge.run import Summary, judge_candidates
+from qdpo.collect.judge.run import JudgeSummary, judge_candidates
 from qdpo.collect.judge.server import Endpoint, Server, endpoint
 from qdpo.errors import ConfigError, ServerError
 from tests.collect.judge_server import Asked, JudgeServer, Reply, Script, prefers, slow
@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Quiet, qdpo, write_jsonl
 
 KEY = "sk-secret-0123456789"
 TORN = (200, {"choices": []}, {"Content-Length": "999", "Connection": "close"})
-Judged = tuple[Summary, list[tuple[str, str]], Quiet]
+Judged = tuple[JudgeSummary, list[tuple[str, str]], Quiet]
 
 
 @pytest.fixture
@@ -201,7 +201,9 @@ def test_a_rubric_of_ones_own_is_asked_by_and_makes_another_judge(serve: Any, tm
     (tmp_path / "rubric.txt").write_text("\nPrefer haiku.\n")
     names = set()
     for rubric in (None, tmp_path / "rubric.txt"):
-        judge = make_judge(f"openai:{server.url}", Options(judge_model="m", rubric=rubric), items, lambda line: None)
+        judge = make_judge(
+            f"openai:{server.url}", JudgeOptions(judge_model="m", rubric=rubric), items, lambda line: None
+        )
         assert all(isinstance(each, Decision) for each in judge.decide(items))
         names.add(judge.name)
         text = server.asked[-1].messages[0]["content"]

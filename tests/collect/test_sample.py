@@ -11,11 +11,11 @@ import torch
 from qdpo.collect import sample as sample_module
 from qdpo.collect.answering_model import Sampler, base_sampler, run_sampler
 from qdpo.collect.candidates import read_candidates
-from qdpo.collect.sample import Drawing, Sampled, read_prompts, sample
+from qdpo.collect.sample import Sampled, SamplingParameters, read_prompts, sample
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
 
-DRAWING = Drawing(n=3, temperature=1.5, max_new_tokens=8)
+DRAWING = SamplingParameters(n=3, temperature=1.5, max_new_tokens=8)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_file_drawn_otherwise_is_not_mixed_with(
     sample(sampler, prompts[:2], out, DRAWING, Quiet())
     before = out.read_bytes()
     with pytest.raises(ConfigError, match=f"line 1 was drawn with {next(iter(change))}=.*another --out"):
-        sample(sampler, prompts, out, Drawing(**{**vars(DRAWING), **change}), Quiet())
+        sample(sampler, prompts, out, SamplingParameters(**{**vars(DRAWING), **change}), Quiet())
     assert out.read_bytes() == before
 
 

@@ -14,7 +14,7 @@ from qdpo.collect.candidates import Candidates, read_candidates
 from qdpo.collect.decisions import Decision, Decisions, journal_of
 from qdpo.collect.label.habits import read_habits
 from qdpo.collect.label.server import LARGEST_BODY, PAGES, LabelServer
-from qdpo.collect.label.sitting import Labelling, Options
+from qdpo.collect.label.sitting import Labelling, LabelOptions
 from qdpo.errors import ConfigError
 from tests.conftest import qdpo, write_jsonl
 
@@ -29,7 +29,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 def made(tmp_path: Path, count: int = 3, **options: Any) -> Labelling:
     items = read_candidates([write_jsonl(tmp_path / "candidates.jsonl", rows(count))]).items
-    return Labelling(Decisions(tmp_path / "pairs.jsonl", items), Options(**options))
+    return Labelling(Decisions(tmp_path / "pairs.jsonl", items), LabelOptions(**options))
 
 
 def items(labelling: Labelling) -> list[Candidates]:
@@ -234,11 +234,13 @@ def test_one_pick_in_twenty_is_asked_again_later(tmp_path: Path) -> None:
 def test_the_newest_picks_are_not_asked_again(tmp_path: Path) -> None:
     decisions = made(tmp_path, 22).decisions
     for number in range(20):
-        said = Labelling(decisions, Options(agreement=True)).decide(wish(Labelling(decisions, Options()), number))
+        said = Labelling(decisions, LabelOptions(agreement=True)).decide(
+            wish(Labelling(decisions, LabelOptions()), number)
+        )
     assert said["again"]
     newest = {one.prompt for one in decisions.history[-10:]}
     for seed in range(12):
-        labelling = Labelling(decisions, Options(agreement=True, seed=seed))
+        labelling = Labelling(decisions, LabelOptions(agreement=True, seed=seed))
         assert labelling.index()["again"] in set(decisions.items) - newest
 
 

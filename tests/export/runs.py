@@ -11,7 +11,7 @@ from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
 from qdpo.model.device import DTYPES
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Mark, file_record, model_files
+from qdpo.run.record import FourBitMark, file_record, model_files
 from tests.conftest import tiny_tokenizer
 from tests.run.made import write_records
 
@@ -46,7 +46,7 @@ def make_run(
     run = RunDir(path)
     run.path.mkdir(parents=True)
     adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), **lora).save_pretrained(run.adapter)
-    marks: dict[str, Mark] = {}
+    marks: dict[str, FourBitMark] = {}
     if quantization != "none":
         marks = quant.layer_marks(four_bit(base, quantization, double_quant, dtype))
     files = {str(file.resolve()): file_record(file) for file in model_files(base)}

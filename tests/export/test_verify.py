@@ -14,8 +14,8 @@ from qdpo.cli.main import app
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.proof import verify
-from qdpo.export.proof.distance import TIE, Tally, distance
-from qdpo.export.proof.prove import Options, check_again, merge_proved
+from qdpo.export.proof.distance import TIE, DistanceTally, distance
+from qdpo.export.proof.prove import MergeOptions, check_again, merge_proved
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
@@ -56,12 +56,12 @@ def test_a_trained_run_is_merged_proved_and_told(run: RunDir) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(run: RunDir) -> verify.Trained:
+def trained(run: RunDir) -> verify.TrainedScores:
     return verify.score_trained(run, None, 5, Quiet())
 
 
 def test_a_tampered_file_is_another_model(
-    run: RunDir, trained: verify.Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, trained: verify.TrainedScores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge_run(run, tmp_path / "out", base="dequantized", dtype="bf16", watcher=Quiet())
     monkeypatch.setattr(verify, "score_trained", lambda *words: trained)
@@ -69,12 +69,12 @@ def test_a_tampered_file_is_another_model(
     tensors["lm_head.weight"][7] *= 3
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="not the trained one: KL .* nats a token") as caught:
-        check_again(run, tmp_path / "out", Options(), Quiet())
+        check_again(run, tmp_path / "out", MergeOptions(), Quiet())
     assert caught.value.exit_code == 7 and not (tmp_path / "out" / verify.FILE).exists()
 
 
 def test_a_merge_of_the_untouched_base_is_told_from_the_trained_model(
-    run: RunDir, trained: verify.Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, trained: verify.TrainedScores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control, by itself: the other bounds are lifted."""
     untrained = RunDir(tmp_path / "run")
@@ -85,11 +85,13 @@ def test_a_merge_of_the_untouched_base_is_told_from_the_trained_model(
     monkeypatch.setattr(verify, "LARGEST_KL", 100.0)
     monkeypatch.setattr(verify, "LEAST_TOP1", 0.0)
     with pytest.raises(VerificationError, match=r"has -?\d% .* of the adapter's effect: it is nearer to the base"):
-        merge_proved(untrained, tmp_path / "out", Options(), Quiet())
+        merge_proved(untrained, tmp_path / "out", MergeOptions(), Quiet())
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_files_that_transformers_cannot_load_are_refused(run: RunDir, trained: verify.Trained, tmp_path: Path) -> None:
+def test_files_that_transformers_cannot_load_are_refused(
+    run: RunDir, trained: verify.TrainedScores, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
     with pytest.raises(VerificationError, match="transformers could not load and run the merged model"):
         verify.verify(trained, tmp_path, base="dequantized", dtype="bf16", watcher=Quiet())
@@ -99,7 +101,7 @@ def test_options_that_contradict_each_other(run: RunDir, tmp_path: Path) -> None
     shown = CliRunner().invoke(app, ["merge", str(run.path), "--no-verify", "--compare"])
     assert isinstance(shown.exception, ConfigError) and "nothing for --compare" in str(shown.exception)
     with pytest.raises(ConfigError, match="holds no merged model"):
-        check_again(run, tmp_path, Options(), Quiet())
+        check_again(run, tmp_path, MergeOptions(), Quiet())
 
 
 def test_distance_equals_its_definition() -> None:
@@ -107,7 +109,7 @@ def test_distance_equals_its_definition() -> None:
     trained_NV, other_NV, base_NV = torch.randn(3, 50, 11)
     merged_NV = trained_NV + 0.1 * other_NV
     label_N = torch.randint(0, 11, (50,))
-    tally = Tally([])
+    tally = DistanceTally([])
     for part in (slice(0, 20), slice(20, 50)):
         tally.add(trained_NV[part].clone(), merged_NV[part].clone(), label_N[part])
 

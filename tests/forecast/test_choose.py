@@ -8,14 +8,14 @@ import pytest
 from qdpo.families.shapes import KNOWN
 from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Given, Lengths
-from qdpo.forecast.memory import GIB, Row, Settings
+from qdpo.forecast.memory import GIB, MemorySettings, RowSize
 
 LLAMA, QWEN = KNOWN["meta-llama/Llama-2-7b-hf"], KNOWN["Qwen/Qwen2.5-14B"]
 LENGTHS = Lengths(longest=1500, longest_prompt=500, mean=750, mean_prompt=300, pairs_per_step=16)
 
 
-def pick(limit: float, lengths: Lengths = LENGTHS, run: Settings | None = None, **given: Any) -> Choice:
-    return choose.choose(LLAMA, run or Settings(), lengths, Given(**given), limit=limit * GIB)
+def pick(limit: float, lengths: Lengths = LENGTHS, run: MemorySettings | None = None, **given: Any) -> Choice:
+    return choose.choose(LLAMA, run or MemorySettings(), lengths, Given(**given), limit=limit * GIB)
 
 
 def test_more_memory_is_never_slower() -> None:
@@ -46,27 +46,27 @@ def test_what_is_given_stays() -> None:
 def test_the_table_goes_to_the_host_only_where_it_must() -> None:
     assert not pick(12).run.host_embeddings
     short = Lengths(1000, 400, 500, 200, 16)
-    tight = choose.choose(QWEN, Settings(), short, Given(), limit=10.4 * GIB)
+    tight = choose.choose(QWEN, MemorySettings(), short, Given(), limit=10.4 * GIB)
     assert tight.run.host_embeddings and tight.peak <= 10.4 * GIB
     tied = replace(QWEN, tied=True)
-    assert not choose.choose(tied, Settings(), short, Given(), limit=10 * GIB).run.host_embeddings
+    assert not choose.choose(tied, MemorySettings(), short, Given(), limit=10 * GIB).run.host_embeddings
 
 
 def test_little_host_memory_forbids_offload() -> None:
     long = replace(LENGTHS, longest=20_000, longest_prompt=5000)
     assert pick(9, long).run.offload
-    there = choose.choose(LLAMA, Settings(), long, Given(), limit=9 * GIB, host_limit=2 * GIB)
+    there = choose.choose(LLAMA, MemorySettings(), long, Given(), limit=9 * GIB, host_limit=2 * GIB)
     assert not there.run.offload
 
 
 def test_on_a_cpu_rows_stay_short_and_nothing_is_moved() -> None:
-    found = pick(64, run=Settings(cuda=False))
+    found = pick(64, run=MemorySettings(cuda=False))
     assert found.tokens_per_row <= 2048 and not found.run.offload and not found.run.host_embeddings
 
 
 def test_ways_out_fit_and_come_in_order() -> None:
     given = Given(kept=32, offload=False, host_embeddings=False)
-    ways = choose.ways_out(LLAMA, Settings(), LENGTHS, given, limit=7 * GIB, max_tokens=1024)
+    ways = choose.ways_out(LLAMA, MemorySettings(), LENGTHS, given, limit=7 * GIB, max_tokens=1024)
     assert 1 <= len(ways) <= 3 and all(way.peak <= 7 * GIB for way in ways)
     assert ways[0].change == "memory.kept_layers=auto"
     text = choose.advice(ways)
@@ -75,15 +75,15 @@ def test_ways_out_fit_and_come_in_order() -> None:
 
 def test_shorter_pairs_are_a_way_out() -> None:
     long = replace(LENGTHS, longest=40_000, longest_prompt=10_000)
-    ways = choose.ways_out(LLAMA, Settings(), long, Given(), limit=8 * GIB, max_tokens=30_000)
+    ways = choose.ways_out(LLAMA, MemorySettings(), long, Given(), limit=8 * GIB, max_tokens=30_000)
     assert ways[0].change.startswith("data.max_tokens=")
     tokens = int(ways[0].change.removeprefix("data.max_tokens=").split()[0])
     assert 1000 < tokens < 30_000
 
 
 def test_a_limit_below_the_fixed_part_has_no_way_out() -> None:
-    assert choose.fixed_part(LLAMA, Settings()) > 3.5 * GIB
-    ways = choose.ways_out(LLAMA, Settings(), LENGTHS, Given(), limit=3 * GIB, max_tokens=1024)
+    assert choose.fixed_part(LLAMA, MemorySettings()) > 3.5 * GIB
+    ways = choose.ways_out(LLAMA, MemorySettings(), LENGTHS, Given(), limit=3 * GIB, max_tokens=1024)
     assert ways == [] and "choose a smaller model" in choose.advice(ways)
 
 
@@ -91,4 +91,4 @@ def test_a_limit_below_the_fixed_part_has_no_way_out() -> None:
 def test_a_row_holds_its_budget_or_the_longest_pair(budget: int) -> None:
     row = LENGTHS.row(budget)
     assert row.tokens == max(budget, 1500) and 0 < row.prompts < row.tokens
-    assert isinstance(row, Row) and row.pairs >= 1
+    assert isinstance(row, RowSize) and row.pairs >= 1

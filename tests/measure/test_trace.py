@@ -9,15 +9,15 @@ from transformers import CONFIG_MAPPING
 
 from qdpo.families.shapes import FAMILIES, Shape, from_config
 from qdpo.forecast import memory
-from qdpo.forecast.memory import Row, Settings
+from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import random_base, trace
 from qdpo.model.base.quant import stored_tensors
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 RUNS = [
-    (Settings(kept_layers=0), Row(1024, 400, 4)),
-    (Settings(kept_layers=1, offload=True, optimizer="adamw", double_quant=False), Row(2048, 100, 8)),
-    (Settings(kept_layers=4, rank=64), Row(4096, 3000, 8)),
+    (MemorySettings(kept_layers=0), RowSize(1024, 400, 4)),
+    (MemorySettings(kept_layers=1, offload=True, optimizer="adamw", double_quant=False), RowSize(2048, 100, 8)),
+    (MemorySettings(kept_layers=4, rank=64), RowSize(4096, 3000, 8)),
 ]
 
 
@@ -31,7 +31,7 @@ def family_config(family: str, **changes: Any) -> Any:
     return CONFIG_MAPPING[family](**numbers)
 
 
-def without_context(shape: Shape, run: Settings, row: Row) -> float:
+def without_context(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     return memory.peak(shape, run, row) - sum(memory.outside(run).values())
 
 
@@ -53,14 +53,14 @@ def test_the_forecast_is_the_traced_peak(family: str) -> None:
 
 
 def test_a_table_in_host_memory_leaves_the_device() -> None:
-    config, row = family_config("llama"), Row(1024, 400, 4)
-    peaks = [trace.trace_peak(config, Settings(host_embeddings=hosted), row) for hosted in (False, True)]
+    config, row = family_config("llama"), RowSize(1024, 400, 4)
+    peaks = [trace.trace_peak(config, MemorySettings(host_embeddings=hosted), row) for hosted in (False, True)]
     assert peaks[0]["peak"] - peaks[1]["peak"] == pytest.approx(32000 * 1024 * 2)
     assert peaks[1]["host"] - peaks[0]["host"] == 32000 * 1024 * 2
 
 
 def test_inputs_that_wait_on_the_host_are_counted_there() -> None:
-    config, run, row = family_config("llama"), Settings(kept_layers=1, offload=True), Row(1024, 400, 4)
+    config, run, row = family_config("llama"), MemorySettings(kept_layers=1, offload=True), RowSize(1024, 400, 4)
     traced = trace.trace_peak(config, run, row)
     assert traced["host"] == 3 * 1024 * 1024 * 2  # 3 recomputed layers; the second row reuses the buffers of the first
     assert (
@@ -75,7 +75,7 @@ def test_the_fixed_part_is_what_real_tensors_take() -> None:
         config, quantization="nf4", double_quant=True, dtype=torch.bfloat16, device=torch.device("cpu")
     )
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in stored_tensors(model)}
-    parts = memory.fixed(from_config(config.to_dict(), ""), Settings())
+    parts = memory.fixed(from_config(config.to_dict(), ""), MemorySettings())
     assert sum(storages.values()) == pytest.approx(parts["4-bit base"] + parts["embeddings and head"], rel=2e-3)
     assert all(p.device.type == "cpu" and not p.requires_grad for p in model.parameters())
 

@@ -12,7 +12,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.fast import attention
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, recompute
-from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.adapter import Policy, RowLayout
 from qdpo.model.policy.forward import row_scores
 from qdpo.model.policy.row import RowTensors
 from qdpo.train.step.step import row_tensors
@@ -132,7 +132,7 @@ def make_policy(
     *,
     kept_layers: int | str = "all",
     attention_name: str | None = attention.NAME,
-    layout: Layout = "spans",
+    layout: RowLayout = "spans",
     dtype: torch.dtype = torch.float32,
 ) -> Policy:
     """A policy whose adapter does something: B is not zero."""
@@ -161,7 +161,7 @@ def tiny_row(count: int = 3) -> RowTensors:
     return row_tensors(PairRow(pairs(count)), CPU)
 
 
-def scores(policy: Policy, row: RowTensors, layout: Layout | None = None) -> torch.Tensor:
+def scores(policy: Policy, row: RowTensors, layout: RowLayout | None = None) -> torch.Tensor:
     """The row's log-probs; `layout` is the policy's from here on."""
     policy.layout = layout or policy.layout
     return row_scores(policy, row.token_T, row.position_T, row.source_N, row.label_N, row.spans, metrics=False).logp
@@ -170,7 +170,7 @@ def scores(policy: Policy, row: RowTensors, layout: Layout | None = None) -> tor
 Scored = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-def differentiated(policy: Policy, row: RowTensors, layout: Layout | None = None) -> Scored:
+def differentiated(policy: Policy, row: RowTensors, layout: RowLayout | None = None) -> Scored:
     """Log-probs, and the adapter's gradients of a weighted sum of them."""
     logp = scores(policy, row, layout)
     policy.peft.zero_grad()

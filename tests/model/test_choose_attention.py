@@ -9,7 +9,7 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.model.fast import attention
 from qdpo.model.fast.attention import PAIRWISE, SCORED, PairSpans
 from qdpo.model.policy import forward, probe
-from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.adapter import Policy, RowLayout
 from qdpo.model.policy.choose_attention import choose_path, switch_attention
 from tests.model import families
 from tests.model.families import MASKED, SEPARATE, SHARED, Families, assert_equal, differentiated, make_policy, tiny_row
@@ -111,7 +111,7 @@ def fault(policy: Policy) -> str | None:
 
 
 @pytest.mark.parametrize("layout", ["spans", "mask"])
-def test_a_leak_of_one_token_is_found(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_of_one_token_is_found(layout: RowLayout, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first pair's rejected answer sees one token of its chosen one: nothing that bf16 log-probs would show."""
     name = attention.NAME if layout == "spans" else "sdpa"
     policy = make_policy(SHARED["llama"](), attention_name=name, layout=layout, dtype=torch.bfloat16)

@@ -20,7 +20,7 @@ from qdpo.model.fast.logps import Head
 from qdpo.model.generate.generate import complete, stream
 from qdpo.model.policy.adapter import Policy
 from qdpo.report.screen.comparison import print_comparison
-from qdpo.review.compare import Drawing, compare, compare_run
+from qdpo.review.compare import CompletionParameters, compare, compare_run
 from qdpo.run.record import Result
 from qdpo.settings.schema import RunConfig
 from tests.conftest import NOUNS, Quiet, qdpo, untouched_policy, write_jsonl
@@ -52,7 +52,7 @@ def tune(policy: Policy) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_untouched_adapter_changes_nothing(loaded: tuple[Policy, Any, list[list[int]]], temperature: float) -> None:
     policy, tokenizer, prompts = loaded
-    found = compare(policy, tokenizer, prompts, Drawing(16, temperature), Quiet(), tokens_per_row=200)
+    found = compare(policy, tokenizer, prompts, CompletionParameters(16, temperature), Quiet(), tokens_per_row=200)
     assert len(found) == len(prompts) and len({one.base.text for one in found}) > 2
     for one in found:
         assert one.base.text == one.tuned.text and not one.changed and one.kl == one.kl_per_token == 0
@@ -72,7 +72,7 @@ def test_log_probs_and_kl_are_those_of_full_softmax(
 ) -> None:
     policy, tokenizer, prompts = loaded
     tune(policy)
-    found = compare(policy, tokenizer, prompts, Drawing(16, 1.0), Quiet(), tokens_per_row=tokens_per_row)
+    found = compare(policy, tokenizer, prompts, CompletionParameters(16, 1.0), Quiet(), tokens_per_row=tokens_per_row)
     with policy.reference():
         before = complete(policy.peft, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
     after = complete(policy.peft, tokenizer, prompts, max_new_tokens=16, temperature=1.0)
@@ -160,7 +160,7 @@ def test_a_trained_run_from_the_command_line(
     assert answered.returncode == 0, answered.stderr
     found = json.loads(answered.stdout)
     assert len(found["prompts"]) == 2 and found["summary"]["kl"]["mean"] > 0
-    held_out = compare_run(Path(run), [], Quiet(), prompts=None, count=3, drawing=Drawing(8))
+    held_out = compare_run(Path(run), [], Quiet(), prompts=None, count=3, drawing=CompletionParameters(8))
     console = Console(file=StringIO(), width=100, soft_wrap=True)
     print_comparison(held_out, console)
     shown = console.file.getvalue()
@@ -168,4 +168,4 @@ def test_a_trained_run_from_the_command_line(
         "3 prompts of the run's held-out pairs, greedy" in shown and "KL an answer" in shown and "3. tell me" in shown
     )
     with pytest.raises(ConfigError, match="loss.beta cannot differ"):
-        compare_run(Path(run), ["loss.beta=3"], Quiet(), prompts=None, count=3, drawing=Drawing(8))
+        compare_run(Path(run), ["loss.beta=3"], Quiet(), prompts=None, count=3, drawing=CompletionParameters(8))

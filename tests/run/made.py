@@ -10,8 +10,8 @@ from qdpo.run.record import (
     DataRecord,
     Environment,
     FileRecord,
-    Found,
-    Mark,
+    FoundValues,
+    FourBitMark,
     Result,
     RunRecord,
     write_record,
@@ -23,11 +23,11 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "log
 
 def write_records(
     run: RunDir, base: Path, words: list[str], *, dtype: str = "fp32", files: dict[str, FileRecord] | None = None,
-    marks: dict[str, Mark] | None = None, data: str = "pairs.jsonl",
+    marks: dict[str, FourBitMark] | None = None, data: str = "pairs.jsonl",
 ) -> None:  # fmt: skip
     """run.json, environment.json and result.json; `words` are settings as key=value."""
     resolved = layered.resolve([f"model.path={base}", *words])
-    found = Found(
+    found = FoundValues(
         dtype=dtype, optimizer="adamw", tokens_per_row=0, kept_layers=0, offload=False, embeddings="device", steps=1,
         total_pairs=1, warmup_steps=0,
     )  # fmt: skip

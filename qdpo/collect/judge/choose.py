@@ -12,7 +12,7 @@ KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:UR
 
 
 @dataclass(frozen=True)
-class Options:
+class JudgeOptions:
     """What may be said beside --by; None is the judge's own default."""
 
     margin: float | None = None
@@ -34,7 +34,7 @@ BELONGS = {
 """The options of each kind of judge."""
 
 
-def make_judge(by: str, options: Options, items: Sequence[Candidates], say: Callable[[str], None]) -> Judge:
+def make_judge(by: str, options: JudgeOptions, items: Sequence[Candidates], say: Callable[[str], None]) -> Judge:
     """Raises: ConfigError for a judge or an option that does not exist, or not with the other."""
     kind, _, rest = by.partition(":")
     if kind not in BELONGS:
@@ -53,7 +53,7 @@ def make_judge(by: str, options: Options, items: Sequence[Candidates], say: Call
     return _openai(rest, options, say) if kind == "openai" else _reward(rest, options, say)
 
 
-def _length(direction: str, options: Options, items: Sequence[Candidates]) -> Judge:
+def _length(direction: str, options: JudgeOptions, items: Sequence[Candidates]) -> Judge:
     from qdpo.collect.judge.rules import LengthJudge
 
     if direction not in ("shorter", "longer"):
@@ -64,7 +64,7 @@ def _length(direction: str, options: Options, items: Sequence[Candidates]) -> Ju
     return LengthJudge(items, "longer" if direction == "longer" else "shorter", margin)
 
 
-def _reward(path: str, options: Options, say: Callable[[str], None]) -> Judge:
+def _reward(path: str, options: JudgeOptions, say: Callable[[str], None]) -> Judge:
     from qdpo.collect.judge.reward_model import reward_judge
 
     quantization, device = options.quantization or "nf4", options.device or "auto"
@@ -77,7 +77,7 @@ def _reward(path: str, options: Options, say: Callable[[str], None]) -> Judge:
     return reward_judge(path, quantization=quantization, device=device, margin=options.margin or 0.0, say=say)
 
 
-def _openai(url: str, options: Options, say: Callable[[str], None]) -> Judge:
+def _openai(url: str, options: JudgeOptions, say: Callable[[str], None]) -> Judge:
     from qdpo.collect.judge.pairwise import RUBRIC, PairwiseJudge
     from qdpo.collect.judge.server import Server, endpoint
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge.ranking import Ranking, comparisons
-from qdpo.collect.judge.run import Judge, Outcome, Unanswered, left_open, picked
+from qdpo.collect.judge.run import Judge, Judgement, Unanswered, left_open, picked
 from qdpo.collect.judge.server import NoAnswer, Server, TornReply
 from qdpo.data.layouts.turns import Message, excerpt
 
@@ -44,7 +44,7 @@ class NoVerdict(Exception):
 
 
 @dataclass
-class Tally:
+class JudgeTally:
     """What the verdicts say about the judge itself."""
 
     requests: int = 0
@@ -61,7 +61,7 @@ class PairwiseJudge(Judge):
         mark = "" if rubric == RUBRIC else f" rubric={sha256(rubric.encode()).hexdigest()[:8]}"
         self.name = f"openai:{server.model}{mark}"
         self._server, self._rubric, self._parallel = server, rubric, parallel
-        self._tally, self._lock = Tally(), threading.Lock()
+        self._tally, self._lock = JudgeTally(), threading.Lock()
 
     def opening(self, items: Sequence[Candidates]) -> list[str]:
         bounds = [comparisons(len(item.answers)) for item in items]
@@ -75,7 +75,7 @@ class PairwiseJudge(Judge):
         ]
         return [*lines, *([where.warning] if where.warning else [])]
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         yield from _side_by_side(self._decide, items, self._parallel)
 
     def figures(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class PairwiseJudge(Judge):
             lines.append(f"both orders agreed in {tally.agreed / tally.both_orders:.0%} of {tally.both_orders:,} pairs")
         return lines
 
-    def _decide(self, item: Candidates) -> Outcome:
+    def _decide(self, item: Candidates) -> Judgement:
         """Compares until best and worst are known, or nothing is left to ask."""
         ranking, reasons, started = Ranking(len(item.answers)), Counter[str](), time.monotonic()
         try:
@@ -195,13 +195,13 @@ def read_verdict(text: str) -> Verdict | None:
 
 
 def _side_by_side(
-    work: Callable[[Candidates], Outcome], items: Sequence[Candidates], threads: int
-) -> Iterator[Outcome]:
+    work: Callable[[Candidates], Judgement], items: Sequence[Candidates], threads: int
+) -> Iterator[Judgement]:
     """Outcomes as they come. An error in a thread is raised here, and no thread outlives the process.
 
     Not a pool of concurrent.futures: at Ctrl-C that would wait until the last server has answered.
     """
-    waiting, done, stop = iter(items), queue.Queue[Outcome | BaseException](), threading.Event()
+    waiting, done, stop = iter(items), queue.Queue[Judgement | BaseException](), threading.Event()
     lock = threading.Lock()
 
     def take() -> Candidates | None:

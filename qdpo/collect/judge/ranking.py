@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-Places = tuple[int, int]
+BestWorst = tuple[int, int]
 
 
-def comparisons(answers: int) -> Places:
+def comparisons(answers: int) -> BestWorst:
     """How many comparisons a judge that can tell them apart needs at most, and one that never can.
 
     The first is known to be the least that is enough for both ends: ⌈3n/2⌉ - 2 (Pohl, 1972).
@@ -23,10 +23,10 @@ class Ranking:
 
     def __init__(self, answers: int):
         self._answers = range(answers)
-        self._asked: set[Places] = set()
-        self._beats: set[Places] = set()
+        self._asked: set[BestWorst] = set()
+        self._beats: set[BestWorst] = set()
 
-    def next_pair(self) -> Places | None:
+    def next_pair(self) -> BestWorst | None:
         """What to compare next: of those that matter, the two that have been asked about least."""
         open_ = {*combinations(self._unbeaten(), 2), *combinations(self._winless(), 2)} - self._asked
         count = [sum(place in pair for pair in self._asked) for place in self._answers]
@@ -38,7 +38,7 @@ class Ranking:
         if better is not None:
             self._beats.add((better, other if better == one else one))
 
-    def outcome(self) -> Places | None:
+    def outcome(self) -> BestWorst | None:
         """Best and worst, of which the best is better directly or through others; None where no two are.
 
         Where several are left at an end, the one that beats most, or is beaten by most.

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import reward_scores
-from qdpo.collect.judge.run import Judge, Outcome, left_open, picked
+from qdpo.collect.judge.run import Judge, Judgement, left_open, picked
 from qdpo.data.layouts.turns import excerpt
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base import fetch
@@ -19,9 +19,9 @@ from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import choose_device, choose_dtype, give_back_memory
 from qdpo.run import disk
+from qdpo.run.watcher import Say
 
-Say = Callable[[str], None]
-Rows = dict[str, list[int]]
+AnswerRows = dict[str, list[int]]
 """Token ids of prompt and answer, by the answer's id."""
 
 PROMPTS_AT_A_TIME = 16
@@ -45,7 +45,7 @@ class RewardJudge(Judge):
         answers = sum(len(item.answers) for item in items)
         return [f"{answers:,} answers to {len(items):,} prompts are scored; the highest is preferred to the lowest"]
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         for place in range(0, len(items), PROMPTS_AT_A_TIME):
             group = items[place : place + PROMPTS_AT_A_TIME]
             rows = {item.id: self._rows(item) for item in group}
@@ -58,7 +58,7 @@ class RewardJudge(Judge):
                 else:
                     yield self._decision(item, {id_: scores[tuple(row)] for id_, row in found.items()})
 
-    def _rows(self, item: Candidates) -> Rows | str:
+    def _rows(self, item: Candidates) -> AnswerRows | str:
         """Token ids, or why there are none."""
         try:
             rows = {answer.id: self._row(item, answer) for answer in item.answers}
@@ -72,7 +72,7 @@ class RewardJudge(Judge):
         turns = [*item.turns, {"role": "assistant", "content": answer.text}]
         return list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
 
-    def _decision(self, item: Candidates, scores: dict[str, float]) -> Outcome:
+    def _decision(self, item: Candidates, scores: dict[str, float]) -> Judgement:
         if not all(map(math.isfinite, scores.values())):
             return left_open(self.name, item, "a score is not a number")
         answers = sorted(item.answers, key=lambda answer: scores[answer.id])

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
 from qdpo.model.base.load import loading
-from qdpo.model.device import DTYPES, Announce
+from qdpo.model.device import DTYPES
+from qdpo.run.watcher import Say
 
 
 def check_reward_config(config: Mapping[str, Any], owner: str) -> None:
@@ -27,7 +28,7 @@ def check_reward_config(config: Mapping[str, Any], owner: str) -> None:
 
 
 def load_reward_model(
-    folder: Path, *, quantization: str, dtype: str, device: torch.device, announce: Announce
+    folder: Path, *, quantization: str, dtype: str, device: torch.device, announce: Say
 ) -> torch.nn.Module:
     """The model on its device, in evaluation mode; its head computes in float32.
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import regex
 
 from qdpo.collect.candidates import Answer, Candidates
-from qdpo.collect.judge.run import Judge, Outcome, left_open, picked
+from qdpo.collect.judge.run import Judge, Judgement, left_open, picked
 from qdpo.errors import ConfigError
 
 MATCH_TIMEOUT_S = 1.0
@@ -29,7 +29,7 @@ class LengthJudge(Judge):
             f"was cut at the length limit loses. Length is counted in {self._unit}{why}."
         ]
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         """Every prompt at once: nothing can fail."""
         for item in items:
             found = self._choose(item.answers)
@@ -89,7 +89,7 @@ class RegexJudge(Judge):
             "make the pair, so that length is not what is learned."
         ]
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]:
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         for item in items:
             try:
                 better = [bool(self._search(answer)) == self._is_better for answer in item.answers]

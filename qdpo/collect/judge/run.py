@@ -27,7 +27,7 @@ class Unanswered:
     """What stands before a colon is what is counted."""
 
 
-Outcome = Decision | Unanswered
+Judgement = Decision | Unanswered
 
 
 class Judge(Protocol):
@@ -39,7 +39,7 @@ class Judge(Protocol):
     def opening(self, items: Sequence[Candidates]) -> list[str]:
         """What the user should know before it starts: what it goes by, what it will cost."""
 
-    def decide(self, items: Sequence[Candidates]) -> Iterator[Outcome]: ...
+    def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]: ...
 
     def figures(self) -> dict[str, Any]:
         """What it can say about itself at the end, for the summary."""
@@ -51,7 +51,7 @@ class Judge(Protocol):
 
 
 @dataclass
-class Summary:
+class JudgeSummary:
     """What one call of `qdpo judge` did."""
 
     judge: str
@@ -79,13 +79,13 @@ class Summary:
 
 def judge_candidates(
     judge: Judge, decisions: Decisions, items: Sequence[Candidates], watcher: "Watcher", *, limit: int | None = None
-) -> Summary:
+) -> JudgeSummary:
     """Lets the judge decide what nobody has decided; what a person or an earlier judge decided stays as it is.
 
     Raises: ServerError where MOST_FAILURES prompts in a row got no answer; whatever stops the judge. What was decided
     until then is on disk.
     """
-    found, started = Summary(judge.name, decisions.out), time.monotonic()
+    found, started = JudgeSummary(judge.name, decisions.out), time.monotonic()
     todo = _undecided(judge, decisions, items, found)
     found.not_reached = max(0, len(todo) - limit) if limit is not None else 0
     todo = todo[:limit]
@@ -103,7 +103,9 @@ def judge_candidates(
     return found
 
 
-def _undecided(judge: Judge, decisions: Decisions, items: Sequence[Candidates], found: Summary) -> list[Candidates]:
+def _undecided(
+    judge: Judge, decisions: Decisions, items: Sequence[Candidates], found: JudgeSummary
+) -> list[Candidates]:
     """The prompts to ask about. What this judge left open stays open, unless the prompt has got other answers."""
     left = {(taken.prompt, frozenset(taken.shown)) for taken in decisions.history
             if taken.kind == "open" and taken.by == judge.name}  # fmt: skip
@@ -118,7 +120,9 @@ def _undecided(judge: Judge, decisions: Decisions, items: Sequence[Candidates], 
     return todo
 
 
-def _take(judge: Judge, decisions: Decisions, todo: Sequence[Candidates], watcher: "Watcher", found: Summary) -> None:
+def _take(
+    judge: Judge, decisions: Decisions, todo: Sequence[Candidates], watcher: "Watcher", found: JudgeSummary
+) -> None:
     failures = 0
     for outcome in judge.decide(todo):
         if isinstance(outcome, Unanswered):
@@ -157,7 +161,7 @@ def _ids(item: Candidates) -> tuple[str, ...]:
     return tuple(answer.id for answer in item.answers)
 
 
-def summary_lines(found: Summary, judge: Judge, candidates: str) -> list[str]:
+def summary_lines(found: JudgeSummary, judge: Judge, candidates: str) -> list[str]:
     """The summary for the reader, and what to type next."""
     asked = found.pairs + found.open.total() + found.unanswered.total()
     lines = [f"{judge.name}: {found.pairs:,} pairs of {asked:,} prompts, in {found.seconds:.1f} s"]

@@ -25,7 +25,7 @@ class Overtaken(Exception):
 
 
 @dataclass(frozen=True)
-class Options:
+class LabelOptions:
     """How the person is asked."""
 
     is_blind: bool = False
@@ -38,7 +38,7 @@ class Options:
 class Labelling:
     """The decisions of one sitting; every method may be called from any thread."""
 
-    def __init__(self, decisions: Decisions, options: Options):
+    def __init__(self, decisions: Decisions, options: LabelOptions):
         self.decisions, self.options = decisions, options
         self._lock = Lock()
         self._folded: dict[str, str] = {}

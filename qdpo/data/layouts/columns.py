@@ -60,7 +60,7 @@ SFT_COLUMNS = {"messages", "text", "completion", "response", "output", "answer",
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundColumns:
     """A data set's columns: `named` maps a role to its column; answers of a contest are called chosen and rejected."""
 
     form: Form
@@ -70,7 +70,7 @@ class Found:
     columns: Sequence[str] = field(default_factory=list)
 
 
-def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: str) -> Found:
+def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: str) -> FoundColumns:
     """The columns of each role: the user's word first, then known names.
 
     Raises: DataError where none or several forms fit, with what was found; ConfigError for an unknown role.
@@ -105,12 +105,12 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
             named[role] = known[0]
     rated = CONTEST_SCORES if forms[0].form == "winner" else SCORES
     scores = next((pair for pair in rated if set(pair) <= set(sample.columns)), None)
-    return Found(forms[0].form, named, scores, forms[0].list_scores, sample.columns)
+    return FoundColumns(forms[0].form, named, scores, forms[0].list_scores, sample.columns)
 
 
-def _forms(sample: Sample, columns: Mapping[str, str]) -> list[Found]:
+def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
     """Every way in which the columns can be read as preferences."""
-    here, found = set(sample.columns), list[Found]()
+    here, found = set(sample.columns), list[FoundColumns]()
     if "winner" in columns or not {"chosen", "rejected"} & set(columns):
         winners = [columns["winner"]] if "winner" in columns else [name for name in WINNERS if name in here]
         scored = [pair for pair in CONTEST_SCORES if set(pair) <= here]
@@ -119,14 +119,14 @@ def _forms(sample: Sample, columns: Mapping[str, str]) -> list[Found]:
             winner = next((name for name in winners if name not in (one, other)), None)
             if winner is not None or scored:
                 named = {"chosen": str(one), "rejected": str(other)}
-                found.append(Found("winner", named | ({"winner": winner} if winner else {})))
+                found.append(FoundColumns("winner", named | ({"winner": winner} if winner else {})))
     if "winner" not in columns:
-        found += [Found("pairs", {"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)]
+        found += [FoundColumns("pairs", {"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)]
     lists = [name for name in LISTS if name in here and _holds_lists(sample, name)]
     # Beside a better and a worse answer, a list is what these were drawn from.
     if lists and not found and not columns.keys() & {"chosen", "rejected", "winner"}:
         scores = next((name for name in LIST_SCORES if name in here), None)
-        found.append(Found("ranked", {"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
+        found.append(FoundColumns("ranked", {"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
     return found
 
 
@@ -160,7 +160,7 @@ def _refuse_pictures(sample: Sample, origin: str) -> None:
         )
 
 
-def _several(forms: list[Found], origin: str) -> DataError:
+def _several(forms: list[FoundColumns], origin: str) -> DataError:
     ways = "; ".join(
         f"{found.form} ({', '.join(f'{role}={column}' for role, column in found.named.items())})" for found in forms
     )
@@ -203,7 +203,7 @@ def _listed(columns: Iterable[str]) -> str:
 Sign = Literal["zero is first", "one is first", "negative is first", "names"]
 
 
-def winner_sign(sample: Sample, found: Found, origin: str) -> Sign:
+def winner_sign(sample: Sample, found: FoundColumns, origin: str) -> Sign:
     """How the winner column says which of two answers is better. Raises DataError where it cannot be told."""
     column, one = found.named["winner"], found.named["chosen"]
     cells = [row.get(column) for row in sample.rows.values()]

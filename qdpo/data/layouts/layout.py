@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdpo.data.layouts.columns import Form, Found, Sign, find_columns, finite, winner_sign
-from qdpo.data.layouts.turns import Kind, excerpt, kind_of
+from qdpo.data.layouts.columns import Form, FoundColumns, Sign, find_columns, finite, winner_sign
+from qdpo.data.layouts.turns import CellKind, excerpt, kind_of
 from qdpo.data.read.files import SAMPLED_ROWS, Sample
-from qdpo.data.read.progress import Row as Row
+from qdpo.data.read.progress import Row
 from qdpo.errors import DataError
 
 TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion")
@@ -27,8 +27,8 @@ class Layout:
     prompt: str | None
     chosen: str
     rejected: str
-    prompt_kind: Kind = "null"
-    answer_kind: Kind = "text"
+    prompt_kind: CellKind = "null"
+    answer_kind: CellKind = "text"
     form: Form = "pairs"
     repeats_prompt: bool = False
     """Plain-text answers begin with the text of the prompt column."""
@@ -88,7 +88,7 @@ def detect_layout(
 @dataclass(frozen=True)
 class _Look:
     sample: Sample
-    found: Found
+    found: FoundColumns
     origin: str
 
     def details(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class _Look:
         prompt, chosen, rejected = named.get("prompt"), named["chosen"], named["rejected"]
         prompt_kind = self._column_kind(prompt) if prompt else "null"
         many = form == "pairs" and self._is_list(rejected)
-        answer_kind: Kind = "text" if form == "ranked" else self._answer_kind(chosen, chosen if many else rejected)
+        answer_kind: CellKind = "text" if form == "ranked" else self._answer_kind(chosen, chosen if many else rejected)
         return {
             "prompt": prompt,
             "chosen": chosen,
@@ -183,7 +183,7 @@ class _Look:
         cells = [row.get(column) for row in self.sample.rows.values()]
         return any(answer_score(answer) is not None for cell in cells if isinstance(cell, list) for answer in cell)
 
-    def _answer_kind(self, chosen: str, rejected: str) -> Kind:
+    def _answer_kind(self, chosen: str, rejected: str) -> CellKind:
         kinds = {column: self._column_kind(column) for column in (chosen, rejected)}
         if len(set(kinds.values())) > 1 and "turns" in kinds.values():
             raise DataError(
@@ -198,7 +198,7 @@ class _Look:
             return self._dialogue_or_error(chosen, rejected)
         return kind
 
-    def _dialogue_or_error(self, chosen: str, rejected: str) -> Kind:
+    def _dialogue_or_error(self, chosen: str, rejected: str) -> CellKind:
         rows = self.sample.rows
         if 2 * sum(kind_of(row.get(chosen)) == "dialogue" for row in rows.values()) >= len(rows):
             return "dialogue"
@@ -210,12 +210,12 @@ class _Look:
             f"data.columns.prompt=NAME (columns: {', '.join(self.sample.columns)})."
         )
 
-    def _column_kind(self, column: str) -> Kind:
+    def _column_kind(self, column: str) -> CellKind:
         """The one kind of a column. Nulls and numbers are left to be dropped row by row; text among messages is not."""
-        rows_of: dict[Kind, list[int]] = {}
+        rows_of: dict[CellKind, list[int]] = {}
         for number, row in self.sample.rows.items():
             rows_of.setdefault(kind_of(row.get(column)), []).append(number)
-        kinds: list[Kind] = [kind for kind in rows_of if kind not in ("null", "other")]
+        kinds: list[CellKind] = [kind for kind in rows_of if kind not in ("null", "other")]
         if not kinds:
             number, row = next(iter(self.sample.rows.items()))
             raise DataError(
@@ -261,5 +261,5 @@ def answer_score(answer: Any) -> float | None:
     return next((score for key in SCORE_KEYS if (score := finite(answer.get(key))) is not None), None)
 
 
-def _words(kind: Kind) -> str:
+def _words(kind: CellKind) -> str:
     return "messages" if kind == "turns" else "text"

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qdpo.data.layouts.layout import Layout as Layout
-from qdpo.data.layouts.layout import Row
 from qdpo.data.layouts.layout import detect_layout as detect_layout
 from qdpo.data.layouts.turns import Message as Message
 from qdpo.data.layouts.turns import RowProblem, excerpt, read_dialogue, read_text, read_turns, same_turn
 from qdpo.data.layouts.winner import RANKED_REJECTED, two_answers
 from qdpo.data.read.files import Sample
+from qdpo.data.read.progress import Row
 from qdpo.errors import DataError
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 Message = dict[str, Any]
 """One turn: `role` is system, user, assistant or tool; `content` its text; tool calls as chat templates take them."""
 
-Kind = Literal["null", "text", "dialogue", "encoded", "turns", "other"]
+CellKind = Literal["null", "text", "dialogue", "encoded", "turns", "other"]
 
 ROLES = {
     "system": "system",
@@ -36,7 +36,7 @@ class RowProblem(Exception):
         self.reason, self.detail = reason, detail
 
 
-def kind_of(value: Any) -> Kind:
+def kind_of(value: Any) -> CellKind:
     """What a cell holds; `encoded` is a message list written as JSON or Python text, as CSV files have it."""
     if _is_null(value):
         return "null"

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qdpo.data.layouts.columns import finite, first_wins
-from qdpo.data.layouts.layout import TEXT_KEYS, Layout, Row, answer_score
+from qdpo.data.layouts.layout import TEXT_KEYS, Layout, answer_score
 from qdpo.data.layouts.turns import RowProblem, excerpt, read_text
+from qdpo.data.read.progress import Row
 
 RANKED_REJECTED = "\0rejected"
 """The second column that a ranking is given, whose answers share one."""

@@ -13,7 +13,7 @@ MIN_KEPT_SHARE = 0.5
 MIN_KEPT_TOKENS = 32
 """A cut answer must keep at least this much: less is another answer, and its preference another preference."""
 
-Outcome = Literal["whole", "cut", "prompt_too_long", "response_cut_too_much"]
+CutOutcome = Literal["whole", "cut", "prompt_too_long", "response_cut_too_much"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Limits:
     max_prompt_tokens: int
     long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
 
-    def outcome(self, prompt: int, chosen: int, rejected: int) -> Outcome:
+    def outcome(self, prompt: int, chosen: int, rejected: int) -> CutOutcome:
         """What becomes of a pair of these lengths."""
         if prompt > self.max_prompt_tokens or prompt >= self.max_tokens:
             return "prompt_too_long"

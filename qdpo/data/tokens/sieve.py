@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qdpo.data.layouts.layout import Layout, Row
+from qdpo.data.layouts.layout import Layout
 from qdpo.data.layouts.notes import RowNote, Where
 from qdpo.data.layouts.origin import Origin, Origins, origins_of
 from qdpo.data.layouts.pair import Pair, Rejection, to_pairs, without_oldest_turns
 from qdpo.data.layouts.winner import scores_disagree
 from qdpo.data.read.files import Place
-from qdpo.data.read.progress import BadLine
+from qdpo.data.read.progress import BadLine, Row
 from qdpo.data.tokens.cut import Limits, fit
 from qdpo.data.tokens.encode import Encoder, IdLists
 from qdpo.data.tokens.render import Fact, Rendered, Renderer

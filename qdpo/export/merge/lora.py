@@ -30,7 +30,7 @@ CHANGE_MEANING = (
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """One adapted layer, in float32; its delta is B·A."""
 
     a_RK: Tensor
@@ -57,7 +57,7 @@ class Layer:
 class Lora:
     """An adapter's layers by module name, as in the base's checkpoint, all of one rank; and its config as read."""
 
-    layers: dict[str, Layer]
+    layers: dict[str, LoraLayer]
     config: dict[str, Any]
 
     @property
@@ -76,13 +76,13 @@ def read_lora(folder: Path) -> Lora:
             raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which no export can express.")
     tensors = load_file(folder / WEIGHTS)
     modules = sorted({_module(name, folder) for name in tensors})
-    layers: dict[str, Layer] = {}
+    layers: dict[str, LoraLayer] = {}
     for module in modules:
         try:
             a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"].float() for suffix in (A_SUFFIX, B_SUFFIX))
         except KeyError as error:
             raise ConfigError(f"The adapter in {folder} lacks the tensor {error}. Save or copy it again.") from error
-        layers[module] = Layer(a_RK, b_NR * _scale(config, module, len(a_RK)))
+        layers[module] = LoraLayer(a_RK, b_NR * _scale(config, module, len(a_RK)))
     if not layers:
         raise ConfigError(f"The adapter in {folder} has no layers.")
     rank = max(len(layer.a_RK) for layer in layers.values())
@@ -108,11 +108,11 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _padded(layer: Layer, rank: int) -> Layer:
+def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
     missing = rank - len(layer.a_RK)
     if missing == 0:
-        return Layer(layer.a_RK.contiguous(), layer.b_NR.contiguous())
-    return Layer(
+        return LoraLayer(layer.a_RK.contiguous(), layer.b_NR.contiguous())
+    return LoraLayer(
         torch.nn.functional.pad(layer.a_RK, (0, 0, 0, missing)), torch.nn.functional.pad(layer.b_NR, (0, missing))
     )
 
@@ -122,4 +122,4 @@ def is_plain(config: dict[str, Any]) -> bool:
     return not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
-__all__ = ["CONFIG", "WEIGHTS", "Layer", "Lora", "is_plain", "read_lora"]
+__all__ = ["CONFIG", "WEIGHTS", "LoraLayer", "Lora", "is_plain", "read_lora"]

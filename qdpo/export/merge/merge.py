@@ -18,17 +18,17 @@ from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge import shards
-from qdpo.export.merge.shards import Planned, Stored
-from qdpo.export.merge.source import Source, open_source
+from qdpo.export.merge.shards import PlannedTensor, Stored
+from qdpo.export.merge.source import MergeSource, open_source
 from qdpo.model.base import quant
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.finished import finished_run
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Mark
+from qdpo.run.record import FourBitMark
 from qdpo.run.watcher import Watcher
 
-Base = Literal["dequantized", "original"]
+BaseWeights = Literal["dequantized", "original"]
 # A merged model has these of its base's files beside its weights. No adapter_*: transformers would attach it again.
 COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -41,7 +41,7 @@ class MergeReport:
     """What was written: `adapted` weights got the adapter, `dequantized` ones were made 4-bit and back."""
 
     folder: str
-    base: Base
+    base: BaseWeights
     dtype: str
     tensors: int
     adapted: int
@@ -57,7 +57,7 @@ def merge_run(
     run: RunDir,
     out: Path,
     *,
-    base: Base,
+    base: BaseWeights,
     dtype: str | None,
     watcher: Watcher,
     check: Callable[[Path, MergeReport], None] = lambda folder, report: None,
@@ -90,7 +90,7 @@ def merge_run(
         begun = time.monotonic()
         watcher.begin("merging", len(job.planned), "tensor")
 
-        def produce(tensor: Planned) -> Iterator[Tensor]:
+        def produce(tensor: PlannedTensor) -> Iterator[Tensor]:
             yield from job.pieces(tensor)
             watcher.advance(1)
 
@@ -116,7 +116,7 @@ def _clear_leftovers(out: Path) -> None:
             shutil.rmtree(path)
 
 
-def default_dtype(source: Source) -> torch.dtype:
+def default_dtype(source: MergeSource) -> torch.dtype:
     """The type of most of the base's weights if that has 16 bits, else what the run computed in."""
     sizes: dict[torch.dtype, int] = {}
     for key, stored in source.tensors.items():
@@ -126,19 +126,19 @@ def default_dtype(source: Source) -> torch.dtype:
     return common if common.itemsize == 2 and not source.is_stored_four_bit else source.compute
 
 
-def _why(source: Source) -> str:
+def _why(source: MergeSource) -> str:
     return ", what the run computed in" if default_dtype(source) == source.compute else ", as the base's files are"
 
 
 class _Merge:
     """The merged tensors, one at a time."""
 
-    def __init__(self, source: Source, base: Base, dtype: torch.dtype):
+    def __init__(self, source: MergeSource, base: BaseWeights, dtype: torch.dtype):
         self.source, self.base, self.dtype = source, base, dtype
         self.dequantized = self.proved = 0
         beside = {f"{key}.{name}" for key in source.marks for name in source.beside(key)}
         self.planned = [
-            Planned(key, self._type(stored), source.shape(key))
+            PlannedTensor(key, self._type(stored), source.shape(key))
             for key, stored in source.tensors.items()
             if key not in beside
         ]
@@ -147,7 +147,7 @@ class _Merge:
         is_weight = stored.dtype.is_floating_point or stored.name in self.source.marks
         return self.dtype if is_weight else stored.dtype
 
-    def pieces(self, tensor: Planned) -> Iterator[Tensor]:
+    def pieces(self, tensor: PlannedTensor) -> Iterator[Tensor]:
         """The merged tensor in order, in pieces."""
         stored = self.source.tensors[tensor.name]
         delta = self.source.deltas.get(tensor.name)
@@ -187,7 +187,7 @@ class _Merge:
         self._prove(key, made, recorded)
         return weight_NK
 
-    def _prove(self, key: str, made: Mark, recorded: Mark | None) -> None:
+    def _prove(self, key: str, made: FourBitMark, recorded: FourBitMark | None) -> None:
         self.dequantized += 1
         if recorded is None:
             return
@@ -202,7 +202,7 @@ class _Merge:
         self.proved += 1
 
 
-def _copy_beside(source: Source, dtype: torch.dtype, folder: Path) -> None:
+def _copy_beside(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
     """config.json, generation settings, tokenizer and chat template."""
     name = str(dtype).removeprefix("torch.")
     config = {

@@ -29,7 +29,7 @@ PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor to be written."""
 
     name: str
@@ -42,7 +42,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Stored(Planned):
+class Stored(PlannedTensor):
     """A tensor in a file: `start` is where its bytes begin."""
 
     path: Path
@@ -105,7 +105,9 @@ def stored_in(path: Path) -> list[Stored]:
         ) from error
 
 
-def write_shards(folder: Path, planned: Sequence[Planned], produce: Callable[[Planned], Iterable[Tensor]]) -> list[str]:
+def write_shards(
+    folder: Path, planned: Sequence[PlannedTensor], produce: Callable[[PlannedTensor], Iterable[Tensor]]
+) -> list[str]:
     """Writes the tensors into files of up to 5 GB, and an index if there are several; returns the files' names.
 
     `produce` gives a tensor's values in order, in pieces of any shape; only one piece is held at a time.
@@ -131,8 +133,8 @@ def write_shards(folder: Path, planned: Sequence[Planned], produce: Callable[[Pl
     return names
 
 
-def _split(planned: Sequence[Planned]) -> list[list[Planned]]:
-    shards: list[list[Planned]] = [[]]
+def _split(planned: Sequence[PlannedTensor]) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in planned:
         if shards[-1] and size + tensor.bytes > SHARD_BYTES:
@@ -143,7 +145,7 @@ def _split(planned: Sequence[Planned]) -> list[list[Planned]]:
     return shards
 
 
-def _header(shard: Sequence[Planned]) -> bytes:
+def _header(shard: Sequence[PlannedTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for tensor in shard:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError
-from qdpo.export.merge.lora import Layer, read_lora
+from qdpo.export.merge.lora import LoraLayer, read_lora
 from qdpo.export.merge.shards import Stored, stored_tensors
 from qdpo.families.config_fields import family_of, names_experts
 from qdpo.model.base import fetch, quant
@@ -20,12 +20,12 @@ from qdpo.model.device import DTYPES
 from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Mark, RunRecord
+from qdpo.run.record import FourBitMark, RunRecord
 from qdpo.settings.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class MergeSource:
     """A finished run's adapter and base, checked."""
 
     run: RunDir
@@ -34,9 +34,9 @@ class Source:
     """The base's config.json."""
     compute: torch.dtype
     tensors: dict[str, Stored]
-    deltas: dict[str, Layer]
+    deltas: dict[str, LoraLayer]
     """By the name of the weight in the base's files, as are the others."""
-    marks: dict[str, Mark | None]
+    marks: dict[str, FourBitMark | None]
     """Every weight that was 4-bit in the run; None where the run recorded no mark."""
     form: FourBit | None
     """How the run quantised; None if it did not, or if the base is stored in 4 bits."""
@@ -67,7 +67,7 @@ class Source:
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
 
 
-def open_source(finished: FinishedRun, say: Callable[[str], None]) -> Source:
+def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSource:
     """Reads headers and the adapter, no weight of the base.
 
     Raises: ConfigError if the base is not what the run was trained on, or the adapter does not fit it.
@@ -89,7 +89,7 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> Source:
     marks = _marks(record, config, tensors, form, place, say)
     keys = weight_keys({*marks, *deltas}, tensors, place)
     by_key = {keys[name]: delta for name, delta in deltas.items()}
-    source = Source(
+    source = MergeSource(
         run=run, folder=place, config=config, compute=compute, tensors=tensors, deltas=by_key,
         marks={keys[name]: one for name, one in marks.items()}, form=form, trained_on=finished.environment.device,
         device=_device(finished.environment.device, say) if form else torch.device("cpu"),
@@ -117,7 +117,7 @@ def _marks(
     form: FourBit | None,
     folder: Path,
     say: Callable[[str], None],
-) -> dict[str, Mark | None]:
+) -> dict[str, FourBitMark | None]:
     """The run's 4-bit layers by module name, each with its mark."""
     if record.four_bit is not None:
         return dict(record.four_bit)
@@ -173,7 +173,7 @@ def weight_keys(modules: Iterable[str], keys: Collection[str], folder: Path) -> 
     return found | dict(zip(left, next(iter(ways)), strict=True))
 
 
-def _check_shapes(source: Source) -> None:
+def _check_shapes(source: MergeSource) -> None:
     for key, delta in source.deltas.items():
         shape = source.shape(key)
         expected = shape[::-1] if source.transposed else shape

@@ -47,7 +47,7 @@ class Distance:
 
 
 @dataclass
-class Tally:
+class DistanceTally:
     """Sums over the tiles."""
 
     logps: list[Tensor]
@@ -66,7 +66,7 @@ class Tally:
         self.kl += float(torch.linalg.vecdot(trained_RV.exp(), trained_RV - merged_RV).double().sum())
 
 
-def distance(tally: Tally, base_N: Tensor, trained_N: Tensor) -> Distance:
+def distance(tally: DistanceTally, base_N: Tensor, trained_N: Tensor) -> Distance:
     """The distance of all that was tallied; `base_N` and `trained_N` are log-probs of the same tokens.
 
     The error allows for a spread that differs from token to token (White, 1980).

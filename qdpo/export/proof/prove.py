@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.export.merge.merge import Base, MergeReport, merge_run
+from qdpo.export.merge.merge import BaseWeights, MergeReport, merge_run
 from qdpo.export.proof import verify
 from qdpo.export.proof.distance import TIE, Side
-from qdpo.export.proof.verify import PAIRS, Trained, Verification
+from qdpo.export.proof.verify import PAIRS, TrainedScores, Verification
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
@@ -18,10 +18,10 @@ from qdpo.run.watcher import Watcher
 
 
 @dataclass(frozen=True)
-class Options:
+class MergeOptions:
     """`data`: pairs to compare on in place of the run's held-out ones; `pairs`: at most so many."""
 
-    base: Base = "dequantized"
+    base: BaseWeights = "dequantized"
     dtype: str | None = None
     prove: bool = True
     compare: bool = False
@@ -29,7 +29,9 @@ class Options:
     pairs: int = PAIRS
 
 
-def merge_proved(run: RunDir, out: Path, options: Options, watcher: Watcher) -> tuple[MergeReport, list[Verification]]:
+def merge_proved(
+    run: RunDir, out: Path, options: MergeOptions, watcher: Watcher
+) -> tuple[MergeReport, list[Verification]]:
     """The merged model in the new folder `out`, and how it compares; with `compare` the other base choice as well.
 
     Raises: as `merge_run`; VerificationError if what was written is not what was trained; then there is no folder.
@@ -50,7 +52,7 @@ def merge_proved(run: RunDir, out: Path, options: Options, watcher: Watcher) -> 
     return report, found
 
 
-def check_again(run: RunDir, folder: Path, options: Options, watcher: Watcher) -> list[Verification]:
+def check_again(run: RunDir, folder: Path, options: MergeOptions, watcher: Watcher) -> list[Verification]:
     """Compares a merged folder that exists. Raises: ConfigError; VerificationError."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no merged model: it has no config.json. Merge first, without --check.")
@@ -71,9 +73,9 @@ def _insist(found: Verification, then: str) -> None:
         )
 
 
-def _other(run: RunDir, folder: Path, report: MergeReport, trained: Trained, watcher: Watcher) -> Verification:
+def _other(run: RunDir, folder: Path, report: MergeReport, trained: TrainedScores, watcher: Watcher) -> Verification:
     """The same comparison for the other base; that model is thrown away."""
-    other: Base = "original" if report.base == "dequantized" else "dequantized"
+    other: BaseWeights = "original" if report.base == "dequantized" else "dequantized"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-compare-") as work:
         merged = Path(work) / other
         made = merge_run(run, merged, base=other, dtype=report.dtype, watcher=watcher)

@@ -26,7 +26,7 @@ from qdpo import __version__
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.proof import reload
-from qdpo.export.proof.distance import Distance, Side, Tally, distance, side, tiles
+from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
 from qdpo.model.device import give_back_memory
@@ -47,14 +47,14 @@ LARGEST_KL, LEAST_TOP1 = 0.005, 0.99
 TILE_BYTES = 2**27
 START = "start"
 # Ids of a prompt and an answer, and the answer's tokens.
-Answer = tuple[list[int], int]
+AnswerIds = tuple[list[int], int]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedScores:
     """What the trained model computes on the pairs; enough to give any tile of its logits."""
 
-    answers: list[Answer]
+    answers: list[AnswerIds]
     lengths: list[int]
     """Tokens of each answer, in the order of N: chosen, rejected, chosen, …"""
     source: str
@@ -97,7 +97,7 @@ class Verification:
         }
 
 
-def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Watcher) -> Trained:
+def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Watcher) -> TrainedScores:
     """Scores the run's held-out pairs, or those in `data`, with the adapter on its 4-bit base; the model is freed."""
     chosen = choose(run.path, [f"data.path={data}"] if data else [], watcher)
     config, pairs_used = chosen.opened.config, chosen.pairs[:pairs]
@@ -130,13 +130,13 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     label_N, lengths = passes.label_N, [length for _ids, length in passes.answers]
     del peft, model, passes
     give_back_memory(device)
-    return Trained(
+    return TrainedScores(
         answers(pairs_used), lengths, chosen.source, hidden_ND, label_N, head, logp_N, base_N,
         reference_N if needs_reference(config.loss.name) else None, config.loss, config.model.quantization != "none",
     )  # fmt: skip
 
 
-def answers(pairs: Sequence[TokenPair]) -> list[Answer]:
+def answers(pairs: Sequence[TokenPair]) -> list[AnswerIds]:
     """Chosen 0, rejected 0, chosen 1, …, each after its prompt."""
     both = [(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)]
     return [([*map(int, prompt), *map(int, answer)], len(answer)) for prompt, answer in both]
@@ -148,7 +148,7 @@ class _Passes:
 
     peft: Any
     head: Head
-    answers: list[Answer]
+    answers: list[AnswerIds]
     device: torch.device
     watcher: Watcher
 
@@ -170,13 +170,13 @@ class _Passes:
 
 
 def verify(
-    trained: Trained, folder: Path, *, base: Literal["dequantized", "original"], dtype: str, watcher: Watcher
+    trained: TrainedScores, folder: Path, *, base: Literal["dequantized", "original"], dtype: str, watcher: Watcher
 ) -> Verification:
     """Compares the model in `folder`, loaded by another process, with the trained one.
 
     Raises: VerificationError if transformers cannot load it, or it is another model in shape.
     """
-    tally = Tally([])
+    tally = DistanceTally([])
     rows = max(1, TILE_BYTES // (4 * trained.head.weight_VD.shape[0]))
     parts = list(tiles(trained.lengths, rows))
     watcher.begin("comparing with the merged files, reloaded", len(parts), "tile")
@@ -233,7 +233,7 @@ def _verdict(found: Distance, enforced: bool) -> str:
 
 
 @contextmanager
-def _reloaded(folder: Path, trained: Trained, rows: int) -> Iterator[IO[bytes]]:
+def _reloaded(folder: Path, trained: TrainedScores, rows: int) -> Iterator[IO[bytes]]:
     """Standard output of a process that has loaded the folder, its first line read and checked."""
     with tempfile.TemporaryDirectory() as work, (Path(work) / "errors").open("w+", encoding="utf-8") as errors:
         answers = Path(work) / "answers.json"

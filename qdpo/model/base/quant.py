@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers import BitsAndBytesConfig
 
-from qdpo.run.record import Mark
+from qdpo.run.record import FourBitMark
 
 # Weights that share a scale: what bitsandbytes, and so transformers, takes unless told otherwise.
 BLOCK = 64
@@ -139,12 +139,12 @@ def weights_checksum(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def layer_marks(model: nn.Module) -> dict[str, Mark]:
+def layer_marks(model: nn.Module) -> dict[str, FourBitMark]:
     """For every 4-bit layer what proves that its weight was made again exactly: see `mark`."""
     return {name: mark(layer.weight.data, layer.weight.quant_state) for name, layer in four_bit_layers(model)}
 
 
-def mark(packed: Tensor, state: Any) -> Mark:
+def mark(packed: Tensor, state: Any) -> FourBitMark:
     """sha256 over the packed bytes and the scales, and the mean that double quantisation subtracts from the scales.
 
     That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it: only
@@ -153,7 +153,7 @@ def mark(packed: Tensor, state: Any) -> Mark:
     total = hashlib.sha256(_bytes(packed))
     for scales in [state.absmax] + ([state.state2.absmax] if state.nested else []):
         total.update(_bytes(scales))
-    return Mark(sha256=total.hexdigest(), offset=state.offset.item() if state.nested else None)
+    return FourBitMark(sha256=total.hexdigest(), offset=state.offset.item() if state.nested else None)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class FourBit:
 
 def round_trip(
     weight_NK: Tensor, form: FourBit, device: torch.device, offset: float | None = None
-) -> tuple[Tensor, Mark]:
+) -> tuple[Tensor, FourBitMark]:
     """The weight as a 4-bit layer multiplies with it, and its mark; made on `device`, returned on the CPU.
 
     `offset` is that of the mark to be met, None for a new one.
@@ -208,7 +208,7 @@ def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 STATE = "quant_state.bitsandbytes__"
 
 
-def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Mark]:
+def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, FourBitMark]:
     """The weight of a 4-bit layer from what a folder stores of it, and its mark.
 
     `parts` are the tensors beside it by the ends of their names: absmax, quant_map, …

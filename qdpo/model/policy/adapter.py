@@ -30,7 +30,7 @@ REFUSED = (
 
 # How a row reaches the model: as it is, with the pairs' spans for our own attention function; as it is, with a mask of
 # T×T; or one sequence of prompt and answer after the other.
-Layout = Literal["spans", "mask", "separate"]
+RowLayout = Literal["spans", "mask", "separate"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Policy:
     backbone: Any
     head: Head
     device: torch.device
-    layout: Layout
+    layout: RowLayout
     tile_mib: int
 
     @property

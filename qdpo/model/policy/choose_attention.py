@@ -12,11 +12,11 @@ from qdpo.families.config_fields import FULL, SLIDING, attention_softcap, layer_
 from qdpo.model.fast import attention
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.policy import probe
-from qdpo.model.policy.adapter import Layout, Policy
+from qdpo.model.policy.adapter import Policy, RowLayout
 from qdpo.model.policy.row import RowTensors
 
 # Fastest first: how the row reaches the model, and the attention function.
-CANDIDATES: list[tuple[Layout, str]] = [
+CANDIDATES: list[tuple[RowLayout, str]] = [
     ("spans", attention.NAME),
     ("mask", "sdpa"),
     ("mask", "eager"),
@@ -120,7 +120,7 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
 
 
-def _label(layout: Layout, name: str) -> str:
+def _label(layout: RowLayout, name: str) -> str:
     return {"spans": "qdpo's own function", "mask": f"{name} with a mask", "separate": f"{name}"}[layout]
 
 

@@ -9,19 +9,19 @@ from qdpo.diagnose.signs import DISPLACED, DRIFTED
 from qdpo.report.page.facts import Facts
 
 NOT_OVER = ("it does not work", "it works", "it learns")
-Mark = Literal["good", "look", "bad", "open"]
+Grade = Literal["good", "look", "bad", "open"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReportAnswer:
     """A question, its answer, and whether that is as it should be."""
 
     question: str
     answer: str
-    mark: Mark
+    mark: Grade
 
 
-def verdict(facts: Facts) -> tuple[Mark, str]:
+def verdict(facts: Facts) -> tuple[Grade, str]:
     """Whether it worked, in one sentence."""
     so_far = "" if facts.result else f"So far, after {facts.done} of {facts.planned} steps: "
     failed, worked, learned = ("It did not work", "It worked", "It learned") if facts.result else NOT_OVER
@@ -43,7 +43,7 @@ def verdict(facts: Facts) -> tuple[Mark, str]:
     return "good", f"{so_far}{worked}: {counted}, and no rule finds anything wrong."
 
 
-def answers(facts: Facts) -> list[Answer]:
+def answers(facts: Facts) -> list[ReportAnswer]:
     """What users ask, in the order in which one should look."""
     if facts.latest is None:
         return []
@@ -51,17 +51,17 @@ def answers(facts: Facts) -> list[Answer]:
     return [answer for answer in found if answer is not None]
 
 
-def _held_out(facts: Facts, latest: Record) -> Answer:
+def _held_out(facts: Facts, latest: Record) -> ReportAnswer:
     accuracy, start, noise = _accuracy(facts, latest)
-    mark: Mark = "good" if accuracy > start + 2 * noise else "bad" if accuracy < start - 2 * noise else "look"
+    mark: Grade = "good" if accuracy > start + 2 * noise else "bad" if accuracy < start - 2 * noise else "look"
     text = (
         f"Accuracy {start:.2f} → {accuracy:.2f} on {facts.terms.held_out} pairs it was not trained on "
         f"(chance alone: ±{2 * noise:.2f}); margin {latest['eval_rewards/margins']:+.2f}."
     ).replace("-", "−")
-    return Answer("Does it prefer the chosen answers?", text, mark)
+    return ReportAnswer("Does it prefer the chosen answers?", text, mark)
 
 
-def _learned(facts: Facts) -> Answer | None:
+def _learned(facts: Facts) -> ReportAnswer | None:
     course = Course(facts.terms, facts.steps, facts.evaluations)
     trained, latest = course.recent("rewards/accuracies"), facts.latest
     if trained is None or latest is None:
@@ -70,13 +70,13 @@ def _learned(facts: Facts) -> Answer | None:
     noise = 2 * course.noise(facts.terms.held_out)
     text = f"Training accuracy is {trained:.2f} lately, held-out {latest['eval_rewards/accuracies']:.2f}."
     if any(seen.finding.rule == "overfit" and seen.lasting for seen in facts.seen):
-        return Answer("Does it memorise?", f"Yes: held-out figures lag behind. {text}", "bad")
+        return ReportAnswer("Does it memorise?", f"Yes: held-out figures lag behind. {text}", "bad")
     if gap > noise:
-        return Answer("Does it memorise?", f"It begins to. {text}", "look")
-    return Answer("Does it memorise?", f"No. {text}", "good")
+        return ReportAnswer("Does it memorise?", f"It begins to. {text}", "look")
+    return ReportAnswer("Does it memorise?", f"No. {text}", "good")
 
 
-def _chosen(facts: Facts) -> Answer | None:
+def _chosen(facts: Facts) -> ReportAnswer | None:
     if facts.first is None or facts.latest is None:
         return None
     change = {
@@ -86,24 +86,24 @@ def _chosen(facts: Facts) -> Answer | None:
     both = f"chosen {change['chosen']:+.2f}, rejected {change['rejected']:+.2f} nats a token".replace("-", "−")
     title = "Log-probs of chosen fall: is it broken?"
     if change["chosen"] < -DISPLACED:
-        return Answer(title, f"They fall too far: {both} (bound: −{DISPLACED:g}).", "bad")
+        return ReportAnswer(title, f"They fall too far: {both} (bound: −{DISPLACED:g}).", "bad")
     if change["chosen"] < -0.02:
         text = (
             f"No: they fall a little, which is usual, since DPO trains the difference: {both} (bound: −{DISPLACED:g})."
         )
-        return Answer(title, text, "good")
-    return Answer("Did the chosen answers become less likely?", f"No: {both}.", "good")
+        return ReportAnswer(title, text, "good")
+    return ReportAnswer("Did the chosen answers become less likely?", f"No: {both}.", "good")
 
 
-def _moved(facts: Facts) -> Answer | None:
+def _moved(facts: Facts) -> ReportAnswer | None:
     value = (facts.latest or {}).get("eval_kl")
     if value is None:
         return None
     text = f"The proxy kl is {value:.3g} nats a token on held-out pairs (0 at the start, bound: {DRIFTED:g})."
-    return Answer("How far did it move from the reference?", text, "bad" if value > DRIFTED else "good")
+    return ReportAnswer("How far did it move from the reference?", text, "bad" if value > DRIFTED else "good")
 
 
-def _own_answers(facts: Facts) -> Answer | None:
+def _own_answers(facts: Facts) -> ReportAnswer | None:
     first, latest = facts.first or {}, facts.latest or {}
     if "eval_samples/tokens" not in first or "eval_samples/tokens" not in latest:
         return None
@@ -113,7 +113,7 @@ def _own_answers(facts: Facts) -> Answer | None:
         f"repetition {first['eval_samples/repetition']:.0%} → {latest['eval_samples/repetition']:.0%}; "
         f"{latest['eval_samples/cut']:.0%} reached the limit. Read them below: no figure replaces that."
     )
-    return Answer("What became of its own answers?", text, "look" if trouble else "good")
+    return ReportAnswer("What became of its own answers?", text, "look" if trouble else "good")
 
 
 def _accuracy(facts: Facts, latest: Record) -> tuple[float, float, float]:

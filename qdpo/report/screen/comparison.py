@@ -9,7 +9,7 @@ from rich.text import Text
 from qdpo.train.watch.prompts import question
 
 if TYPE_CHECKING:
-    from qdpo.review.compare import Answer, Compared, Comparison
+    from qdpo.review.compare import Compared, Comparison, MeasuredAnswer
 
 LABELS = {
     "tokens": "tokens",
@@ -66,7 +66,7 @@ def _side_by_side(number: int, one: "Compared", console: Console) -> None:
     console.print(table)
 
 
-def _figures(answer: "Answer") -> str:
+def _figures(answer: "MeasuredAnswer") -> str:
     cut = "" if answer.ended else " (cut)"
     return (
         f"{answer.tokens} tokens{cut}, {answer.repeated:.0%} repeated\n"

@@ -25,7 +25,7 @@ ADAPTER, OPTIMIZER, STATE, MANIFEST = "adapter.safetensors", "optimizer.safetens
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedObjects:
     """The objects that training changes."""
 
     policy: Policy
@@ -33,7 +33,7 @@ class Trained:
     scaler: torch.amp.GradScaler
 
 
-def save_checkpoint(folder: Path, trained: Trained, progress: Progress, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, trained: TrainedObjects, progress: Progress, *, keep: int) -> Path:
     """Writes `folder`/step-NNNNNN, reads it back, then removes all but `keep` newest.
 
     Raises: DiskError if it cannot be written, VerificationError if it reads back differently.
@@ -75,7 +75,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(folder: Path, trained: Trained) -> Progress:
+def load_checkpoint(folder: Path, trained: TrainedObjects) -> Progress:
     """Restores the trained objects in place; returns the progress that was saved."""
     state: dict[str, Any] = disk.read_json(folder / STATE)
     load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))

@@ -1,6 +1,6 @@
 """Builds the policy of a run: base, adapter, checked attention path, and the name of its reference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
 from qdpo.model.policy.adapter import Policy
-from qdpo.run.record import Mark, file_record
+from qdpo.run.record import FourBitMark, file_record
+from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy import reference_cache
 from qdpo.train.step.feed import row_tensors
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Loaded:
     reference_name: str
     reference_is_start: bool
     weights: str
-    marks: dict[str, Mark]
+    marks: dict[str, FourBitMark]
     """What proves of each 4-bit layer that it was made again exactly."""
 
 

@@ -1,7 +1,7 @@
 """Fits a run into its device: values for the memory settings that are `auto`, and the worst row tried before step 0."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB
 from qdpo.model.device import give_back_memory
 from qdpo.run.record import MemoryChoice
+from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
 from qdpo.train.keep.progress import Progress
 from qdpo.train.policy.build import Loaded
 from qdpo.train.step.step import score
 
-Say = Callable[[str], None]
 # Share of the free host memory that waiting inputs and an embedding table may take.
 HOST_SHARE = 0.7
 CPU = torch.device("cpu")

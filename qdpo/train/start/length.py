@@ -19,7 +19,7 @@ TIMED_PAIRS, PLANNED_SHARE = 8, 0.95
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunLength:
     """Chosen at the first start, recorded and kept: the schedule of a resumed run is the same."""
 
     steps: int
@@ -33,14 +33,14 @@ class Plan:
         )
 
 
-def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> Plan:
+def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> RunLength:
     """Steps that cover `train.epochs` over `pairs` pairs (or train.steps), but `at_most` that many."""
     total = train.steps * train.pairs_per_step if train.steps else max(1, round(train.epochs * pairs))
     if at_most is not None:
         total = min(total, at_most * train.pairs_per_step)
     steps = math.ceil(total / train.pairs_per_step)
     warmup = math.ceil(steps / 10) if train.warmup_steps is None else min(train.warmup_steps, steps)
-    return Plan(steps, total, warmup)
+    return RunLength(steps, total, warmup)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row:
     return best
 
 
-def within_hours(train: TrainConfig, pairs: int, held_out: int, speed: Speed, passes: Passes, spent_s: float) -> Plan:
+def within_hours(
+    train: TrainConfig, pairs: int, held_out: int, speed: Speed, passes: Passes, spent_s: float
+) -> RunLength:
     """The plan of `train`, shortened to what fits into train.hours; `spent_s` are the seconds already gone.
 
     Every training pair is reckoned with its other passes, and three evaluations besides the regular ones.

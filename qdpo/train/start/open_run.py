@@ -23,7 +23,7 @@ from qdpo.model.device import choose_device, choose_dtype, repeat_rounding
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, record
 from qdpo.run.folder import RunDir
-from qdpo.run.record import BaseRecord, Environment, Found, RunRecord, read_record, write_record
+from qdpo.run.record import BaseRecord, Environment, FoundValues, RunRecord, read_record, write_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -34,9 +34,9 @@ from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
-from qdpo.train.start.length import Passes, Plan, measure_speed, plan_steps, within_hours
+from qdpo.train.start.length import Passes, RunLength, measure_speed, plan_steps, within_hours
 from qdpo.train.step.optimizer import choose_optimizer
-from qdpo.train.watch.prompts import Prompt, held_out_prompts, prompts_of_file
+from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
@@ -55,7 +55,7 @@ class Job:
     started: float
     train: PairStore
     held_out: PairStore
-    prompts: list[Prompt]
+    prompts: list[SamplePrompt]
     """What is completed at evaluations, for reading."""
     tokenizer: Any
     base: BaseFolder
@@ -64,7 +64,7 @@ class Job:
     tracker: Tracker
 
     @property
-    def found(self) -> Found:
+    def found(self) -> FoundValues:
         """Values chosen at the first start: compute type, optimizer, steps."""
         return read_record(self.run).found
 
@@ -144,7 +144,7 @@ def try_worst_row(job: Job) -> None:
         job.keep(kept_layers=fits)
 
 
-def plan_run(job: Job) -> Plan:
+def plan_run(job: Job) -> RunLength:
     """Steps and warm-up: as recorded, or from epochs, steps or hours, and then recorded."""
     found, train = job.found, job.config.train
     if found.steps is None:
@@ -166,7 +166,7 @@ def plan_run(job: Job) -> Plan:
         job.keep(steps=plan.steps, total_pairs=plan.total_pairs, warmup_steps=plan.warmup_steps)
     else:
         assert found.total_pairs is not None and found.warmup_steps is not None
-        plan = Plan(found.steps, found.total_pairs, found.warmup_steps)
+        plan = RunLength(found.steps, found.total_pairs, found.warmup_steps)
     job.watcher.say(f"plan: {plan.steps} steps of {train.pairs_per_step} pairs, {plan.warmup_steps} of them warm-up")
     return plan
 
@@ -209,7 +209,7 @@ def _first_start(
         files.append(Path(config.adapter.start) / adapter.WEIGHTS)
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
-    found = Found(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
+    found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
 
     def fill(path: Path) -> None:
         new = RunDir(path)

@@ -14,7 +14,7 @@ from qdpo.train.step.step import RowTooLarge, StepReport
 # How a step's rows are computed, from the usual way to the one that takes least memory.
 WHOLE, HALVES, SINGLE, SIDED = range(4)
 NAMES = ("whole rows", "rows of half the pairs", "rows of one pair", "one answer at a time")
-Step = Callable[[Sequence[ReadyRow], bool], StepReport]
+ComputeStep = Callable[[Sequence[ReadyRow], bool], StepReport]
 
 
 class Recovery:
@@ -31,7 +31,7 @@ class Recovery:
         """The level of a step: the same in a resumed run, so that its splits are replayed."""
         return max((level for first, level in self.found.items() if int(first) <= step), default=WHOLE)
 
-    def take(self, step: int, rows: Sequence[ReadyRow], compute: Step) -> StepReport:
+    def take(self, step: int, rows: Sequence[ReadyRow], compute: ComputeStep) -> StepReport:
         """The step's report. The same gradient at every level, to rounding.
 
         `compute` takes rows and whether answers go one at a time, and raises RowTooLarge.

@@ -20,26 +20,26 @@ USER_TURNS = {
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """A prompt to complete; `row` counts from 1, in the data or in samples.prompts."""
 
     row: int
     ids: list[int]
 
 
-def held_out_prompts(pairs: Sequence[TokenPair], count: int) -> list[Prompt]:
+def held_out_prompts(pairs: Sequence[TokenPair], count: int) -> list[SamplePrompt]:
     """The first `count` distinct prompts of these pairs."""
     distinct = list({pair.prompt.tobytes(): pair for pair in pairs}.values())
-    return [Prompt(pair.row, pair.prompt.tolist()) for pair in distinct[:count]]
+    return [SamplePrompt(pair.row, pair.prompt.tolist()) for pair in distinct[:count]]
 
 
-def prompts_of_file(samples: SamplesConfig, data: DataConfig, tokenizer: Any) -> list[Prompt] | None:
+def prompts_of_file(samples: SamplesConfig, data: DataConfig, tokenizer: Any) -> list[SamplePrompt] | None:
     """The first prompts of samples.prompts; None if it is not set. Raises: DataError if there are none, or broken."""
     if samples.prompts is None:
         return None
     settle_template(tokenizer, data.template)
     read = read_prompts(Path(samples.prompts).expanduser(), "samples.prompts")[: samples.count]
-    return [Prompt(row, ids) for row, ids in enumerate(encode_prompts(read, tokenizer, data), 1)]
+    return [SamplePrompt(row, ids) for row, ids in enumerate(encode_prompts(read, tokenizer, data), 1)]
 
 
 def question(prompt: str) -> str:

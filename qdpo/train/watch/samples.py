@@ -16,9 +16,9 @@ from qdpo.run import disk
 from qdpo.run.record import AnswerLengths
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import SamplesConfig
-from qdpo.train.watch.prompts import Prompt, question
+from qdpo.train.watch.prompts import SamplePrompt, question
 
-Line = dict[str, Any]
+SampleLine = dict[str, Any]
 
 # Tokens of a piece of text that counts as said before when it comes again.
 PIECE = 4
@@ -28,14 +28,14 @@ class Samples:
     """One line a prompt: its text, the answer `before`, the newest one `after`, and all since step 1 in `during`."""
 
     def __init__(
-        self, path: Path, policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], config: SamplesConfig,
+        self, path: Path, policy: Policy, tokenizer: Any, prompts: Sequence[SamplePrompt], config: SamplesConfig,
         watcher: Watcher, *, keep_through: int,
     ):  # fmt: skip
         """Goes on with the file as it was after step `keep_through`, if it is about the same prompts."""
         self._path, self._policy, self._tokenizer, self._prompts = path, policy, tokenizer, prompts
         self._config, self._watcher = config, watcher
         texts = [str(tokenizer.decode(prompt.ids)) for prompt in prompts]
-        self._lines: list[Line] = [{"row": p.row, "prompt": text} for p, text in zip(prompts, texts, strict=True)]
+        self._lines: list[SampleLine] = [{"row": p.row, "prompt": text} for p, text in zip(prompts, texts, strict=True)]
         kept = disk.read_lines(path)
         if [line["prompt"] for line in kept] == texts:
             self._lines = [_cut_back(line, keep_through) for line in kept]
@@ -130,12 +130,12 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
 
-def _history(line: Line) -> list[Line]:
+def _history(line: SampleLine) -> list[SampleLine]:
     before = {name: line[f"before_{name}"] for name in ("tokens", "cut", "repetition")}
     return [before, *line.get("during", [])]
 
 
-def _cut_back(line: Line, step: int) -> Line:
+def _cut_back(line: SampleLine, step: int) -> SampleLine:
     """The line as it was after that step."""
     if step < 0 or "before_cut" not in line:  # begun anew, or written before answers were taken on the way
         return {"row": line["row"], "prompt": line["prompt"]}
