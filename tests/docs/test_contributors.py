@@ -1,4 +1,4 @@
-"""What contributors read names only what exists: files, names in files, tests, links, scripts, issue forms."""
+"""Contributors' pages name only files, functions, tests, links and scripts that exist; issue forms are complete."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 PAGES = ("docs/architecture.md", "CONTRIBUTING.md", "tests/README.md", "examples/README.md")
 FORMS = ROOT / ".github" / "ISSUE_TEMPLATE"
-# What a word in code must begin with to be taken as a path of this repository.
+# A word in code that begins like this is a path of this repository.
 PATH = re.compile(r"^(?:(?:qdpo|tests|scripts|docs|examples|benchmarks|presets|\.ci|\.github)/|[A-Z]+\.md$|pyproject)")
 NOUNS = ("RunConfig", "Pair", "TokenPair", "PairRow", "Policy", "TokenScores", "StepReport")
 PROMISES = 35
@@ -53,7 +53,7 @@ def names_of(path: Path) -> frozenset[str]:
 
 
 def missing(word: str) -> str | None:
-    """What a path, or path::name, lacks."""
+    """The fault of a path, or path::name; None if it exists."""
     place, _, name = word.rstrip(",.;:)").partition("::")
     if "*" in place:
         return None if any(ROOT.glob(place)) else f"nothing fits {place}"
