@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
@@ -414,6 +415,8 @@ def serve_until_ctrl_c(words: list[str], world: Path) -> None:
         while "http://" not in line:
             line = process.stdout.readline()
             assert line, process.stderr.read()
+        with urllib.request.urlopen(line.split()[-1].partition("#")[0], timeout=60) as page:  # it serves by then
+            assert page.status == 200
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 0
@@ -423,7 +426,8 @@ def serve_until_ctrl_c(words: list[str], world: Path) -> None:
 def test_the_commands_of_a_block_run(fence: Fence, world: Path, tiny_base: Path) -> None:
     for words in to_run(fence):
         if words[0] != "qdpo":
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=AS_USER)
+            script = [sys.executable, *words]  # env's python3 may be another
+            done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=AS_USER)
         elif words[1] == "label":
             serve_until_ctrl_c(words, world)
             continue
