@@ -176,6 +176,10 @@ def cached_file(path: str, name: str, revision: str | None) -> Path | None:
     """A file of a hub model that was downloaded before, or None; nothing is fetched."""
     if path.count("/") != 1 or path.startswith((".", "/", "pypi:")):
         return None
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}").is_dir():
+        return None  # at once: what follows imports an HTTP client
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
