@@ -22,5 +22,5 @@ class Progress:
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Progress":
-        """Keys of a newer version are ignored."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        """Keys of a newer version are ignored; what an older one did not save has its default."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
