@@ -1,6 +1,5 @@
 """Longer proofs: the 7B architecture, and the demo with its real model."""
 
-import json
 import os
 import subprocess
 import sys
@@ -67,7 +66,7 @@ model.save_pretrained({str(tmp_path / "full")!r})
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr
     assert "already 4-bit" in answer.stdout and "step 2/2" in answer.stdout
-    result = json.loads((tmp_path / "runs" / "seven" / "result.json").read_text())
+    result = read_result(RunDir(tmp_path / "runs" / "seven"))
     assert result.before["rewards/margins"] == 0 and result.after["rewards/margins"] != 0
 
 

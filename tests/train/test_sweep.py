@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from qdpo.errors import ConfigError
+from qdpo.run.folder import RunDir
+from qdpo.run.record import read_result
 from qdpo.settings import layered
 from qdpo.train.sweep import plan_sweep
 from tests.conftest import arguments, qdpo, start_qdpo
@@ -71,7 +73,7 @@ def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path)
     assert "no reference pass" in runs[3] and "exit code 2" in runs[3] and len(runs) == 4
     kept = json.loads((Path(settings["output.dir"]) / "sweep.json").read_text())["runs"]
     assert [run["exit_code"] for run in kept] == [0, 2, 0] and kept[1]["accuracy"] is None
-    result = json.loads((Path(kept[2]["run"]) / "result.json").read_text())
+    result = read_result(RunDir(Path(kept[2]["run"])))
     assert kept[2]["settings"] == {"adapter.targets": "v_proj"}
     assert kept[2]["loss"] == result.after["loss"] and kept[2]["training_seconds"] > 0
     assert "v_proj" in (Path(settings["output.dir"]) / "sweep.html").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from qdpo.model.policy import adapter
 from qdpo.run import lock
 from qdpo.run.folder import RunDir
 from qdpo.run.metrics import read_metrics
-from qdpo.run.record import Result
+from qdpo.run.record import Result, read_result
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from qdpo.train.policy import reference_cache
@@ -46,7 +46,7 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     first = qdpo("run", *words, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     run = RunDir(folder_of(settings))
-    result = json.loads(run.result.read_text())
+    result = read_result(run)
     assert result.before["rewards/accuracies"] == 0.5 and result.after["rewards/accuracies"] >= 0.9
     assert "layout: " in first.stdout and "step 24/24" in first.stdout and "qdpo eval" in first.stdout
     for path in (run.config, run.environment, run.data_report, run.train_pairs, run.metrics, run.samples, run.card):
@@ -78,6 +78,18 @@ def test_a_run_from_the_command_line(settings: dict[str, str], tmp_path: Path) -
     fresh = qdpo("run", *words, "--fresh", cwd=tmp_path)
     assert fresh.returncode == 0 and "the earlier run is kept" in fresh.stdout
     assert weights(run.path) == weights(run.path.with_name("run.old-1"))
+
+
+def test_a_finished_run_whose_adapter_is_gone_is_brought_to_its_end_again(
+    settings: dict[str, str], train: Train, tmp_path: Path
+) -> None:
+    train(train__steps="4")
+    folder = folder_of(settings)
+    before = weights(folder)
+    shutil.rmtree(folder / "adapter")
+    again = qdpo("run", *arguments(settings, train__steps="4"), cwd=tmp_path)
+    assert again.returncode == 0 and "resuming after step 4 of 4" in again.stdout, again.stderr
+    assert weights(folder) == before
 
 
 def test_the_adapter_loads_with_plain_peft(train: Train, settings: dict[str, str], tiny_base: Path) -> None:
