@@ -283,7 +283,7 @@ def test_a_changed_model_file_is_refused(
     content[-40] ^= 1
     time.sleep(0.01)
     (base / "model.safetensors").write_bytes(content)
-    with pytest.raises(ConfigError, match="model.safetensors has other contents"):
+    with pytest.raises(ConfigError, match="model.safetensors has changed .*: its contents differ"):
         train(train__steps="2", model__path=str(base))
 
 
@@ -292,7 +292,7 @@ def test_two_processes_on_one_run(settings: dict[str, str], train: Train) -> Non
 
     run = RunDir(folder_of(settings))
     run.path.parent.mkdir(parents=True)
-    with FileLock(run.lock), pytest.raises(ConfigError, match="Another process works on"):
+    with FileLock(run.lock), pytest.raises(ConfigError, match="Another process is working on"):
         train(train__steps="2")
 
 
