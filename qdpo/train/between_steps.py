@@ -1,4 +1,4 @@
-"""What is looked at between steps: held-out pairs and sampled answers, into their files and the run's metrics."""
+"""Evaluations between steps: scores held-out pairs and samples answers, for their files and the run's metrics."""
 
 import json
 from typing import Any
@@ -59,9 +59,9 @@ class Checkup:
 
 
 def _with(lines: list[dict[str, Any]], evaluation: Evaluation, places: list[int], step: int) -> list[dict[str, Any]]:
-    """The lines of eval_pairs.jsonl with what this evaluation found; `places` are those among the held-out pairs.
+    """The lines of eval_pairs.jsonl with this evaluation's values; `places` are indices into the held-out pairs.
 
-    A pair is known by its place: several may come from one row, or from rows of the same number in several sources.
+    The index identifies a pair: several pairs may come from one row, or from equally numbered rows of several sources.
     """
     known = {line["pair"]: line for line in lines}
     found = []

@@ -1,4 +1,4 @@
-"""The order of events of a run: prepare, load, score the reference, then step, log, evaluate, save."""
+"""The training loop of a run: prepare, load, score the reference, then step, log, evaluate, save."""
 
 import contextlib
 import math
@@ -38,9 +38,9 @@ from qdpo.train.watch.metrics_file import Metrics
 
 
 def run_training(resolved: Resolved, watcher: Watcher) -> Result:
-    """Runs, or continues, the run that `resolved` describes; returns what result.json holds.
+    """Starts or continues the run that `resolved` describes; returns the contents of result.json.
 
-    Raises: QdpoError. On Interrupted and most others everything needed to continue is in the run folder.
+    Raises: QdpoError. After Interrupted, and most other errors, the run folder holds everything needed to continue.
     """
     run = identity.run_folder(resolved)
     try:
@@ -48,8 +48,8 @@ def run_training(resolved: Resolved, watcher: Watcher) -> Result:
             return _run(resolved, run, watcher, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"The card's memory is full: {str(error).splitlines()[0]} Lower data.max_tokens, memory.kept_layers or "
-            "memory.head_tile_mib, or choose a preset for a smaller card. The last checkpoint is intact."
+            f"The card is out of memory: {str(error).splitlines()[0]} The last checkpoint is intact. Lower "
+            "`data.max_tokens`, `memory.kept_layers` or `memory.head_tile_mib`, or choose a preset for a smaller card."
         ) from error
 
 
@@ -83,7 +83,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What training came to: held-out figures before and after, the progress made, and what looks at the run."""
+    """The outcome of training: held-out metrics before and after, the progress made, and the run's evaluations."""
 
     before: dict[str, float]
     after: Evaluation
@@ -165,7 +165,7 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
 
 
 def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
-    """The run as its newest checkpoint left it, or evaluated before its first step."""
+    """Resumes the run from its newest checkpoint, or evaluates it before its first step."""
     config = job.config
     progress = Progress()
     newest = (
@@ -197,36 +197,34 @@ def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progre
 def _stopped(finding: Finding, step: int, plan: RunLength) -> StoppedByFinding:
     return StoppedByFinding(
         f"Stopped by train.stop_when={finding.rule} after step {step} of {plan.steps}, which is saved: "
-        f"{finding.evidence}. {finding.advice} The same command with train.stop_when=none continues."
+        f"{finding.evidence}. {finding.advice} To continue, add `train.stop_when=none` to the same command."
     )
 
 
 def _check_offset(job: Job, before: Evaluation) -> None:
-    """An untouched adapter must equal its reference. Raises: VerificationError if it does not."""
+    """Checks that an untouched adapter equals its reference. Raises: VerificationError if it does not."""
     untouched_is_reference = job.config.adapter.start is None or job.loaded.reference_is_start
     if not untouched_is_reference or job.scorer.for_loss is None:
         return
     mean, largest = reference_offset(before, job.config.loss.beta)
     longest = max(len(pair.chosen) + len(pair.rejected) for pair in job.held_out)
     job.watcher.say(f"reference offset of the untouched adapter: mean {mean:.3g}, largest {largest:.3g} nats")
-    # 16-bit rounding grows with the square root of the tokens; other weights or tokens give tens of nats.
+    # 16-bit rounding grows with the square root of the tokens; wrong weights or tokens give tens of nats.
     bound = 0.05 + 0.05 * math.sqrt(longest)
     if largest > bound:
         raise VerificationError(
-            f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} "
-            "nats (bound "
-            f"{bound:.2g}). {job.scorer.cache.way_out}"
+            "The cached reference does not belong to this model: an untouched adapter differs by "
+            f"{largest:.3g} nats (bound {bound:.2g}). {job.scorer.cache.way_out}"
         )
 
 
 def _after_step(job: Job, progress: Progress, step: int, report: StepReport, seconds: float) -> Progress:
     if report.overflow:
-        job.watcher.say(f"step {step + 1}: fp16 overflow, update skipped and loss scale lowered")
+        job.watcher.say(f"step {step + 1}: update skipped, loss scale lowered (fp16 overflow)")
     elif step == 0 and report.grad_norm == 0:
         raise VerificationError(
-            "The gradient of the first step is exactly 0: the adapter would learn nothing. Chosen and rejected "
-            "answers may be "
-            "identical after cutting, or adapter.targets may match no layer that is used."
+            "The gradient of the first step is exactly 0, so the adapter would learn nothing. Chosen and rejected "
+            "answers may be identical after truncation, or `adapter.targets` may match no layer that is used."
         )
     return Progress(
         step=step + 1,
@@ -252,7 +250,7 @@ def _step_record(job: Job, progress: Progress, report: StepReport, rate: float, 
 
 
 def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
-    """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
+    """Writes adapter/, samples.jsonl and result.json, in this order: a run that has result.json is complete."""
     policy = job.loaded.policy
     give_back_memory(policy.device)
 

@@ -38,7 +38,7 @@ def test_a_save_on_the_way_may_fail_and_the_last_one_waits(monkeypatch: pytest.M
     said: list[str] = []
     stop = StopRequest()
     saver = Saver(said.append, stop, "wait")
-    assert not saver.attempt(Disk(1).write) and "Training goes on" in said[0]
+    assert not saver.attempt(Disk(1).write) and "Training continues" in said[0]
     assert saver.attempt(Disk(0).write)
     disk = Disk(3)
     saver.insist(disk.write)
