@@ -36,7 +36,7 @@ def test_a_named_sweep_gives_each_run_a_name() -> None:
     [
         (["loss.beta=0.1"], "Nothing to sweep"),
         (["loss.beta=0.1,0.10"], "would be the same run"),
-        (["train.eval_every=5,10"], "change no number"),
+        (["train.eval_every=5,10"], "do not affect training"),
         (["loss.beta=0.1,-1"], "loss.beta=-1 .* is not a number above 0"),
         (["loss.beta=0.1,"], "is not a number above 0"),
         (["loss.bta=0.1,0.2"], "Did you mean 'loss.beta'"),
