@@ -31,7 +31,7 @@ def read_candidates(path: str, tokenizer: Any, *, max_tokens: int) -> list[Candi
     _name, pairs = prepare.read_pairs(config, tokenizer, Terminal())
     source = open_source(path, shipped=layered.shipped_folder())
     layout = detect_layout(source.rows.look_over(), {}, source.name)
-    rows, renderer, candidates = list(source.rows), Renderer(tokenizer), []
+    rows, renderer, candidates = list(source.rows), Renderer(tokenizer=tokenizer), []
     for pair in pairs:
         row = rows[pair.row - 1]
         parsed = to_pair(row, pair.row, layout)

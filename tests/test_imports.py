@@ -33,6 +33,7 @@ INSIDE = {
 FOREIGN = {"from_config", "read_json", "loading", "check_adapter_folder", "Labelling"}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
+WIDE = 7
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -154,6 +155,16 @@ def test_a_type_has_one_meaning() -> None:
             if found[:1].isupper() and not found.isupper():
                 homes.setdefault(found, []).append(name)
     assert not {found: where for found, where in homes.items() if len(where) > 1}
+
+
+def test_wide_dataclasses_are_built_by_keyword() -> None:
+    """Seven values in a row can be swapped without an error."""
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            marks = [ast.unparse(mark) for mark in getattr(node, "decorator_list", [])]
+            if isinstance(node, ast.ClassDef) and any("dataclass" in mark for mark in marks):
+                fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+                assert len(fields) < WIDE or any("kw_only=True" in mark for mark in marks), f"{path}: {node.name}"
 
 
 def test_files_are_of_one_idea() -> None:

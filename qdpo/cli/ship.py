@@ -107,7 +107,16 @@ def export(
     from qdpo.export.trained import trained_run
 
     trained = trained_run(run_folder)
-    order = targets.Order(trained, out, quant, merged, lora, name or trained.name, force, typer.echo)
+    order = targets.Order(
+        trained=trained,
+        out=out,
+        quant=quant,
+        merged=merged,
+        lora=lora,
+        name=name or trained.name,
+        force=force,
+        say=typer.echo,
+    )
     targets.TARGETS[to](order)
 
 

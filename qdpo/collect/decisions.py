@@ -26,7 +26,7 @@ undo: the prompt is as it was before its last decision."""
 MAKES_PAIR = ("pick", "edit")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """One decision about one prompt; `best` and `worst` are ids of answers."""
 

@@ -42,7 +42,7 @@ class SamplingParameters:
     seed: int = 0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sampled:
     """What was done: prompts in the file at the end and before, and what became of the draws of this call."""
 

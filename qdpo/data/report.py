@@ -67,7 +67,7 @@ class LengthReport:
     histogram: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataReport:
     """A data set as it would be trained on. Lengths are in tokens; shares are of usable pairs."""
 

@@ -23,7 +23,7 @@ from qdpo.run.watcher import Say
 BYTES_A_WEIGHT = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Order:
     """The options of the command line."""
 

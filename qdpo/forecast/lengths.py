@@ -1,24 +1,24 @@
-"""How long the pairs of a run are: as prepared, from a sample of the data, or assumed from the settings; no torch."""
+"""How long the pairs of a run are: as prepared, from a sample of the data, or assumed from the settings; no torch.
+
+What reads pairs imports numpy and jinja2, so it is imported where pairs are read: a plan of assumed lengths is not.
+"""
 
 import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from qdpo.data.layouts import pair
-from qdpo.data.layouts.pair import Pair
-from qdpo.data.read import source
-from qdpo.data.tokens import sieve
-from qdpo.data.tokens.cut import Limits
 from qdpo.errors import DataError
 from qdpo.forecast.choose import Lengths
 from qdpo.run.folder import RunDir
 from qdpo.settings.layered import shipped_folder
 from qdpo.settings.schema import RunConfig
+
+if TYPE_CHECKING:
+    from qdpo.data.layouts.pair import Pair
 
 SAMPLE = 1000
 """Rows that are tokenised, and at most twice as many of the longest."""
@@ -43,6 +43,8 @@ def prepared(run: RunDir, config: RunConfig) -> Known | None:
     """Exact lengths of a run that has prepared its pairs, else None."""
     if not run.train_pairs.is_file():
         return None
+    from qdpo.data.tokens import sieve
+
     train, held_out = sieve.load_pairs(run.train_pairs), sieve.load_pairs(run.held_out_pairs)
     sizes = [(len(p.prompt), p.tokens) for p in [*train, *held_out]]
     return Known(_lengths(sizes, config), len(train), f"exact: the pairs that {run.path} has prepared")
@@ -64,6 +66,9 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
 
     Raises: DataError if the data has no usable pair.
     """
+    from qdpo.data.layouts import pair
+    from qdpo.data.read import source
+
     usable: list[Pair] = []
     seen, name = 0, str(config.data.path)
     for path in source.split_paths(name):
@@ -78,7 +83,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
         )  # fmt: skip
         for row in opened.rows:
             seen += 1
-            usable += [found for found in pair.to_pairs(row, seen, layout) if isinstance(found, Pair)]
+            usable += [found for found in pair.to_pairs(row, seen, layout) if isinstance(found, pair.Pair)]
     if not usable:
         raise DataError(f"No usable pair in {name}: all {seen} rows would be dropped.")
     front = usable[: config.data.limit]
@@ -104,7 +109,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
     return Known(lengths, pairs, how)
 
 
-def _longest(pairs: Sequence[Pair], per_token: float, config: RunConfig) -> list[Pair]:
+def _longest(pairs: "Sequence[Pair]", per_token: float, config: RunConfig) -> "list[Pair]":
     """The longest pairs by characters, and those that look the longest once the length rule has cut and dropped."""
     most = min(SAMPLE, max(20, len(pairs) // 50))
     counted = _counted(pairs, lambda texts: [round(len(text) / per_token) for text in texts], config)
@@ -113,7 +118,7 @@ def _longest(pairs: Sequence[Pair], per_token: float, config: RunConfig) -> list
     return heapq.nlargest(most, pairs, key=_characters) + [pairs[index] for index in after]
 
 
-def _characters(p: Pair) -> int:
+def _characters(p: "Pair") -> int:
     return sum(len(turn["content"]) for turn in p.prompt) + len(p.chosen) + len(p.rejected)
 
 
@@ -126,7 +131,7 @@ def _counter(tokenizer_file: Path | None) -> CountTokens:
     return lambda texts: [len(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def _counted(pairs: Sequence[Pair], count: CountTokens, config: RunConfig) -> list[tuple[int, int, int]]:
+def _counted(pairs: "Sequence[Pair]", count: CountTokens, config: RunConfig) -> list[tuple[int, int, int]]:
     texts = [text for p in pairs for text in ("\n".join(t["content"] for t in p.prompt), p.chosen, p.rejected)]
     numbers = iter(count(texts))
     # A chat template puts roles around plain text as well; without one, `Human:` and `Assistant:` stand in a chat.
@@ -136,6 +141,8 @@ def _counted(pairs: Sequence[Pair], count: CountTokens, config: RunConfig) -> li
 
 def _size(counted: tuple[int, int, int], config: RunConfig) -> tuple[int, int] | None:
     """Tokens of the prompt and of the pair after the length rule of `data.tokens`; None if it drops the pair."""
+    from qdpo.data.tokens.cut import Limits
+
     prompt, *answers = counted
     limits = Limits(config.data.max_tokens, config.data.max_prompt_tokens or config.data.max_tokens)
     if limits.outcome(*counted) not in ("whole", "cut"):
@@ -147,8 +154,6 @@ def _size(counted: tuple[int, int, int], config: RunConfig) -> tuple[int, int] |
 def _lengths(sizes: Sequence[tuple[int, int]], config: RunConfig) -> Lengths:
     if not sizes:
         raise DataError(f"No pair is within data.max_tokens={config.data.max_tokens}. Raise it.")
-    prompts, whole = (np.array(part) for part in zip(*sizes, strict=True))
-    top: Any = int(whole.argmax())
-    return Lengths(
-        int(whole[top]), int(prompts[top]), float(whole.mean()), float(prompts.mean()), config.train.pairs_per_step
-    )
+    prompt, whole = max(sizes, key=lambda size: size[1])
+    mean_prompt, mean = (fmean(part) for part in zip(*sizes, strict=True))
+    return Lengths(whole, prompt, mean, mean_prompt, config.train.pairs_per_step)

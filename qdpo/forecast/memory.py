@@ -47,7 +47,7 @@ class RowSize:
         return self.tokens + self.prompts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemorySettings:
     """What of a run decides its memory."""
 

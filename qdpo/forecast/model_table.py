@@ -17,7 +17,7 @@ MOST_TOKENS = 131_072
 PAIRS_PER_STEP = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """A model on a card: the longest pair that fits at all, and the fastest settings for pairs of an asked length."""
 
@@ -45,16 +45,33 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
     lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
     found = choose.choose(shape, run, lengths, Given(), limit=limit)
     if found.peak > limit:
-        return Fit(name, most, None, None, shape.layers, False, False, None, None)
+        return Fit(
+            model=name,
+            longest_pair=most,
+            tokens_per_row=None,
+            kept_layers=None,
+            layers=shape.layers,
+            offload=False,
+            host_embeddings=False,
+            peak_gib=None,
+            pairs_per_hour=None,
+        )
     budget = min(found.tokens_per_row, lengths.step)
     row = memory.RowSize(budget, budget * 2 // 5, max(1, round(budget / mean)))
     seconds = sum(
         timing.row_seconds(shape, found.run, row, timing.CARDS[card], scoring=scoring) for scoring in (False, True)
     )
     return Fit(
-        name, most, found.tokens_per_row, found.run.kept_layers, shape.layers, found.run.offload,
-        found.run.host_embeddings, found.peak / GIB, 3600 * budget / mean / seconds,
-    )  # fmt: skip
+        model=name,
+        longest_pair=most,
+        tokens_per_row=found.tokens_per_row,
+        kept_layers=found.run.kept_layers,
+        layers=shape.layers,
+        offload=found.run.offload,
+        host_embeddings=found.run.host_embeddings,
+        peak_gib=found.peak / GIB,
+        pairs_per_hour=3600 * budget / mean / seconds,
+    )
 
 
 def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
@@ -82,9 +99,14 @@ def table_lines(fits: list[Fit]) -> list[str]:
             continue
         rows.append(
             (
-                fit.model, f"{fit.longest_pair:,}", f"{fit.tokens_per_row:,}", f"{fit.kept_layers} of {fit.layers}",
-                moved, f"{fit.peak_gib:.1f} GiB", f"{fit.pairs_per_hour:,.0f}",
+                fit.model,
+                f"{fit.longest_pair:,}",
+                f"{fit.tokens_per_row:,}",
+                f"{fit.kept_layers} of {fit.layers}",
+                moved,
+                f"{fit.peak_gib:.1f} GiB",
+                f"{fit.pairs_per_hour:,.0f}",
             )
-        )  # fmt: skip
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -25,7 +25,7 @@ SAMPLE_SPEED = 30.0
 """Tokens a second of all prompts together while samples are generated: a guess."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A forecast with its verdict; bytes, tokens and seconds."""
 
@@ -109,10 +109,23 @@ def make_plan(
     steps, tokens = _steps(config, known)
     seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, known, tokens, timing.CARDS[card])
     return Plan(
-        str(config.model.path), source, card, gib, others, known, chosen, limit,
-        memory.forecast(shape, chosen.run, chosen.row), memory.host_bytes(shape, chosen.run, chosen.row),
-        _disk(config, shape, run, known), steps, tokens, seconds, config.train.hours, ways,
-    )  # fmt: skip
+        model=str(config.model.path),
+        shape_from=source,
+        card=card,
+        card_gib=gib,
+        others_gib=others,
+        known=known,
+        chosen=chosen,
+        limit=limit,
+        causes=memory.forecast(shape, chosen.run, chosen.row),
+        host=memory.host_bytes(shape, chosen.run, chosen.row),
+        disk=_disk(config, shape, run, known),
+        steps=steps,
+        tokens=tokens,
+        seconds=seconds,
+        capped_hours=config.train.hours,
+        ways=ways,
+    )
 
 
 def _card(

@@ -32,7 +32,7 @@ from qdpo.train.step import optimizer
 WARM_UP = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One benchmark: speeds over useful tokens (recompute and padding do not count), peaks in GiB."""
 
@@ -100,13 +100,23 @@ def run_bench(
     tokens, spent = sum(step.tokens for step in timed), sum(seconds)
     useful = steps.useful_flops(shape, tokens, sum(step.responses for step in timed))
     return Measured(
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", limit_gib, chosen.tokens_per_row,
-        chosen.run.kept_layers, chosen.run.offload, "host" if chosen.run.host_embeddings else "device",
-        lengths.longest, tokens / spent, number * config.train.pairs_per_step / spent,
-        peak_gib(device), _forecast(shape, chosen, pairs, device),
-        torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None, rate / 1e12,
-        useful / spent / rate, build_s, seconds,
-    )  # fmt: skip
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        limit_gib=limit_gib,
+        tokens_per_row=chosen.tokens_per_row,
+        kept_layers=chosen.run.kept_layers,
+        offload=chosen.run.offload,
+        embeddings="host" if chosen.run.host_embeddings else "device",
+        longest_pair=lengths.longest,
+        tokens_per_s=tokens / spent,
+        pairs_per_s=number * config.train.pairs_per_step / spent,
+        peak_gib=peak_gib(device),
+        forecast_gib=_forecast(shape, chosen, pairs, device),
+        reserved_gib=torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else None,
+        matrix_tflops=rate / 1e12,
+        utilisation=useful / spent / rate,
+        build_s=build_s,
+        step_s=seconds,
+    )
 
 
 def _lengths(longest: int, pairs_per_step: int) -> Lengths:
@@ -126,17 +136,27 @@ def _pairs(lengths: Lengths, number: int, vocabulary: int) -> list[TokenPair]:
 
 
 def _build(
-    resolved: Resolved, settings: Any, shape: Shape, chosen: Choice, lengths: Lengths, number: int,
-    device: torch.device, dtype: str, say: Say,
-) -> tuple[Loaded, list[TokenPair]]:  # fmt: skip
+    resolved: Resolved,
+    settings: Any,
+    shape: Shape,
+    chosen: Choice,
+    lengths: Lengths,
+    number: int,
+    device: torch.device,
+    dtype: str,
+    say: Say,
+) -> tuple[Loaded, list[TokenPair]]:
     """The policy with random weights and its pairs, after the longest row was tried."""
     config = resolved.config
     config = auto_memory.settled(config, auto_memory.memory_of(chosen))
     torch.manual_seed(0)
     model = random_base.random_base(
-        settings, quantization=config.model.quantization, double_quant=config.model.double_quant,
-        dtype=DTYPES[dtype], device=device,
-    )  # fmt: skip
+        settings,
+        quantization=config.model.quantization,
+        double_quant=config.model.double_quant,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
     pairs = _pairs(lengths, (number + WARM_UP) * config.train.pairs_per_step, shape.vocabulary)
     loaded = make_policy(config, model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=say)
     if device.type == "cuda":

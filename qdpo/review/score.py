@@ -49,7 +49,15 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
     with listen(watcher.say) as stop:
         cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
-        scorer = Scorer(loaded, cache, opened.tokens_per_row, watcher, stop, config.loss, config.train.seed)
+        scorer = Scorer(
+            loaded=loaded,
+            cache=cache,
+            tokens_per_row=opened.tokens_per_row,
+            watcher=watcher,
+            stop=stop,
+            loss=config.loss,
+            seed=config.train.seed,
+        )
         scorer.fill(pairs)
         adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")

@@ -29,7 +29,7 @@ def items(tmp_path: Path) -> list[Any]:
 
 
 def pick(item: Any, best: int = 0, worst: int = 2, **others: Any) -> Decision:
-    return Decision(item.id, "pick", best=item.answers[best].id, worst=item.answers[worst].id, **others)
+    return Decision(prompt=item.id, kind="pick", best=item.answers[best].id, worst=item.answers[worst].id, **others)
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -75,8 +75,8 @@ def test_decisions_make_pairs_that_carry_where_they_came_from(tmp_path: Path, it
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:
         decisions.add(pick(items[0], seconds=1.5, note="clear"))
-        decisions.add(Decision(items[1].id, "tie"))
-        decisions.add(Decision(items[2].id, "edit", worst=items[2].answers[0].id, text="better"))
+        decisions.add(Decision(prompt=items[1].id, kind="tie"))
+        decisions.add(Decision(prompt=items[2].id, kind="edit", worst=items[2].answers[0].id, text="better"))
     assert written(out) == [
         {"prompt": "question 0", "chosen": "good 0", "rejected": "bad 0", "chosen_from": BASE, "rejected_from": BASE,
          "judged_by": "person", "note": "clear"},
@@ -91,7 +91,7 @@ def test_a_pair_says_which_answer_was_cut(tmp_path: Path) -> None:
     with opened(tmp_path / "pairs.jsonl", items) as decisions:
         decisions.add(pick(items[0], 0, 1))
         assert next(decisions.pairs())["chosen_from"] == {**BASE, "cut": True}
-        decisions.add(Decision(items[0].id, "edit", worst=items[0].answers[0].id, text="whole"))
+        decisions.add(Decision(prompt=items[0].id, kind="edit", worst=items[0].answers[0].id, text="whole"))
         pair = next(decisions.pairs())
     assert pair["chosen_from"] == {**BASE, "edited": True} and pair["rejected_from"] == {**BASE, "cut": True}
 
@@ -102,9 +102,9 @@ def test_undo_brings_back_what_stood_before(tmp_path: Path, items: list[Any]) ->
         decisions.add(pick(items[0]))
         decisions.add(pick(items[0], best=1))
         assert written(out)[0]["chosen"] == "fair 0"
-        decisions.add(Decision(items[0].id, "undo"))
+        decisions.add(Decision(prompt=items[0].id, kind="undo"))
         assert written(out)[0]["chosen"] == "good 0"
-        decisions.add(Decision(items[0].id, "undo"))
+        decisions.add(Decision(prompt=items[0].id, kind="undo"))
         assert written(out) == [] and not decisions.is_settled(items[0].id) and len(decisions.history) == 4
 
 
@@ -114,13 +114,13 @@ def test_what_was_open_or_undone_is_a_line_more_when_it_is_decided(
     """Thousands of prompts that one judge left open would else write the whole file for each that the next decides."""
     out = tmp_path / "pairs.jsonl"
     with opened(out, items) as decisions:
-        decisions.add(Decision(items[0].id, "open", by="judge", note="tie"))
+        decisions.add(Decision(prompt=items[0].id, kind="open", by="judge", note="tie"))
         decisions.add(pick(items[1]))
         decisions.add(pick(items[2]))
-        decisions.add(Decision(items[1].id, "undo"))
+        decisions.add(Decision(prompt=items[1].id, kind="undo"))
         with monkeypatch.context() as changed:
             changed.setattr("qdpo.run.disk.write_text", None)
-            decisions.add(Decision(items[0].id, "open", by="another", note="tie"))
+            decisions.add(Decision(prompt=items[0].id, kind="open", by="another", note="tie"))
             decisions.add(pick(items[0]))
             decisions.add(pick(items[1]))
     whole = out.read_bytes()
@@ -150,7 +150,7 @@ def test_the_journal_alone_makes_the_pairs_again(tmp_path: Path, items: list[Any
         file.write('{"prompt": "abc", "ki')
     with opened(out, items) as decisions:
         assert out.read_bytes() == whole and len(decisions.history) == 3
-        decisions.add(Decision(items[0].id, "undo"))
+        decisions.add(Decision(prompt=items[0].id, kind="undo"))
     assert len(written(out)) == 2
 
 

@@ -97,7 +97,7 @@ class Scripted(Judge):
 
 def decision(item: Candidates, kind: Any = "pick", by: str = "scripted", **others: Any) -> Decision:
     ends = {"best": item.answers[0].id, "worst": item.answers[1].id} if kind == "pick" else {}
-    return Decision(item.id, kind, by=by, shown=tuple(each.id for each in item.answers), **ends, **others)
+    return Decision(prompt=item.id, kind=kind, by=by, shown=tuple(each.id for each in item.answers), **ends, **others)
 
 
 def test_what_is_decided_is_neither_asked_about_nor_changed(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_answers_of_a_run_are_on_policy_where_training_goes_on_from_it(
 ) -> None:
     train(train__steps="1")
     adapter = tmp_path / "runs" / "run" / "adapter"
-    digest = file_record(adapter / "adapter_model.safetensors")["sha256"]
+    digest = file_record(adapter / "adapter_model.safetensors").sha256
     path = write_jsonl(tmp_path / "p.jsonl", written_by(*2 * [2 * ({"model": str(tiny_base), "adapter": digest},)]))
     assert check(path).on_policy == 0.0
     assert check(path, adapter__start=str(adapter)).on_policy == 1.0

@@ -83,7 +83,7 @@ def test_stopped_and_continued_is_the_same_file(
     found = sample(sampler, prompts, out, DRAWING, watcher)
     assert out.read_bytes() == whole.read_bytes() and found.before == len(kept)
     assert "torn off by a crash" in watcher.text and f"{len(kept)} prompts are answered already" in watcher.text
-    assert sample(sampler, prompts, out, DRAWING, Quiet()) == Sampled(7, 7)
+    assert sample(sampler, prompts, out, DRAWING, Quiet()) == Sampled(prompts=7, before=7)
 
 
 def test_more_prompts_later_are_added(sampler: Sampler, prompts: list[Any], tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_one_pick_is_asked_again_where_there_are_few(tmp_path: Path) -> None:
 
 def picks(places: list[int], answers: int = 2) -> list[Decision]:
     shown = tuple("abcd"[:answers])
-    return [Decision(str(n), "pick", best=shown[p], worst=shown[p - 1], shown=shown, seconds=n)
+    return [Decision(prompt=str(n), kind="pick", best=shown[p], worst=shown[p - 1], shown=shown, seconds=n)
             for n, p in enumerate(places)]  # fmt: skip
 
 

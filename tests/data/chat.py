@@ -12,7 +12,9 @@ from qdpo.data.tokens.sieve import Preparation, Prepared
 
 def ids_of(prompt: list[Message], chosen: str, rejected: str, tokenizer) -> IdLists | Rejection:
     """Ids of a conversation's prompt and of the answers behind it, as they will be trained, or why there are none."""
-    rendered = Renderer(tokenizer).render(Pair(prompt, chosen, rejected, 1, is_chat=True))
+    rendered = Renderer(tokenizer=tokenizer).render(
+        Pair(prompt=prompt, chosen=chosen, rejected=rejected, row=1, is_chat=True)
+    )
     if isinstance(rendered, Rejection):
         return rendered
     ids = next(Encoder(tokenizer, "auto").encode([rendered]))
@@ -23,7 +25,9 @@ def prepare_rows(
     rows: Sequence[dict], tokenizer, *, max_tokens: int, max_prompt_tokens: int, template: str
 ) -> Prepared:
     """A whole data set with its layout found, its rows paired, rendered, tokenised, cut and sieved."""
-    work = Preparation(tokenizer, Limits(max_tokens, max_prompt_tokens), Renderer(tokenizer, template))
+    work = Preparation(
+        tokenizer, Limits(max_tokens, max_prompt_tokens), Renderer(tokenizer=tokenizer, template=template)
+    )
     located = [(Place("test data", number), row) for number, row in enumerate(rows, 1)]
     work.add(located, detect_layout(rows, {}, "test data"))
     return work.finish()

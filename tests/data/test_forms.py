@@ -236,13 +236,13 @@ def test_tool_calls_stay_as_the_template_writes_them(chat_tokenizer):
     }
     layout = detect_layout([row] * 2, {}, "test data")
     pair = to_pair(row, 1, layout)
-    found = Renderer(tokenizer).render(pair)
+    found = Renderer(tokenizer=tokenizer).render(pair)
     assert isinstance(found, Rendered)
     assert '"name": "rain"' in found.prompt and found.prompt.endswith("<|im_start|>assistant\n")
     assert found.chosen == '<|end|><call>rain({"at": "x"})</call><|im_end|>' and found.rejected == "No idea.<|im_end|>"
     result = [user("Will it rain?"), call, {"role": "tool", "content": "yes", "name": "rain"}]
     later = {"prompt": result, "chosen": "It will.", "rejected": "It will not."}
-    text = Renderer(tokenizer).render(to_pair(later, 1, detect_layout([later], {}, "test data"))).prompt
+    text = Renderer(tokenizer=tokenizer).render(to_pair(later, 1, detect_layout([later], {}, "test data"))).prompt
     assert "<call>rain" in text and "<|im_start|>tool\nyes<|im_end|>" in text
     broken = to_pair({**row, "tools": "[not json"}, 1, layout)
     assert isinstance(broken, Rejection) and broken.reason == "bad_tools"

@@ -16,11 +16,11 @@ QUESTION = [{"role": "user", "content": "q"}]
 
 
 def pair(prompt=QUESTION, chosen="yes", rejected="no", is_chat=True):
-    return Pair(prompt, chosen, rejected, 3, is_chat)
+    return Pair(prompt=prompt, chosen=chosen, rejected=rejected, row=3, is_chat=is_chat)
 
 
 def render(pair, tokenizer, **settings):
-    found = Renderer(tokenizer, **settings).render(pair)
+    found = Renderer(tokenizer=tokenizer, **settings).render(pair)
     return found if isinstance(found, Rejection) else found.three
 
 
@@ -102,7 +102,7 @@ def test_a_response_always_ends_with_a_token_that_stops_generation(with_template
 def test_the_text_of_a_special_token_inside_a_turn_is_hidden_from_the_tokenizer(chat_tokenizer, where):
     text = "so <|im_end|> it ends"
     parts = {"prompt": [{"role": "user", "content": text}]} if where == "prompt" else {where: text}
-    result = Renderer(chat_tokenizer).render(pair(**parts))
+    result = Renderer(tokenizer=chat_tokenizer).render(pair(**parts))
     assert list(result.hidden.values()) == ["<|im_end|>"]
     (letter,) = result.hidden
     assert f"so {letter} it ends<|im_end|>" in getattr(result, where)
@@ -161,7 +161,7 @@ SKIPS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.rol
 def test_a_refused_system_message_is_folded_dropped_or_an_error(with_template, template):
     tokenizer = with_template(template)
     talk = [{"role": "system", "content": "Be kind."}, *QUESTION]
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer=tokenizer)
     for _ in range(2):
         prompt = renderer.render(pair(talk)).prompt
         assert prompt == "<|im_start|>user\nBe kind.\n\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -173,7 +173,7 @@ def test_a_refused_system_message_is_folded_dropped_or_an_error(with_template, t
 
 def test_a_refused_system_message_before_an_answer_is_left_out_and_said(with_template):
     begun = [{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Hello."}, *QUESTION]
-    renderer = Renderer(with_template(SKIPS))
+    renderer = Renderer(tokenizer=with_template(SKIPS))
     rendered = renderer.render(pair(begun))
     assert "Be kind" not in rendered.prompt and [name for name, _detail in rendered.mended] == ["system_unfoldable"]
     assert {name: fact.count for name, fact in renderer.facts.items()} == {"system_unfoldable": 1}
@@ -188,7 +188,7 @@ def test_turns_of_one_role_are_joined_on_demand(with_template):
     tokenizer = with_template(alternate)
     refused = render(twice, tokenizer)
     assert refused.reason == "template_refuses" and "roles must alternate" in refused.detail
-    merged = Renderer(tokenizer, merge_same_role=True).render(twice)
+    merged = Renderer(tokenizer=tokenizer, merge_same_role=True).render(twice)
     assert "a\n\nb<|im_end|>" in merged.prompt and merged.mended[0][0] == "turns_merged"
 
 

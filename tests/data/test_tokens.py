@@ -24,7 +24,7 @@ def row(prompt, chosen, rejected):
 
 
 def run(rows, tokenizer, *, max_tokens=1000, max_prompt_tokens=500, limit=None, progress=None, **rules):
-    work = Preparation(tokenizer, Limits(max_tokens, max_prompt_tokens, **rules), Renderer(tokenizer))
+    work = Preparation(tokenizer, Limits(max_tokens, max_prompt_tokens, **rules), Renderer(tokenizer=tokenizer))
     located = [(Place("test data", number), row) for number, row in enumerate(rows, 1)]
     work.add(located, detect_layout(rows, {}, "test data"), limit=limit, progress=progress)
     return work.finish()

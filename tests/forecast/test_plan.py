@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +164,14 @@ def test_a_larger_rank_takes_more_memory() -> None:
     ranks = (1, 4, 8, 16, 64, 256)
     peaks = [plan("preset=7b-24gb", *FIXED, f"adapter.rank={rank}").chosen.peak for rank in ranks]
     assert peaks == sorted(set(peaks))
+
+
+def test_a_plan_of_a_known_model_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from qdpo.forecast.plan import make_plan; from qdpo.settings import layered\n"
+        "make_plan(layered.resolve(['preset=7b-24gb']))\n"
+        "heavy = ('torch', 'transformers', 'datasets', 'peft', 'numpy', 'jinja2', 'httpx')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -18,7 +18,22 @@ NUMBERS: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": False,
 }  # fmt: skip
 MEASURED = bench.Measured(
-    "some card", 8.0, 2048, 3, True, "host", 1024, 1000.4, 2.5, 6.51, 6.6, 7.0, 100.0, 0.41, 9.0, [1.0, 1.1]
+    device="some card",
+    limit_gib=8.0,
+    tokens_per_row=2048,
+    kept_layers=3,
+    offload=True,
+    embeddings="host",
+    longest_pair=1024,
+    tokens_per_s=1000.4,
+    pairs_per_s=2.5,
+    peak_gib=6.51,
+    forecast_gib=6.6,
+    reserved_gib=7.0,
+    matrix_tflops=100.0,
+    utilisation=0.41,
+    build_s=9.0,
+    step_s=[1.0, 1.1],
 )
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from qdpo.families.shapes import FAMILIES, Shape, from_config
+from qdpo.families.family import WITH_FORECAST
+from qdpo.families.shapes import Shape, from_config
 from qdpo.forecast import memory
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import random_base, trace
@@ -36,7 +37,7 @@ def without_context(shape: Shape, run: MemorySettings, row: RowSize) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_FORECAST)
 def test_the_forecast_is_the_traced_peak(family: str) -> None:
     """At most 2 % too low and 5 % too high; what a step adds to the fixed part at most 3 % and 15 %."""
     config = family_config(family)

@@ -18,7 +18,7 @@ from tests.conftest import tiny_rows, untouched_policy
 def loaded(tiny_base: Path) -> tuple:
     tokenizer = load_tokenizer(tiny_base)
     rows = tiny_rows(9)
-    work = Preparation(tokenizer, Limits(256, 256), Renderer(tokenizer))
+    work = Preparation(tokenizer, Limits(256, 256), Renderer(tokenizer=tokenizer))
     work.add([(Place("rows", n), row) for n, row in enumerate(rows, 1)], detect_layout(rows, {}, "rows"))
     pairs = work.finish().pairs
     return untouched_policy(tiny_base, pairs), tokenizer, [p.prompt.tolist() for p in pairs]

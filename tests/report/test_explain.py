@@ -90,7 +90,19 @@ def at_zero_margin(name: str, label_smoothing: float) -> tuple[float, float]:
     """The loss of three pairs whose policy is the reference and whose answers are alike; and n, their likelihood."""
     logp_P, tokens_P = torch.tensor([-20.0, -3.0, -7.0], dtype=torch.float64), torch.tensor([10.0, 2.0, 9.0]).double()
     zero_P, mean_P = torch.zeros_like(logp_P), tokens_P.mean().expand(3)
-    pairs = Pairs(logp_P, logp_P, zero_P, zero_P, logp_P, logp_P, -logp_P, tokens_P, tokens_P, mean_P, None)
+    pairs = Pairs(
+        c=logp_P,
+        r=logp_P,
+        a=zero_P,
+        b=zero_P,
+        reference_c=logp_P,
+        reference_r=logp_P,
+        nll_c=-logp_P,
+        tokens_c=tokens_P,
+        tokens_r=tokens_P,
+        mean_tokens_c=mean_P,
+        wpo_weight=None,
+    )
     settings = LossConfig(name=[name], label_smoothing=label_smoothing)
     assert settings.beta == default_beta([name]) == (2.0 if name == "simpo" else 0.1)
     # ORPO's likelihood is a mean over each answer's tokens, then over answers.

@@ -35,7 +35,19 @@ def sums(
     reference_c, reference_r = torch.full_like(a, -30.0), torch.full_like(b, -40.0)
     c, r = reference_c + a if c is None else c, reference_r + b if r is None else r
     n_c, n_r = torch.full_like(a, tokens[0]), torch.full_like(b, tokens[1])
-    return Pairs(c, r, a, b, reference_c, reference_r, -c, n_c, n_r, n_c, None)
+    return Pairs(
+        c=c,
+        r=r,
+        a=a,
+        b=b,
+        reference_c=reference_c,
+        reference_r=reference_r,
+        nll_c=-c,
+        tokens_c=n_c,
+        tokens_r=n_r,
+        mean_tokens_c=n_c,
+        wpo_weight=None,
+    )
 
 
 def check_golden() -> ModuleType:

@@ -11,7 +11,7 @@ from qdpo.errors import ConfigError
 KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:URL"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
     """What may be said beside --by; None is the judge's own default."""
 

@@ -50,7 +50,7 @@ class Judge(Protocol):
         return []
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JudgeSummary:
     """What one call of `qdpo judge` did."""
 
@@ -85,7 +85,7 @@ def judge_candidates(
     Raises: ServerError where MOST_FAILURES prompts in a row got no answer; whatever stops the judge. What was decided
     until then is on disk.
     """
-    found, started = JudgeSummary(judge.name, decisions.out), time.monotonic()
+    found, started = JudgeSummary(judge=judge.name, out=decisions.out), time.monotonic()
     todo = _undecided(judge, decisions, items, found)
     found.not_reached = max(0, len(todo) - limit) if limit is not None else 0
     todo = todo[:limit]
@@ -149,12 +149,12 @@ def _take(
 
 def picked(judge: str, item: Candidates, best: Answer, worst: Answer, **others: Any) -> Decision:
     """The judge prefers one answer to another."""
-    return Decision(item.id, "pick", by=judge, best=best.id, worst=worst.id, shown=_ids(item), **others)
+    return Decision(prompt=item.id, kind="pick", by=judge, best=best.id, worst=worst.id, shown=_ids(item), **others)
 
 
 def left_open(judge: str, item: Candidates, reason: str, **others: Any) -> Decision:
     """The judge leaves the prompt to a person; what stands before a colon of `reason` is what is counted."""
-    return Decision(item.id, "open", by=judge, note=reason, shown=_ids(item), **others)
+    return Decision(prompt=item.id, kind="open", by=judge, note=reason, shown=_ids(item), **others)
 
 
 def _ids(item: Candidates) -> tuple[str, ...]:

@@ -134,7 +134,7 @@ class Labelling:
         again = wish.get("again") is True and wish["kind"] != "undo"
         shown = () if wish["kind"] == "undo" else tuple(self.order(wish["prompt"], again=again))
         decision = Decision(
-            wish["prompt"], wish["kind"], best=texts["best"], worst=texts["worst"], text=texts["text"],
+            prompt=wish["prompt"], kind=wish["kind"], best=texts["best"], worst=texts["worst"], text=texts["text"],
             note=wish.get("note", "").strip(), shown=shown, again=again,
             seconds=None if seconds is None else round(seconds, 1),
         )  # fmt: skip

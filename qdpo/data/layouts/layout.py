@@ -14,7 +14,7 @@ TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion")
 SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """How to turn a row of one data set into pairs; column names, and what the cells hold.
 

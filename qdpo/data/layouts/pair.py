@@ -18,7 +18,7 @@ from qdpo.data.read.progress import Row
 from qdpo.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """A prompt and two answers to it."""
 
@@ -106,7 +106,16 @@ def _to_pair(row: Row, index: int, layout: Layout, keep_empty_rejected: bool) ->
         return Rejection(index, problem.reason, problem.detail)
     plain = all(set(turn) == {"role", "content"} for turn in (chosen, rejected))
     turns = None if plain else (chosen, rejected)
-    return Pair(prompt, chosen["content"], rejected["content"], index, layout.is_chat, turns, tools, tuple(mended))
+    return Pair(
+        prompt=prompt,
+        chosen=chosen["content"],
+        rejected=rejected["content"],
+        row=index,
+        is_chat=layout.is_chat,
+        turns=turns,
+        tools=tools,
+        mended=tuple(mended),
+    )
 
 
 def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, list[tuple[str, str]]]:

@@ -82,11 +82,17 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
 
     Raises: DataError naming a prompt that the chat template refuses.
     """
-    renderer = Renderer(tokenizer, config.template, config.system, config.refused_system, config.merge_same_role)
+    renderer = Renderer(
+        tokenizer=tokenizer,
+        template=config.template,
+        system=config.system,
+        refused_system=config.refused_system,
+        merge_same_role=config.merge_same_role,
+    )
     rendered = []
     for prompt in prompts:
         # A pair needs two answers, and what comes before them does not depend on them.
-        text = renderer.render(Pair(prompt.turns, "Yes.", "No.", 1, prompt.is_chat))
+        text = renderer.render(Pair(prompt=prompt.turns, chosen="Yes.", rejected="No.", row=1, is_chat=prompt.is_chat))
         if isinstance(text, Rejection):
             raise DataError(f"The prompt in {prompt.origin} cannot be used ({text.reason}): {text.detail}.")
         rendered.append(text)

@@ -52,7 +52,7 @@ class Fact:
     example: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Renderer:
     """Renders pairs with one tokenizer and one set of settings, and counts what the template did to them.
 

@@ -37,7 +37,7 @@ BATCH_ROWS = 1000
 Located = tuple[Place, Row | BadLine]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """The usable pairs of one or several sources in their order, and a note on each row that was not taken as it is."""
 
@@ -148,11 +148,20 @@ class Preparation:
         """All that was found. The pairs may be none."""
         alive = [n for n in range(len(self._spool)) if n not in self._dead]
         notes = [note for number in sorted(self._notes) for note in self._notes[number]]
+        origins, chosen_cut = self._written_by(alive)
         return Prepared(
-            self._spool.store(alive), notes, self._seen, self._outcomes,
-            sum(self._against[n] for n in alive), *self._written_by(alive), np.array(self._source_of, np.int32)[alive],
-            np.array(self._full, np.int32).reshape(-1, 3), self._renderer.facts, self._encoder.merged,
-        )  # fmt: skip
+            pairs=self._spool.store(alive),
+            notes=notes,
+            seen=self._seen,
+            outcomes=self._outcomes,
+            scores_disagree=sum(self._against[n] for n in alive),
+            origins=origins,
+            chosen_cut=chosen_cut,
+            source_of=np.array(self._source_of, np.int32)[alive],
+            full_lengths=np.array(self._full, np.int32).reshape(-1, 3),
+            facts=self._renderer.facts,
+            merged=self._encoder.merged,
+        )
 
     def _encode(
         self, batch: list[Located], first: int, layout: Layout

@@ -36,7 +36,7 @@ COPIED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeReport:
     """The merge result: `adapted` weights received the adapter; `dequantized` weights went through 4 bits and back."""
 
@@ -99,10 +99,18 @@ def merge_run(
         watcher.finish()
         report.append(
             MergeReport(
-                str(out), base, name, len(job.planned), len(source.deltas), job.dequantized, job.proved, total, files,
-                time.monotonic() - begun,
+                folder=str(out),
+                base=base,
+                dtype=name,
+                tensors=len(job.planned),
+                adapted=len(source.deltas),
+                dequantized=job.dequantized,
+                proved=job.proved,
+                bytes=total,
+                files=files,
+                seconds=time.monotonic() - begun,
             )
-        )  # fmt: skip
+        )
         check(folder, report[0])
 
     disk.write_folder(out, fill)

@@ -50,7 +50,7 @@ START = "start"
 AnswerIds = tuple[list[int], int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainedScores:
     """The trained model's results on the pairs, enough to compute any tile of its logits."""
 
@@ -69,7 +69,7 @@ class TrainedScores:
     quantized: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """The comparison of a merged model with the trained model. `enforced`: exceeding the bounds is an error."""
 
@@ -131,9 +131,18 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     del peft, model, passes
     give_back_memory(device)
     return TrainedScores(
-        answers(pairs_used), lengths, chosen.source, hidden_ND, label_N, head, logp_N, base_N,
-        reference_N if needs_reference(config.loss.name) else None, config.loss, config.model.quantization != "none",
-    )  # fmt: skip
+        answers=answers(pairs_used),
+        lengths=lengths,
+        source=chosen.source,
+        hidden_ND=hidden_ND,
+        label_N=label_N,
+        head=head,
+        logp_N=logp_N,
+        base_N=base_N,
+        reference_N=reference_N if needs_reference(config.loss.name) else None,
+        loss=config.loss,
+        quantized=config.model.quantization != "none",
+    )
 
 
 def answers(pairs: Sequence[TokenPair]) -> list[AnswerIds]:
@@ -192,11 +201,18 @@ def verify(
     enforced = base == "dequantized" or not trained.quantized
     fault = _fault(found, enforced)
     return Verification(
-        base, dtype, trained.source, len(trained.lengths) // 2, len(trained.label_N), found,
-        side(trained.logp_N, trained.reference_N, trained.lengths, trained.loss),
-        side(torch.cat(tally.logps), trained.reference_N, trained.lengths, trained.loss),
-        enforced, fault, fault or _verdict(found, enforced),
-    )  # fmt: skip
+        base=base,
+        dtype=dtype,
+        source=trained.source,
+        pairs=len(trained.lengths) // 2,
+        tokens=len(trained.label_N),
+        distance=found,
+        trained=side(trained.logp_N, trained.reference_N, trained.lengths, trained.loss),
+        merged=side(torch.cat(tally.logps), trained.reference_N, trained.lengths, trained.loss),
+        enforced=enforced,
+        fault=fault,
+        verdict=fault or _verdict(found, enforced),
+    )
 
 
 def _fault(found: Distance, enforced: bool) -> str | None:

@@ -16,30 +16,67 @@ def panels(facts: Facts) -> list[Panel]:
     """The curves of one run."""
     noise = 2 * Course(facts.terms).noise(facts.terms.held_out)
     found = [
-        Panel("Loss", "", [_trained(facts, "loss", "train"), _held(facts, "loss", "held")], BOTH, help="loss"),
         Panel(
-            "Reward accuracy", "share of pairs ordered as labelled; band: chance",
-            [_trained(facts, "rewards/accuracies", "train"), _held(facts, "rewards/accuracies", "held")],
-            BOTH, level=0.5, band=noise, help="rewards/accuracies",
+            title="Loss",
+            unit="",
+            lines=[_trained(facts, "loss", "train"), _held(facts, "loss", "held")],
+            legend=BOTH,
+            help="loss",
         ),
         Panel(
-            "Reward margin", "chosen − rejected",
-            [_trained(facts, "rewards/margins", "train"), _held(facts, "rewards/margins", "held")],
-            BOTH, level=0.0, help="rewards/margins",
+            title="Reward accuracy",
+            unit="share of pairs ordered as labelled; band: chance",
+            lines=[_trained(facts, "rewards/accuracies", "train"), _held(facts, "rewards/accuracies", "held")],
+            legend=BOTH,
+            level=0.5,
+            band=noise,
+            help="rewards/accuracies",
         ),
-        Panel("Rewards", "β × log-ratio; curves: training, dots: held out", _sides(facts, "rewards/{}"), SIDES, 0.0,
-              help="rewards/chosen"),
-        Panel("Log-probs", "nats a token; curves: training, dots: held out", _sides(facts, "logps/{}_per_token"), SIDES,
-              help="displacement"),
-        Panel("Proxy kl", "nats a token from the reference", [_trained(facts, "kl", "train"),
-              _held(facts, "kl", "held")], BOTH, logarithmic=True, help="kl"),
+        Panel(
+            title="Reward margin",
+            unit="chosen − rejected",
+            lines=[_trained(facts, "rewards/margins", "train"), _held(facts, "rewards/margins", "held")],
+            legend=BOTH,
+            level=0.0,
+            help="rewards/margins",
+        ),
+        Panel(
+            title="Rewards",
+            unit="β × log-ratio; curves: training, dots: held out",
+            lines=_sides(facts, "rewards/{}"),
+            legend=SIDES,
+            level=0.0,
+            help="rewards/chosen",
+        ),
+        Panel(
+            title="Log-probs",
+            unit="nats a token; curves: training, dots: held out",
+            lines=_sides(facts, "logps/{}_per_token"),
+            legend=SIDES,
+            help="displacement",
+        ),
+        Panel(
+            title="Proxy kl",
+            unit="nats a token from the reference",
+            lines=[_trained(facts, "kl", "train"), _held(facts, "kl", "held")],
+            legend=BOTH,
+            logarithmic=True,
+            help="kl",
+        ),
         _lengths(facts),
-        Panel("Gradient norm", "before clipping", [_trained(facts, "grad_norm", "train")], logarithmic=True,
-              help="grad_norm"),
-        Panel("Learning rate", "", [_raw(facts, "learning_rate")], help="learning_rate"),
-        Panel("Speed", "tokens a second", [_trained(facts, "tokens_per_s", "train")], help="tokens_per_s"),
-        Panel("Peak memory", "GiB so far", [_raw(facts, "peak_gib")], help="peak_gib"),
-    ]  # fmt: skip
+        Panel(
+            title="Gradient norm",
+            unit="before clipping",
+            lines=[_trained(facts, "grad_norm", "train")],
+            logarithmic=True,
+            help="grad_norm",
+        ),
+        Panel(title="Learning rate", unit="", lines=[_raw(facts, "learning_rate")], help="learning_rate"),
+        Panel(
+            title="Speed", unit="tokens a second", lines=[_trained(facts, "tokens_per_s", "train")], help="tokens_per_s"
+        ),
+        Panel(title="Peak memory", unit="GiB so far", lines=[_raw(facts, "peak_gib")], help="peak_gib"),
+    ]
     return _drawn(found)
 
 
@@ -54,12 +91,21 @@ def distributions(facts: Facts) -> list[Histogram]:
     }
     margins = {"held": [float(line["after"]["margin"]) for line in pairs]}
     return [
-        Histogram("Which answer the model itself finds likelier", "log-prob of chosen − rejected, nats", gaps,
-                  [("train", "before"), ("held", "after")]),
-        Histogram("Reward margins", "margin after training; every pair began at the dotted line"
-                  if all(line["before"]["margin"] == 0 for line in pairs) else "margin after training",
-                  margins, [("held", "after")]),
-    ]  # fmt: skip
+        Histogram(
+            "Which answer the model itself finds likelier",
+            "log-prob of chosen − rejected, nats",
+            gaps,
+            [("train", "before"), ("held", "after")],
+        ),
+        Histogram(
+            "Reward margins",
+            "margin after training; every pair began at the dotted line"
+            if all(line["before"]["margin"] == 0 for line in pairs)
+            else "margin after training",
+            margins,
+            [("held", "after")],
+        ),
+    ]
 
 
 def overlays(runs: Sequence[Facts]) -> list[Panel]:
@@ -79,11 +125,13 @@ def overlays(runs: Sequence[Facts]) -> list[Panel]:
             by = facts.terms.beta if per_beta else 1.0
             known = [record for record in facts.evaluations if name in record]
             lines.append(Line([r["step"] for r in known], [r[name] / by for r in known], f"run-{place}", dots=True))
-        found.append(Panel(title, unit, lines, legend, level, logarithmic=name == "eval_kl"))
+        found.append(
+            Panel(title=title, unit=unit, lines=lines, legend=legend, level=level, logarithmic=name == "eval_kl")
+        )
     trained = [_trained(facts, "loss", f"run-{place}") for place, facts in enumerate(runs)]
-    found.append(Panel("Training loss", "mean over recent steps", trained, legend))
+    found.append(Panel(title="Training loss", unit="mean over recent steps", lines=trained, legend=legend))
     grads = [_trained(facts, "grad_norm", f"run-{place}") for place, facts in enumerate(runs)]
-    found.append(Panel("Gradient norm", "before clipping", grads, legend, logarithmic=True))
+    found.append(Panel(title="Gradient norm", unit="before clipping", lines=grads, legend=legend, logarithmic=True))
     return _drawn(found)
 
 
@@ -133,4 +181,4 @@ def _lengths(facts: Facts) -> Panel:
     lines = [_trained(facts, "lengths/chosen", "chosen"), _trained(facts, "lengths/rejected", "rejected")]
     lines.append(_held(facts, "samples/tokens", "held"))
     legend = [("chosen", "chosen, data"), ("rejected", "rejected, data"), ("held", "own answers, median")]
-    return Panel("Lengths", "tokens an answer", lines, legend, help="samples/tokens")
+    return Panel(title="Lengths", unit="tokens an answer", lines=lines, legend=legend, help="samples/tokens")

@@ -31,7 +31,7 @@ class Line:
     dots: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Panel:
     """One picture of the page."""
 

@@ -22,5 +22,5 @@ class Progress:
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Progress":
-        """Ignores the keys of a newer version."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
+        """Ignores the keys of a newer version; keys that an older version did not save get their defaults."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

@@ -27,7 +27,7 @@ CHECKED_PAIRS = 3
 LARGEST_ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.12, torch.float16: 0.12}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scorer:
     """Scores pairs with the reference, through the cache. The adapter must stay untouched until `fill` has returned.
 

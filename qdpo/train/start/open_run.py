@@ -110,7 +110,15 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     _check_weights(run, folder, loaded)
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
-    scorer = Scorer(loaded, cache, config.memory.tokens_per_row, watcher, stop, config.loss, config.train.seed)
+    scorer = Scorer(
+        loaded=loaded,
+        cache=cache,
+        tokens_per_row=config.memory.tokens_per_row,
+        watcher=watcher,
+        stop=stop,
+        loss=config.loss,
+        seed=config.train.seed,
+    )
     tracker = Tracker(config.track.to, run, identity.trajectory_settings(resolved), say)
     return Job(
         config=config, given=resolved.config, run=run, watcher=watcher, stop=stop, started=started, train=train,

@@ -14,7 +14,7 @@ from qdpo.model.fast.transfer import to_device
 from qdpo.settings.schema import LossConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """All inputs of a loss: per pair, shape (P,). Fields that need a reference are None without one."""
 
@@ -74,7 +74,19 @@ def sum_pairs(
         weight = (aligned_c / tokens[0::2] + aligned_r / tokens[1::2]).exp()
     nll_c = -c if loss.ld_alpha is None else -over_answers(logp_N)[0]
     mean = torch.full_like(tokens[0::2], mean_tokens_c)
-    return Pairs(c, r, a, b, reference_c, reference_r, nll_c, tokens[0::2], tokens[1::2], mean, weight)
+    return Pairs(
+        c=c,
+        r=r,
+        a=a,
+        b=b,
+        reference_c=reference_c,
+        reference_r=reference_r,
+        nll_c=nll_c,
+        tokens_c=tokens[0::2],
+        tokens_r=tokens[1::2],
+        mean_tokens_c=mean,
+        wpo_weight=weight,
+    )
 
 
 def join(parts: Sequence[Pairs]) -> Pairs:
