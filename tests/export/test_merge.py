@@ -131,7 +131,9 @@ def test_a_base_stored_in_4_bit_is_dequantised_from_what_it_stores(tmp_path: Pat
     kept = disk.read_json(run.record)
     settings = {**kept["settings"], "model.path": str(stored), "model.quantization": "nf4"}
     del kept["four_bit"]
-    disk.write_json(run.record, {**kept, "settings": settings, "files": {}, "found": {"model.dtype": "bf16"}})
+    disk.write_json(
+        run.record, {**kept, "settings": settings, "files": {}, "found": {**kept["found"], "model.dtype": "bf16"}}
+    )
     with pytest.raises(ConfigError, match="stored in 4 bits, without its original weights"):
         merge(run, tmp_path / "out", base="original")
     report = merge(run, tmp_path / "out", dtype="fp32")
