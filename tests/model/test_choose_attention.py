@@ -94,7 +94,7 @@ def test_fp16_scores_that_overflow_in_eager_code_are_shared_all_the_same() -> No
 
 
 def test_sdpa_is_refused_for_soft_caps() -> None:
-    with pytest.raises(ConfigError, match="model.attention=sdpa is not exact .*soft-caps.* Use auto"):
+    with pytest.raises(ConfigError, match="model.attention=sdpa is not exact .*soft-caps.* Use `auto`"):
         choose(make_policy(families.SCORED["gemma2-softcap"](), attention_name=None), "sdpa")
 
 
@@ -159,5 +159,5 @@ def test_a_window_longer_than_the_probe_is_compared_with_the_config() -> None:
 
 def test_nothing_exact_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "TOLERANCE", {torch.float32: -1.0})
-    with pytest.raises(VerificationError, match="No way .*eager: log-probs differ"):
+    with pytest.raises(VerificationError, match="No attention path .*eager: log-probs differ"):
         choose(make_policy(SHARED["llama"]()))
