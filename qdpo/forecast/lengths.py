@@ -78,7 +78,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
         )  # fmt: skip
         columns = {role: value for role, value in config.data.columns.model_dump().items() if value is not None}
         layout = pair.detect_layout(
-            opened.rows.look_over(), columns, opened.name, form=config.data.format,
+            opened.rows.read_sample(), columns, opened.name, form=config.data.format,
             last_answer_only=config.data.last_answer_only,
         )  # fmt: skip
         for row in opened.rows:

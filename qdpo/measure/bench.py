@@ -22,7 +22,7 @@ from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.measure import random_base, steps
-from qdpo.model.device import DTYPES, choose_device, choose_dtype, give_back_memory, peak_gib
+from qdpo.model.device import DTYPES, choose_device, choose_dtype, peak_gib, release_memory
 from qdpo.run.watcher import Say
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -71,7 +71,7 @@ def run_bench(
     dtype = choose_dtype(config.model.dtype, device, say)
     settings = random_base.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
-    free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
+    free, allowed = steps.limit_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
     run = choose.settings_of(
         config.model, config.adapter, config.memory, optimizer=optimizer_name,
@@ -89,7 +89,7 @@ def run_bench(
         )
     say(f"memory: {chosen.peak / GIB:.2f} GiB forecast, {allowed / GIB:.2f} of {free / GIB:.1f} GiB free may be used")
     rate = steps.matrix_rate(device, DTYPES[dtype])
-    give_back_memory(device)  # memory left by that product is not part of any forecast
+    release_memory(device)  # memory left by that product is not part of any forecast
     begun = time.monotonic()
     loaded, pairs = _build(resolved, settings, shape, chosen, lengths, number, device, dtype, say)
     build_s = time.monotonic() - begun

@@ -27,7 +27,7 @@ from qdpo.train.step.optimizer import make_optimizer
 from qdpo.train.step.step import train_step
 
 
-def hold_to_card(
+def limit_to_card(
     device: torch.device, limit_gib: float | None, others_gib: float | None, context_gib: float | None
 ) -> tuple[float, float]:
     """Free bytes, and the bytes that torch may use; on CUDA the allocator is limited to the latter.

@@ -16,7 +16,7 @@ from qdpo.run.watcher import Say
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def give_back_memory(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
     """Returns freed memory to the system between two phases, so that fragmentation does not add their peaks."""
     gc.collect()
     if device.type == "cuda":
@@ -69,7 +69,7 @@ def choose_device(wanted: str, announce: Say) -> torch.device:
     return torch.device("cuda", best)
 
 
-def repeat_rounding() -> None:
+def use_deterministic_kernels() -> None:
     """Restricts CUDA to kernels that give the same bits each time. Must be called before the first product.
 
     cuBLAS is reproducible only with a fixed workspace (NVIDIA's documentation, "Results reproducibility").

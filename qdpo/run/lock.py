@@ -14,7 +14,7 @@ from qdpo.run.folder import RunDir
 
 
 @contextmanager
-def alone(run: RunDir) -> Iterator[None]:
+def exclusive(run: RunDir) -> Iterator[None]:
     """Holds the run's lock: no other process works on the run. Raises: ConfigError if another process holds it."""
     lock = FileLock(run.lock)
     try:
@@ -41,7 +41,7 @@ def move_aside(run: RunDir) -> Path:
     number = 1
     while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
         number += 1
-    with alone(run):
+    with exclusive(run):
         run.path.rename(aside)
     return aside
 

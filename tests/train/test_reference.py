@@ -20,7 +20,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError, VerificationError
 from qdpo.run import identity
 from qdpo.settings import layered
-from qdpo.train.keep.stop import listen
+from qdpo.train.keep.stop import catch_signals
 from qdpo.train.policy import reference_cache
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.start.open_run import Job, open_run
@@ -256,7 +256,7 @@ def opened(settings: dict[str, str], **changes: str) -> Iterator[tuple[Job, Quie
     """A run just before its reference pass."""
     watcher = Quiet()
     resolved = layered.resolve(arguments(settings, **changes))
-    with listen(watcher.say) as stop:
+    with catch_signals(watcher.say) as stop:
         job = open_run(resolved, identity.run_folder(resolved), watcher, stop)
         try:
             yield job, watcher

@@ -79,7 +79,7 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = "import qdpo, sys; from qdpo.data.read.source import open_source; from qdpo.settings import layered\n"
-    script += "rows = open_source('bundled:demo-train.jsonl', shipped=layered.shipped_folder()).rows.look_over()\n"
+    script += "rows = open_source('bundled:demo-train.jsonl', shipped=layered.shipped_folder()).rows.read_sample()\n"
     script += "print(qdpo.__file__, rows.count, *layered.preset_names())"
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},

@@ -304,7 +304,7 @@ def test_never_two_at_once_work_on_a_run(tmp_path: Path) -> None:
     def come_and_go(number: int) -> None:
         nonlocal most, entered
         while time.monotonic() < until:
-            with suppress(ConfigError), lock.alone(run):
+            with suppress(ConfigError), lock.exclusive(run):
                 inside.add(number)
                 most, entered = max(most, len(inside)), entered + 1
                 time.sleep(0.0003)

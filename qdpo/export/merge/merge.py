@@ -95,7 +95,7 @@ def merge_run(
             watcher.advance(1)
 
         files = shards.write_shards(folder, job.planned, produce)
-        _copy_beside(source, chosen, folder)
+        _copy_other_files(source, chosen, folder)
         watcher.finish()
         report.append(
             MergeReport(
@@ -144,11 +144,11 @@ class _Merge:
     def __init__(self, source: MergeSource, base: BaseWeights, dtype: torch.dtype):
         self.source, self.base, self.dtype = source, base, dtype
         self.dequantized = self.proved = 0
-        beside = {f"{key}.{name}" for key in source.marks for name in source.beside(key)}
+        companions = {f"{key}.{name}" for key in source.marks for name in source.companions(key)}
         self.planned = [
             PlannedTensor(key, self._type(stored), source.shape(key))
             for key, stored in source.tensors.items()
-            if key not in beside
+            if key not in companions
         ]
 
     def _type(self, stored: Stored) -> torch.dtype:
@@ -186,7 +186,7 @@ class _Merge:
             return self._as_loaded(whole.T if source.transposed else whole)
         recorded = source.marks[key]
         if source.form is None:
-            parts = {name: one.whole() for name, one in source.beside(key).items()}
+            parts = {name: one.whole() for name, one in source.companions(key).items()}
             weight_NK, made = quant.stored_weight(whole, parts)
         else:
             offset = recorded.offset if recorded else None
@@ -210,7 +210,7 @@ class _Merge:
         self.proved += 1
 
 
-def _copy_beside(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
+def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
     """config.json, generation settings, tokenizer and chat template."""
     name = str(dtype).removeprefix("torch.")
     config = {

@@ -56,12 +56,12 @@ class MergeSource:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The weight's shape, which a 4-bit tensor itself does not record."""
-        for name, stored in self.beside(key).items():
+        for name, stored in self.companions(key).items():
             if name.startswith(quant.STATE):
                 return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
-    def beside(self, key: str) -> dict[str, Stored]:
+    def companions(self, key: str) -> dict[str, Stored]:
         """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}

@@ -43,7 +43,7 @@ def merge_proved(
             return
         trained = verify.score_trained(run, options.data, options.pairs, watcher)
         found.append(verify.verify(trained, folder, base=report.base, dtype=report.dtype, watcher=watcher))
-        _insist(found[0], f"{out} was not written.")
+        _require_equal(found[0], f"{out} was not written.")
         verify.write_verification(folder, run, found[0])
         if options.compare:
             found.append(_other(run, folder, report, trained, watcher))
@@ -60,12 +60,12 @@ def check_again(run: RunDir, folder: Path, options: MergeOptions, watcher: Watch
     dtype = next((name for name, one in DTYPES.items() if str(one) == f"torch.{written.get('dtype')}"), "?")
     trained = verify.score_trained(run, options.data, options.pairs, watcher)
     found = verify.verify(trained, folder, base=options.base, dtype=dtype, watcher=watcher)
-    _insist(found, f"Do not use {folder}.")
+    _require_equal(found, f"Do not use {folder}.")
     verify.write_verification(folder, run, found)
     return [found]
 
 
-def _insist(found: Verification, then: str) -> None:
+def _require_equal(found: Verification, then: str) -> None:
     if found.fault is not None:
         raise VerificationError(
             f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} Try `--dtype fp32`, which "

@@ -29,7 +29,7 @@ from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.model.fast.logps import Head, head_logits, response_logps
 from qdpo.model.policy import adapter
 from qdpo.review.score import choose
@@ -129,7 +129,7 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     watcher.finish()
     label_N, lengths = passes.label_N, [length for _ids, length in passes.answers]
     del peft, model, passes
-    give_back_memory(device)
+    release_memory(device)
     return TrainedScores(
         answers=answers(pairs_used),
         lengths=lengths,

@@ -40,7 +40,7 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
     truth_N = _truth(policy, row)
     candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
     refused: list[str] = []
-    if wanted == "auto" and (why := _bars_sharing(policy, longest)) is not None:
+    if wanted == "auto" and (why := _sharing_obstacle(policy, longest)) is not None:
         candidates = [candidate for candidate in CANDIDATES if candidate[0] == "separate"]
         refused.append(why)
     for layout, name in candidates:
@@ -95,7 +95,7 @@ def _is_beyond_sdpa(policy: Policy) -> bool:
     return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
 
 
-def _bars_sharing(policy: Policy, longest: int) -> str | None:
+def _sharing_obstacle(policy: Policy, longest: int) -> str | None:
     """The reason why the architecture forbids shared rows that a short row in bf16 would not show, or None."""
     config = policy.backbone.config.get_text_config()
     if getattr(config, "alibi", False):

@@ -15,7 +15,7 @@ class Saver:
     def __init__(self, say: Callable[[str], None], stop: StopRequest, on_disk_full: str):
         self._say, self._stop, self._waits = say, stop, on_disk_full == "wait"
 
-    def attempt(self, write: Callable[[], object]) -> bool:
+    def try_save(self, write: Callable[[], object]) -> bool:
         """Writes once. If the disk refuses, reports that and returns False; the run continues."""
         try:
             write()
@@ -26,7 +26,7 @@ class Saver:
             return False
         return True
 
-    def insist(self, write: Callable[[], object]) -> None:
+    def save_or_wait(self, write: Callable[[], object]) -> None:
         """Writes, retrying until there is free space.
 
         Raises: DiskError with output.on_disk_full=stop, or if a stop is requested while waiting.

@@ -14,7 +14,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def listen(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def catch_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
     """Makes signals set a flag only. Works in the main thread; in other threads nothing changes."""
     request = StopRequest()
 

@@ -14,7 +14,7 @@ from qdpo.families import shapes
 from qdpo.forecast import choose
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.run.record import MemoryChoice
 from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
@@ -192,7 +192,7 @@ def try_worst_row(
         except torch.cuda.OutOfMemoryError as error:
             loaded.policy.peft.zero_grad(set_to_none=True)
             first_line = str(error).splitlines()[0]
-        give_back_memory(loaded.policy.device)
+        release_memory(loaded.policy.device)
         layers = len(loaded.layers) if kept == "all" else int(kept)
         tokens = max(row.tokens for row in worst)
         if not may_lower or layers == 0:

@@ -19,7 +19,7 @@ from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
-from qdpo.model.device import choose_device, choose_dtype, repeat_rounding
+from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, record
 from qdpo.run.folder import RunDir
@@ -85,7 +85,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         adapter.check_adapter_folder(Path(config.adapter.start))
     device = choose_device(config.model.device, say)
     if config.train.deterministic and device.type == "cuda":
-        repeat_rounding()
+        use_deterministic_kernels()
     cache_dir = cache_folder(config)
     pinned = read_record(run).base.commit if run.record.exists() else None
     folder = fetch.locate_base(

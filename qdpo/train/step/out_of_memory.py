@@ -7,7 +7,7 @@ import torch
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import OutOfMemoryError
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.train.step.feed import ReadyRow, ready
 from qdpo.train.step.step import RowTooLarge, StepReport
 
@@ -31,7 +31,7 @@ class Recovery:
         """The level of a step; the same in a resumed run, which replays the splits."""
         return max((level for first, level in self.found.items() if int(first) <= step), default=WHOLE)
 
-    def take(self, step: int, rows: Sequence[ReadyRow], compute: ComputeStep) -> StepReport:
+    def run_step(self, step: int, rows: Sequence[ReadyRow], compute: ComputeStep) -> StepReport:
         """Runs the step and returns its report. The gradient is the same at every level, up to rounding.
 
         `compute` receives rows and a flag (one answer at a time), and raises RowTooLarge.
@@ -44,7 +44,7 @@ class Recovery:
                 return compute(split(rows, level), level == SIDED)
             except RowTooLarge as error:
                 reason = str(error)
-            give_back_memory(self._device)
+            release_memory(self._device)
             if again:
                 again = False
                 self._say(f"step {step + 1}: trying once more with the cache emptied (out of memory: {reason})")

@@ -16,18 +16,18 @@ class Alarm:
         self._said: set[str] = set()
         self.stops_on: Finding | None = None
 
-    def recall(self, records: Sequence[dict[str, Any]]) -> None:
+    def replay(self, records: Sequence[dict[str, Any]]) -> None:
         """Adds the records of an earlier start, and reports (again) the findings that hold at their end."""
         for record in records:
             self._course.add(record)
-        self._look()
+        self._update()
 
-    def hear(self, record: dict[str, Any]) -> None:
+    def check(self, record: dict[str, Any]) -> None:
         """Adds one record and reports new findings."""
         self._course.add(record)
-        self._look()
+        self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         found = findings(self._course)
         for finding in found:
             if finding.rule not in self._said:

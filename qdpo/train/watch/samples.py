@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qdpo.data.layouts.turns import excerpt
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.model.generate.generate import complete
 from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
@@ -42,7 +42,7 @@ class Samples:
         elif kept:
             watcher.say(f"samples: {path.name} starts again (the prompts have changed)")
 
-    def take(self, step: int) -> dict[str, float]:
+    def complete(self, step: int) -> dict[str, float]:
         """Completes the prompts greedily (once per step) and returns the metrics for the evaluation's record.
 
         At step 0 the adapter is off; only then is `before` written.
@@ -92,7 +92,7 @@ class Samples:
                 answers = self._complete(batch, off=step == 0)
                 break
             except torch.cuda.OutOfMemoryError:
-                give_back_memory(self._policy.device)
+                release_memory(self._policy.device)
         self._watcher.finish()
         if answers is None:
             self._watcher.say("samples: none this time (not enough memory to complete even one prompt)")
