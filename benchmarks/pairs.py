@@ -30,7 +30,7 @@ def read_candidates(path: str, tokenizer: Any, *, max_tokens: int) -> list[Candi
     config = layered.resolve(settings).config.data
     _name, pairs = prepare.read_pairs(config, tokenizer, Terminal())
     source = open_source(path, shipped=layered.shipped_folder())
-    layout = detect_layout(source.rows.look_over(), {}, source.name)
+    layout = detect_layout(source.rows.read_sample(), {}, source.name)
     rows, renderer, candidates = list(source.rows), Renderer(tokenizer=tokenizer), []
     for pair in pairs:
         row = rows[pair.row - 1]

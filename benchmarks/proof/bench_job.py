@@ -4,7 +4,7 @@ from typing import Any
 
 from benchmarks.proof import settings
 from qdpo.measure.bench import print_measured, run_bench
-from qdpo.model.device import repeat_rounding
+from qdpo.model.device import use_deterministic_kernels
 
 
 def bench(job: dict[str, Any]) -> dict[str, Any]:
@@ -12,7 +12,7 @@ def bench(job: dict[str, Any]) -> dict[str, Any]:
     resolved = settings.resolve(job, *job["words"])
     settings.check_card(job)
     if job.get("deterministic"):
-        repeat_rounding()
+        use_deterministic_kernels()
     longest = 2 * settings.TINY_TOKENS if job["tiny"] else job["longest"]
     measured = run_bench(
         resolved, limit_gib=job["card_gib"], others_gib=None, number=job["steps"], longest=longest, say=print,

@@ -96,7 +96,7 @@ class Stand:
         dtype = choose_dtype(config.model.dtype, self.device, print)
         architecture = random_base.config_for(str(config.model.path), None)
         self.shape: Shape = shapes.from_config(architecture.to_dict(), str(config.model.path))
-        _free, self.allowed = steps.hold_to_card(self.device, job["card_gib"], None, job["context_gib"])
+        _free, self.allowed = steps.limit_to_card(self.device, job["card_gib"], None, job["context_gib"])
         cuda = self.device.type == "cuda"
         self.run = choose.settings_of(
             config.model, config.adapter, config.memory, optimizer="paged_adamw8bit" if cuda else "adamw8bit",
@@ -126,7 +126,7 @@ class Stand:
     def fits(self, pairs: list[TokenPair], kept_layers: int) -> bool:
         """Whether forward, backward and the optimizer's states of this row fit."""
         self.loaded.layers.keep(kept_layers)  # lets go of what a failed try left on the host
-        device.give_back_memory(self.device)
+        device.release_memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         begun = time.monotonic()

@@ -89,7 +89,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     ready = Ready(job)
     points: list[dict[str, Any]] = []
     for rows in (64, 128) if job["tiny"] else ROWS:
-        device.give_back_memory(ready.device)
+        device.release_memory(ready.device)
         if ready.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(ready.device)
         try:

@@ -21,9 +21,9 @@ def doctor() -> None:
     Exit code 1 if something keeps runs from working. The hub is asked for one page, unless HF_HUB_OFFLINE is set.
     """
     quiet_libraries()
-    from qdpo.machine.doctor import examine
+    from qdpo.machine.doctor import run_checks
 
-    checks, machine = examine()
+    checks, machine = run_checks()
     for check in checks:
         typer.echo(check.line)
     for name in layered.preset_names():

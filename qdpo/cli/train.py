@@ -58,7 +58,7 @@ def run(
     if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
         from qdpo.report.card import write_card
 
-        with lock.alone(folder):
+        with lock.exclusive(folder):
             lock.clear_leftovers(folder)
             write_card(finished_run(folder.path))
     print_result(folder, result, terminal.console)

@@ -146,7 +146,7 @@ def open_sources(
             one, split=chosen_split, revision=config.revision, shipped=shipped_folder(), skip_bad=config.skip_bad_lines
         )
         bar = _Bytes(watcher, opened.rows.bytes, f"reading {one}")
-        sample = opened.rows.look_over(bar.advance)
+        sample = opened.rows.read_sample(bar.advance)
         bar.finish()
         layout = pair.detect_layout(
             sample, columns, opened.name, form=config.format, last_answer_only=config.last_answer_only

@@ -1,6 +1,6 @@
-"""An adapter that means the same to every loader: the scale inside B, alpha equal to the rank, no patterns, no rsLoRA.
+"""Normalises an adapter for every loader: the scale inside B, alpha equal to the rank, no patterns, no rsLoRA.
 
-llama.cpp and Ollama know only alpha / rank; vLLM knows no patterns.
+llama.cpp and Ollama support only alpha / rank; vLLM does not support patterns.
 """
 
 import json
@@ -16,10 +16,10 @@ from qdpo.run import disk
 
 
 def write_normal(adapter: Path, base: Path, out: Path) -> Lora:
-    """Writes the adapter folder `out` and reads it back; returns what it holds.
+    """Writes the adapter folder `out`, reads it back and returns its contents.
 
     Raises: ConfigError for an adapter that cannot be exported; VerificationError if its layers are not the base's, or
-    if what was written is not what was read; DiskError.
+    if the written adapter differs from the trained one; DiskError.
     """
     lora = read_lora(adapter)
     require_layers(lora.layers, base)
@@ -55,7 +55,7 @@ def _fill(part: Path, lora: Lora, adapter: Path, base: Path) -> None:
 
 
 def _targets(lora: Lora, base: Path) -> list[str]:
-    """Last parts of the layers' names if these name no other layer of the base, else the full names; sorted."""
+    """The last parts of the layers' names if no other layer of the base has them, else the full names; sorted."""
     last = {module.rpartition(".")[2] for module in lora.layers}
     of_base = {name.removesuffix(".weight") for name in weight_files(base) if name.endswith(".weight")}
     named = {module for module in of_base if module.rpartition(".")[2] in last}
@@ -68,4 +68,4 @@ def _verify(part: Path, *, tensors_of: Lora) -> None:
     for module, layer in tensors_of.layers.items():
         same = module in again.layers and (again.layers[module].b_NR == layer.b_NR).all()
         if not same or not (stored[f"{PREFIX}{module}{A_SUFFIX}"] == layer.a_RK).all():
-            raise VerificationError(f"The exported adapter's {module} is not what was trained. Please report this.")
+            raise VerificationError(f"The exported adapter's {module} is not the trained one. Please report this.")

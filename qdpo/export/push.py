@@ -1,4 +1,4 @@
-"""Uploads an adapter or a merged model with its card to the hub, and nothing that tells of this machine."""
+"""Uploads an adapter or a merged model with its card to the hub, without any trace of this machine."""
 
 import json
 from collections.abc import Iterator
@@ -16,21 +16,21 @@ from qdpo.report.card import card_text, public_name
 from qdpo.run.record import BaseRecord
 from qdpo.run.watcher import Say
 
-# What a model's or an adapter's folder may hold for the hub; anything else stays here.
+# Files of a model's or an adapter's folder that go to the hub; all others are left out.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """Files by their name in the repository: a path, or the bytes that replace what is on disk."""
+    """Files by their name in the repository: a path, or bytes that replace the file on disk."""
 
     repo: str
     public: bool
     files: dict[str, Path | bytes]
 
     def listing(self) -> Iterator[str]:
-        """What would be uploaded, a line a file, with sizes."""
+        """The files that would be uploaded, one line per file, with sizes."""
         sizes = {
             name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in self.files.items()
         }
@@ -40,9 +40,9 @@ class Parcel:
         yield f"  {len(sizes)} files, {sum(sizes.values()) / 2**20:,.1f} MiB → {self.repo}"
 
     def send(self) -> str:
-        """Creates the repository where needed and uploads everything in one commit; returns its address.
+        """Creates the repository if needed and uploads everything in one commit; returns its address.
 
-        Raises: ConfigError if the hub refuses, cannot be reached, or shows the repository to all without --public.
+        Raises: ConfigError if the hub refuses or cannot be reached, or the repository is public without --public.
         """
         from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -51,7 +51,7 @@ class Parcel:
             api.create_repo(self.repo, private=not self.public, exist_ok=True)
             if not self.public and not api.repo_info(self.repo).private:
                 raise ConfigError(
-                    f"{self.repo} exists and is public. Nothing was uploaded. Give --public, or another name."
+                    f"{self.repo} exists and is public. Nothing was uploaded. Add `--public`, or choose another name."
                 )
             operations = [CommitOperationAdd(name, file) for name, file in self.files.items()]
             message = f"Upload with qdpo {__version__}"
@@ -61,7 +61,7 @@ class Parcel:
 def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Say) -> Parcel:
     """The files of the run's adapter, or of its merged model, cleaned and searched for local paths.
 
-    Raises: ConfigError without a token, a finished run or a merged model; VerificationError if a local path is left.
+    Raises: ConfigError without a token, a finished run or a merged model; VerificationError if a local path remains.
     """
     repo = _full_name(repo)
     folder = trained.merged(None) if merged else trained.run.adapter
@@ -88,13 +88,11 @@ def _full_name(repo: str) -> str:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ConfigError(f"{repo!r} is no name of a repository: {error}") from error
+        raise ConfigError(f"{repo!r} is not a repository name: {error}") from error
     if is_offline_mode():
         raise ConfigError("HF_HUB_OFFLINE=1 is set, so nothing can be uploaded. Unset it for this command.")
     if get_token() is None:
-        raise ConfigError(
-            "No token for the Hugging Face hub. Run `hf auth login` with a token that may write, or set HF_TOKEN."
-        )
+        raise ConfigError("No token for the Hugging Face hub. Run `hf auth login` with a write token, or set HF_TOKEN.")
     if "/" in repo:
         return repo
     with hub_errors(repo):
@@ -106,7 +104,7 @@ def _card(trained: TrainedRun, repo: str, merged: bool) -> str:
 
 
 def _cleaned(path: Path, privacy: Privacy, base: BaseRecord) -> Path | bytes:
-    """The file, or its JSON without local names. tokenizer.json is left as it is: it is large, and searched later."""
+    """The file, or its JSON without local paths. tokenizer.json stays unchanged: it is large, and searched later."""
     if path.suffix != ".json" or path.name == "tokenizer.json":
         return path
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -122,7 +120,7 @@ def _json(content: Any) -> bytes:
 
 @contextmanager
 def hub_errors(repo: str) -> Iterator[None]:
-    """Each way the hub can refuse an upload as a ConfigError of its own."""
+    """Turns each refusal of an upload by the hub into a ConfigError."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its stable name for httpx or httpx2
 
@@ -131,10 +129,10 @@ def hub_errors(repo: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         hint = {
-            401: "The token is not valid; `hf auth login` takes a new one.",
-            403: "The token may not write there; `hf auth whoami` shows the account.",
+            401: "The token is not valid. Set a new token with `hf auth login`.",
+            403: "The token may not write there. See its account with `hf auth whoami`.",
             404: "There is no such account or organisation, or the token may not see it.",
-        }.get(status, "Nothing may have been uploaded; try again.")
+        }.get(status, "The upload may be incomplete; try again.")
         raise ConfigError(f"{constants.ENDPOINT} refused {repo} (error {status}): {error}. {hint}") from error
     except (httpx.TransportError, OSError) as error:
         raise ConfigError(

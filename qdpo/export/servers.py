@@ -1,4 +1,4 @@
-"""How to serve what was trained: an Ollama Modelfile, and vLLM's command, with what each would get silently wrong."""
+"""Makes an Ollama Modelfile and a vLLM command for the trained model, and catches their silent mistakes."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.template_pieces import turn_text
 
-# What vLLM takes for --max-lora-rank (vllm/config/lora.py); as read, vLLM itself was never run here.
+# The values that vLLM accepts for --max-lora-rank (read in vllm/config/lora.py; vLLM itself was never run here).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -20,9 +20,9 @@ def command(*words: object) -> str:
 
 
 def modelfile(tokenizer: Any, folder: Path, *, source: str, adapter: str | None) -> str:
-    """An Ollama Modelfile over `source` (a file beside it, a folder or a name), with the model's own template.
+    """An Ollama Modelfile for `source` (a file in its folder, a folder or a name), with the model's own template.
 
-    Raises: ConfigError for a text that a Modelfile cannot quote; VerificationError for a template beyond it.
+    Raises: ConfigError for a text that a Modelfile cannot quote; VerificationError for a template it cannot express.
     """
     turns = turn_text(tokenizer)
     lines = [f"# Made by qdpo {__version__}.", f"FROM {_value(source)}"]
@@ -43,7 +43,7 @@ def stop_texts(tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _sampling(folder: Path) -> dict[str, float]:
-    """What generation_config.json says of sampling, under Ollama's names."""
+    """The sampling settings of generation_config.json, under Ollama's names."""
     stated = _generation(folder)
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
     return {name: float(stated[key]) for key, name in names.items() if isinstance(stated.get(key), int | float)}
@@ -56,26 +56,26 @@ def _generation(folder: Path) -> dict[str, Any]:
 
 
 def _value(path: str) -> str:
-    """A path for FROM or ADAPTER, which run to the end of the line."""
+    """A path for FROM or ADAPTER, whose values extend to the end of the line."""
     if "\n" in path or "\r" in path or '"' in path or path != path.strip() or path.startswith("#"):
         raise ConfigError(f"A Modelfile cannot name the path {path!r}. Rename the folder.")
     return path
 
 
 def _quoted(text: str) -> str:
-    """A string of a Modelfile, which knows no escapes: quotes go into triple quotes."""
+    """A Modelfile string. Modelfiles have no escapes, so a text with quotes goes into triple quotes."""
     if '"""' in text or text.endswith('"'):
         raise ConfigError(f"A Modelfile cannot quote {text!r}.")
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
 
 
 def lora_rank(rank: int) -> int:
-    """The --max-lora-rank under which vLLM takes an adapter. Raises: ConfigError above its largest."""
+    """The smallest --max-lora-rank for an adapter of this rank. Raises: ConfigError above vLLM's largest."""
     for accepted in VLLM_RANKS:
         if rank <= accepted:
             return accepted
     raise ConfigError(
-        f"The adapter has rank {rank}, and vLLM takes {VLLM_RANKS[-1]} at most. Serve the merged model: --merged."
+        f"The adapter has rank {rank}, but vLLM accepts at most {VLLM_RANKS[-1]}. Serve the merged model: `--merged`."
     )
 
 
@@ -85,6 +85,6 @@ def vllm_merged(merged: Path, name: str) -> str:
 
 
 def vllm_adapter(base: Sequence[str], adapter: Path, name: str, rank: int) -> str:
-    """The command that serves an adapter over `base`: its name, and options such as --revision."""
+    """The command that serves an adapter over `base` (its name, and options such as --revision)."""
     lora = ["--enable-lora", "--max-lora-rank", lora_rank(rank), "--lora-modules", f"{name}={adapter}"]
     return command("vllm", "serve", *base, *lora)

@@ -1,4 +1,4 @@
-"""What `qdpo export --to` can make: each target checks, writes whole or not at all, and says what to run next."""
+"""The targets of `qdpo export --to`: each checks, writes whole or not at all, and prints the command to run next."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 from qdpo.run.watcher import Say
 
-# A float32 copy of the merged model and one of what was read back.
+# A float32 copy of the merged model, and one of the model read back.
 BYTES_A_WEIGHT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What the command line asked for."""
+    """The options of the command line."""
 
     trained: TrainedRun
     out: Path | None
@@ -37,7 +37,7 @@ class Order:
     say: Say
 
     def place(self, default: str, suffix: str = "") -> Path:
-        """Where to write: the place given, or `default` in the run's export folder; free, or to be replaced."""
+        """The output path: the one given, or `default` in the run's export folder; must be free, or replaceable."""
         place = self.out or self.trained.exports / default
         if suffix and place.suffix != suffix:
             place = place / Path(default).name
@@ -62,8 +62,8 @@ def export_gguf_adapter(order: Order) -> None:
     order.say(f"wrote {out} ({quant}); read back: largest error {error:.1e} of a layer's largest change")
     order.say(f"next: {servers.command('llama-cli', '-m', 'BASE.gguf', '--lora', out)}")
     order.say(
-        "BASE.gguf is the base as GGUF. The adapter was trained over this run's quantised base; over another "
-        "quantisation it acts a little differently. --to gguf ships exactly what was trained."
+        "BASE.gguf is the base as GGUF. The adapter was trained over this run's quantised base, and behaves slightly "
+        "differently over another quantisation. `--to gguf` exports exactly the trained model."
     )
 
 
@@ -92,32 +92,30 @@ def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
 
 def _compare_logits(order: Order, merged: Path, out: Path, quant: str) -> None:
     if model_config(merged).model_type == "gemma":
-        order.say("logits not compared: transformers does not read GGUF files of the first Gemma")
+        order.say("logits: not compared (transformers does not read GGUF files of the first Gemma)")
         return
     count = sum(path.stat().st_size for path in merged.glob("*.safetensors")) // 2
     needed, free = BYTES_A_WEIGHT * count * 1.2, psutil.virtual_memory().available
     if needed > free:
-        order.say(
-            f"logits not compared: that takes {needed / 2**30:.0f} GiB of memory, and {free / 2**30:.0f} GiB are free"
-        )
+        order.say(f"logits: not compared (needs {needed / 2**30:.0f} GiB of memory, {free / 2**30:.0f} GiB are free)")
         return
     try:
         largest, kl = check.check_logits(out, merged, load_tokenizer(merged), quant)
     except VerificationError:
         out.unlink()
         raise
-    order.say(f"read back by transformers: largest difference of a logit {largest:.2g}, mean KL {kl:.2g} nats")
+    order.say(f"logits: read back by transformers, largest difference {largest:.2g}, mean KL {kl:.2g} nats")
 
 
 def export_ollama(order: Order) -> None:
-    """A folder with a Modelfile and what it names."""
+    """A folder with a Modelfile and the files that it names."""
     out = order.place("ollama")
     if order.lora:
         folder = order.trained.base(order.say)
     else:
         folder = order.trained.merged(order.merged)
     tokenizer = load_tokenizer(folder)
-    servers.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # refuses before gigabytes are written
+    servers.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # fails before gigabytes are written
 
     def fill(part: Path) -> None:
         source, adapter = _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part), None)
@@ -139,7 +137,7 @@ def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
 
 
 def _over_merged(order: Order, merged: Path, part: Path) -> str:
-    """FROM for the merged model: a GGUF file beside the Modelfile, else the folder, which Ollama may convert itself."""
+    """FROM for the merged model: a GGUF file next to the Modelfile, else the folder, which Ollama may convert."""
     quant = order.quant or "bf16"
     model.require_quant(quant, model.TYPES, order.trained.exports / "model-bf16.gguf")
     try:
@@ -151,9 +149,9 @@ def _over_merged(order: Order, merged: Path, part: Path) -> str:
 
 
 def export_vllm(order: Order) -> None:
-    """The command that serves the model; nothing is written, apart from a normalised adapter where it takes one."""
+    """The command that serves the model; writes nothing, except a normalised adapter where vLLM needs it."""
     if order.out is not None:
-        raise ConfigError(f"--to vllm prints a command and writes no file; remove {order.out}.")
+        raise ConfigError(f"--to vllm prints a command and writes no file. Leave out {order.out}.")
     if not order.lora:
         order.say(servers.vllm_merged(order.trained.merged(order.merged).resolve(), order.name))
         return
@@ -170,7 +168,7 @@ def export_vllm(order: Order) -> None:
     name = [order.trained.record.base.name, "--revision", commit] if commit else [str(base.resolve())]
     order.say(f"# all {len(lora.layers)} adapted layers are in the base's checkpoint under their names")
     order.say(
-        "# vLLM serves the base as stored; the adapter was trained over it quantised, and acts a little differently"
+        "# vLLM serves the base as stored; the adapter was trained over it quantised, and behaves slightly differently"
     )
     order.say(servers.vllm_adapter(name, adapter.resolve(), order.name, lora.rank))
 

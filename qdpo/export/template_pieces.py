@@ -1,7 +1,7 @@
-"""A chat template as fixed pieces of text around the turns, found by rendering marked conversations.
+"""Reduces a chat template to fixed pieces of text around the turns, found by rendering marked conversations.
 
-Ollama has templates of its own (Go's text/template) and reads no Jinja. Most chat templates only put fixed text around
-each turn; that text is found here, and what it gives is compared with the template itself on other conversations.
+Ollama has its own templates (Go's text/template) and does not read Jinja. Most chat templates only put fixed text
+around each turn. That text is found here, and its result is compared with the template itself on other conversations.
 """
 
 import json
@@ -17,21 +17,21 @@ SYSTEM, FIRST, ANSWER, SECOND = "⟦system⟧", "⟦first⟧", "⟦answer⟧", "
 
 @dataclass(frozen=True, kw_only=True)
 class TurnText:
-    """The text before and after each turn; a user's turn is always followed by the beginning of an answer."""
+    """The text before and after each turn; a user turn is always followed by the beginning of an answer."""
 
     before_system: str
     after_system: str
     before_user: str
     after_user: str
-    # Stands before an answer that is there, but not before one that is to be written.
+    # Precedes an existing answer, but not an answer to be generated.
     before_answer: str
     after_answer: str
-    # Stands first in a conversation without a system message: an own default message, or what opens the first turn.
+    # Opens a conversation without a system message: the template's default message, or the start of the first turn.
     without_system: str
     takes_system: bool
 
     def render(self, turns: Turns) -> str:
-        """The text of a conversation up to where the next answer begins."""
+        """The text of a conversation up to the beginning of the next answer."""
         text = "" if turns[0]["role"] == "system" else self.without_system
         around = {
             "system": (self.before_system, self.after_system),
@@ -44,9 +44,9 @@ class TurnText:
         return text
 
     def go_template(self) -> str:
-        """The same as one line for Ollama. Every piece is a quoted string: nothing in it can act as template."""
+        """The same as a one-line template for Ollama. Every piece is a quoted string, so its text is not evaluated."""
         content = "{{ .Content }}"
-        # A model without system messages gets none; its own template would raise an error.
+        # A model without system messages gets none, where its own template would raise an error.
         system = f"{_go(self.before_system)}{content}{_go(self.after_system)}" if self.takes_system else ""
         user = f"{_go(self.before_user)}{content}{_go(self.after_user)}"
         answer = f"{_go(self.before_answer)}{content}{_go(self.after_answer)}"
@@ -60,15 +60,15 @@ class TurnText:
 
 
 def _go(text: str) -> str:
-    """A Go template action that prints `text`. JSON's escapes are Go's, apart from those of surrogate pairs."""
+    """A Go template action that prints `text`. JSON's escapes are valid in Go, except those of surrogate pairs."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def turn_text(tokenizer: Any) -> TurnText:
     """The pieces of the tokenizer's chat template.
 
-    A beginning-of-text token that the tokenizer adds by itself is left out, since the server adds it, too.
-    Raises: ConfigError without a template; VerificationError if it is more than fixed text around turns.
+    A beginning-of-text token that the tokenizer adds by itself is left out, since the server adds it too.
+    Raises: ConfigError without a template; VerificationError if the template is more than fixed text around turns.
     """
     if not tokenizer.chat_template:
         raise ConfigError("The model has no chat template, so no Modelfile can be made. Add chat_template.jinja to it.")
@@ -97,7 +97,7 @@ def turn_text(tokenizer: Any) -> TurnText:
 
 
 def _system_parts(tokenizer: Any, user: dict[str, str]) -> tuple[str, str] | None:
-    """Text before and after the system message; None for a template that refuses it."""
+    """Text before and after the system message; None if the template refuses it."""
     from jinja2 import TemplateError
 
     try:
@@ -109,7 +109,7 @@ def _system_parts(tokenizer: Any, user: dict[str, str]) -> tuple[str, str] | Non
 
 
 def _parts(text: str, *marks: str) -> list[str]:
-    """The text around the marks, which must all be there, once, in this order."""
+    """The text around the marks, each of which must appear exactly once, in this order."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
@@ -140,11 +140,11 @@ def _check(found: TurnText, tokenizer: Any) -> None:
         conversations += [[system, *turns] for turns in conversations]
     for turns in conversations:
         if found.render(turns) != _render(tokenizer, turns):
-            raise _not_fixed(f"a conversation of {len(turns)} messages comes out differently")
+            raise _not_fixed(f"a conversation of {len(turns)} messages renders differently")
 
 
 def _not_fixed(reason: str) -> VerificationError:
     return VerificationError(
-        f"The model's chat template is more than fixed text around turns ({reason}), and Ollama cannot take it over. "
-        "Serve the model with vLLM or llama.cpp, which read the template itself (--to vllm, --to gguf)."
+        f"The model's chat template is more than fixed text around turns ({reason}), so Ollama cannot express it. "
+        "Serve the model with vLLM or llama.cpp, which read the template itself (`--to vllm`, `--to gguf`)."
     )

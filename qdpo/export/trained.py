@@ -1,4 +1,4 @@
-"""What is exported: a finished run's adapter, its base, its merged folder; and whether the output's place is free."""
+"""The inputs of an export (a finished run's adapter, base and merged folder) and the check that its output is free."""
 
 import hashlib
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class TrainedRun:
 
     @property
     def exports(self) -> Path:
-        """The folder that outputs go to unless a place is given."""
+        """The default output folder."""
         return self.run.path / "export"
 
     def base(self, announce: Say) -> Path:
-        """The base's folder on this machine. Raises: ConfigError if it is neither there nor to be had again."""
+        """The base's folder on this machine. Raises: ConfigError if it is missing and cannot be obtained again."""
         base = self.record.base
         if Path(base.folder).is_dir():
             return Path(base.folder)
@@ -48,7 +48,7 @@ class TrainedRun:
         ).folder
 
     def base_gguf(self, announce: Say) -> Path | None:
-        """The GGUF file that the base was converted from; None if it came as safetensors, or if the file is gone."""
+        """The GGUF file that the base was converted from; None if the base came as safetensors, or the file is gone."""
         source = self.record.base.source
         if source.startswith("pypi:"):
             path = wheel_gguf(source, self.finished.cache / "bases", announce)
@@ -61,38 +61,38 @@ class TrainedRun:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if Path(self.record.base.folder).name.endswith(digest[:12]):
                 return path
-        announce(f"{path} is gone or changed since the run; its tokenizer fields are not copied")
+        announce(f"tokenizer fields: not copied ({path} is missing or has changed since the run)")
         return None
 
     def merged(self, given: Path | None) -> Path:
-        """The merged model's folder, checked. Raises: ConfigError that says how to make it."""
+        """The merged model's folder, checked. Raises: ConfigError with the command that makes it."""
         folder = given or self.run.path / "merged"
         if not folder.is_dir():
             raise ConfigError(
-                f"There is no merged model in {folder}. Run `qdpo merge {self.run.path}` first, or give the folder of "
-                "one with --merged. (ollama and vllm can also serve the adapter over the base: --lora.)"
+                f"There is no merged model in {folder}. Run `qdpo merge {self.run.path}` first, or name its folder "
+                "with `--merged`. (ollama and vllm can also serve the adapter over the base: `--lora`.)"
             )
         check_folder(folder)
         return folder
 
 
 def trained_run(folder: Path) -> TrainedRun:
-    """The finished run in `folder`. Raises: ConfigError if it is not one."""
+    """The finished run in `folder`. Raises: ConfigError if `folder` is not a finished run."""
     return TrainedRun(finished_run(folder))
 
 
 def require_free(place: Path, force: bool) -> None:
     """Raises: ConfigError if `place` exists and may not be replaced."""
     if place.exists() and not force:
-        raise ConfigError(f"{place} exists already. Give another place, or --force to replace it.")
+        raise ConfigError(f"{place} exists already. Choose another path, or replace it with `--force`.")
     if place.is_dir() and not _is_export(place):
-        raise ConfigError(f"{place} holds more than an export, so --force does not replace it. Give another place.")
+        raise ConfigError(f"{place} holds more than an export, so --force does not replace it. Choose another path.")
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether replacing the folder loses nothing but an export: it is empty, an adapter's, or a Modelfile's.
+    """True if replacing the folder loses at most an export: it is empty, or holds an adapter or a Modelfile.
 
-    The adapter that a run has trained is none.
+    The adapter that a run has trained does not count as an export.
     """
     names = {path.name for path in folder.iterdir()}
     belongs_to_run = RunDir(folder.resolve().parent).record.exists()

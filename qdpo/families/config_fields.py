@@ -1,6 +1,6 @@
-"""What a transformers config says under names that differ between families: head, windows, experts, tied tables.
+"""Reads the fields of a transformers config whose names differ by family: head, windows, experts, tied tables.
 
-A config is a config.json (a mapping) or transformers' object; both are read by `field`. No torch.
+A config is a config.json (a mapping) or a transformers object; `field` reads both. No torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from qdpo.families.family import FAMILIES, Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Any of these above 1 means experts, whose weights are not linear layers and stay in 16 bits.
+# A value above 1 in any of these means experts, whose weights are not linear layers and stay in 16 bits.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Modules that hold experts, as checkpoints name them.
 _EXPERT_MODULES = (".experts.", ".block_sparse_moe.")
@@ -26,7 +26,7 @@ def family_of(config: Any) -> Family | None:
 
 
 def head_scale(config: Any) -> float:
-    """What the head's product is multiplied by.
+    """The factor by which the logits are multiplied.
 
     Cohere multiplies by logit_scale, Granite divides by logits_scaling, Falcon-H1 multiplies by lm_head_multiplier.
     """
@@ -47,24 +47,24 @@ def attention_softcap(config: Any) -> float | None:
 
 
 def layer_windows(config: Any) -> dict[str, int | None]:
-    """The kinds of attention layers that the model has, each with its sliding window."""
+    """The kinds of attention layers in the model, each with its sliding window."""
     window = field(config, "sliding_window")
     kinds = field(config, "layer_types") or [SLIDING if window else FULL]
     return {kind: window if kind == SLIDING else None for kind in sorted(set(kinds))}
 
 
 def experts_field(config: Any) -> str | None:
-    """The name of the field by which the config describes a mixture of experts, or None."""
+    """The name of the config field that describes a mixture of experts, or None."""
     counts = {name: field(config, name) for name in EXPERTS}
     return next((name for name, count in counts.items() if isinstance(count, int) and count > 1), None)
 
 
 def names_experts(weights: Iterable[str]) -> bool:
-    """Whether any of a checkpoint's weights belongs to experts."""
+    """True if any of a checkpoint's weights belongs to experts."""
     return any(part in name for name in weights for part in _EXPERT_MODULES)
 
 
 def is_tied(config: Any, family: Family | None) -> bool:
-    """Whether head and embedding are one table; families leave their default out of a config.json."""
+    """True if head and embedding share one table; a config.json omits this where it is the family's default."""
     stated = field(config, "tie_word_embeddings")
     return bool(stated if stated is not None else family is not None and family.tied)

@@ -1,6 +1,6 @@
-"""What is known of a family of models, by transformers' model_type: one entry is a new family. No torch.
+"""The facts about each family of models, by transformers' model_type: a new family is one more entry. No torch.
 
-A field that is None says what a family lacks: without a `layer` there is no forecast, without a `gguf` no GGUF file.
+A field that is None is a missing feature: without a `layer` there is no forecast, without a `gguf` no GGUF file.
 """
 
 from dataclasses import dataclass
@@ -8,48 +8,48 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """A decoder layer, as far as its memory depends on how it is built."""
+    """A decoder layer, as far as its structure affects its memory."""
 
     norms: int = 2
-    """RMS norms a layer over the hidden width."""
+    """RMS norms per layer over the hidden width."""
     head_norms: bool = False
-    """Whether queries and keys are normalised too."""
+    """Queries and keys are normalised too."""
     fused_mlp: bool = False
-    """Whether gate and up are one matrix: such an MLP keeps its own forward pass, which keeps more."""
+    """Gate and up are one matrix: such an MLP uses its own forward pass, which keeps more for the backward pass."""
     copied_output: bool = False
-    """Whether attention's output is copied before its last product."""
+    """The attention output is copied before its last product."""
     scored: bool = False
-    """Whether attention scores are soft-capped, so that they are computed in blocks."""
+    """Attention scores are soft-capped, so they are computed in blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufForm:
-    """How the family's weights are written as GGUF, and what llama.cpp computes as transformers does."""
+    """The family's weights as GGUF, and the variants that llama.cpp computes as transformers does."""
 
     arch: str
     is_interleaved: bool = False
-    """Whether llama.cpp rotates neighbouring rows of a head; the rows of q and k are then reordered."""
+    """llama.cpp rotates neighbouring rows of a head, so the rows of q and k are reordered."""
     norm_shift: float = 0.0
     """Added to the weights of norms: Gemma's multiply by 1 + w in transformers and by w in llama.cpp."""
     activation: str = "silu"
     has_biases: bool = False
     always_tied: bool = False
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
-    """Rotary scalings that llama.cpp computes alike."""
+    """Rotary scalings that llama.cpp computes in the same way."""
     window_pattern: int | None = None
-    """Every n-th layer attends to all positions, the others within a window; None: llama.cpp knows no window here."""
+    """Every n-th layer attends to all positions, the others within a window; None: llama.cpp has no window here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All that is known of one model_type."""
+    """The facts about one model_type."""
 
     layer: LayerForm | None = None
-    """Held to a traced step by tests/measure/test_trace.py."""
+    """Checked against a traced step by tests/measure/test_trace.py."""
     tied: bool = False
-    """Whether head and embedding are one table where a config.json does not say."""
+    """Head and embedding share one table where a config.json does not say."""
     transposed: bool = False
-    """Whether linear layers are stored with inputs first."""
+    """Linear layers are stored with inputs first."""
     gguf: GgufForm | None = None
 
 

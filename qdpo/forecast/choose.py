@@ -1,4 +1,4 @@
-"""Chooses rows, kept layers and offload for a limit, and says what would make a run fit that does not; no torch."""
+"""Chooses rows, kept layers and offload for a limit, and finds changes that make a run fit; no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _AUTO = ("memory.tokens_per_row", "memory.kept_layers", "memory.offload", "memor
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the pairs: of the longest one, and of the mean one; a prompt counts once."""
+    """Tokens of the longest and the mean pair; a prompt counts once."""
 
     longest: int
     longest_prompt: int
@@ -31,7 +31,7 @@ class Lengths:
     pairs_per_step: int
 
     def row(self, budget: int) -> RowSize:
-        """The fullest row of a budget: the longest pair alone if no shorter one fits beside it."""
+        """The fullest row of a budget: the longest pair alone if no shorter pair fits in with it."""
         if budget <= self.longest + self.mean:
             tokens = max(self.longest, min(budget, self.longest + int(self.mean)))
             return RowSize(tokens, self.longest_prompt, 1)
@@ -40,7 +40,7 @@ class Lengths:
 
     @property
     def step(self) -> int:
-        """Tokens of a step: a longer row could not be filled."""
+        """Tokens per step, the most that a row can hold."""
         return int(self.mean * self.pairs_per_step)
 
 
@@ -56,7 +56,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Choice:
-    """Concrete memory settings, what they are forecast to take, and seconds a token on the reference card."""
+    """Concrete memory settings, their forecast peak, and seconds per token on the reference card."""
 
     tokens_per_row: int
     run: MemorySettings
@@ -67,7 +67,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Way:
-    """One change, or several together, that makes a run fit; `slower` is its time over that of the run as it is."""
+    """One change, or several together, that makes a run fit; `slower` is its time relative to the unchanged run."""
 
     change: str
     peak: float
@@ -77,7 +77,7 @@ class Way:
 def choose(
     shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, host_limit: float = float("inf")
 ) -> Choice:
-    """The fastest settings under `limit` bytes; what is given stays. If nothing fits, the smallest, above the limit."""
+    """The fastest settings under `limit` bytes; given settings stay. If nothing fits, the smallest, above the limit."""
     best: Choice | None = None
     smallest: Choice | None = None
     for budget in _budgets(lengths, given, run.cuda):
@@ -126,7 +126,7 @@ def _keep_most(shape: Shape, run: MemorySettings, budget: int, row: RowSize, kep
 def ways_out(
     shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
 ) -> list[Way]:
-    """Up to three changes that make the run fit, the least slow first; then what costs data or adapter rank.
+    """Up to three changes that make the run fit, the fastest first; then those that cost data or adapter rank.
 
     Single changes are tried, then all of them together, then each with shorter pairs.
     """
@@ -162,7 +162,7 @@ def ways_out(
     reached = 0
     for more, settings, kept in (([], run, given), (words, lean, free)):
         shorter = _longest_that_fits(shape, settings, lengths, kept, limit)
-        # More changes must spare data, and are no reason to cut pairs that fit whole.
+        # Extra changes must save data; they must not cut pairs that already fit whole.
         if shorter is not None and len(found) < 3 and shorter.longest > reached and not (more and whole):
             # Whatever its prompt, a pair has at most twice data.max_tokens.
             reached, tokens = shorter.longest, min(max_tokens, shorter.longest // 2)
@@ -173,7 +173,7 @@ def ways_out(
 
 
 def _all_changes(run: MemorySettings, given: Given) -> tuple[list[str], MemorySettings]:
-    """What frees memory without touching the data, as words, and the settings with it; what is given becomes auto."""
+    """Changes, as words, that free memory without touching the data, and the new settings; given ones become auto."""
     words = [f"{name}=auto" for name, value in zip(_AUTO, vars(given).values(), strict=True) if value is not None]
     if not run.quantised:
         words.append("model.quantization=nf4")
@@ -187,7 +187,7 @@ def _all_changes(run: MemorySettings, given: Given) -> tuple[list[str], MemorySe
 def _longest_that_fits(
     shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, limit: float
 ) -> Lengths | None:
-    """The same data with longer pairs cut, as far as needed, in steps of an eighth; None if no pair fits at all."""
+    """The same data with longer pairs cut as far as needed, in steps of an eighth; None if no pair fits at all."""
     for eighths in range(7, 0, -1):
         share = eighths / 8
         cut = replace(
@@ -206,7 +206,7 @@ def fixed_part(shape: Shape, run: MemorySettings) -> float:
 
 
 def smallest_fixed_part(shape: Shape, run: MemorySettings) -> float:
-    """The fixed part with every setting that makes it smaller: below it `ways_out` has nothing to offer."""
+    """The fixed part with every setting that reduces it: below this, `ways_out` finds nothing."""
     lean = replace(run, quantised=True, double_quant=True, rank=min(run.rank, 8), host_embeddings=run.cuda)
     return fixed_part(shape, lean)
 
@@ -234,7 +234,7 @@ def given_of(memory: MemoryConfig, shape: Shape) -> Given:
 
 
 def settings_of(model: ModelConfig, adapter: AdapterConfig, memory: MemoryConfig, **base: Any) -> MemorySettings:
-    """What the forecast takes from three sections of settings; `base` holds the other fields."""
+    """The forecast's inputs from three sections of settings; `base` holds the other fields."""
     return MemorySettings(
         rank=adapter.rank, quantised=model.quantization != "none", double_quant=model.double_quant,
         tile_mib=memory.head_tile_mib, **base,

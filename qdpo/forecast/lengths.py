@@ -1,4 +1,4 @@
-"""How long the pairs of a run are: as prepared, from a sample of the data, or assumed from the settings; no torch.
+"""The lengths of a run's pairs: as prepared, from a sample of the data, or assumed from the settings; no torch.
 
 What reads pairs imports numpy and jinja2, so it is imported where pairs are read: a plan of assumed lengths is not.
 """
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from qdpo.data.layouts.pair import Pair
 
 SAMPLE = 1000
-"""Rows that are tokenised, and at most twice as many of the longest."""
+"""Rows to tokenise, plus at most twice as many of the longest."""
 CHARACTERS = 4.0
-"""Characters of a token where no tokenizer is at hand: English text, roughly."""
+"""Characters per token when there is no tokenizer: English text, roughly."""
 TURN_TOKENS = 6
-"""Tokens that a chat template puts around a turn, roughly."""
+"""Tokens that a chat template adds to a turn, roughly."""
 
 CountTokens = Callable[[list[str]], list[int]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """Lengths, the number of training pairs if it is known, and how that was found, for the user to read."""
+    """Lengths, the number of training pairs if known, and their source, as text for the user."""
 
     lengths: Lengths
     pairs: int | None
@@ -40,7 +40,7 @@ class Known:
 
 
 def prepared(run: RunDir, config: RunConfig) -> Known | None:
-    """Exact lengths of a run that has prepared its pairs, else None."""
+    """Exact lengths if the run has prepared its pairs, else None."""
     if not run.train_pairs.is_file():
         return None
     from qdpo.data.tokens import sieve
@@ -51,7 +51,7 @@ def prepared(run: RunDir, config: RunConfig) -> Known | None:
 
 
 def assumed(config: RunConfig) -> Known:
-    """The longest pair that data.max_tokens allows: two answers of that length to a prompt of next to nothing."""
+    """The longest pair that data.max_tokens allows: two answers of that length to an almost empty prompt."""
     longest = 2 * config.data.max_tokens
     lengths = Lengths(longest, 0, longest / 4, longest / 12, config.train.pairs_per_step)
     how = (
@@ -78,7 +78,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
         )  # fmt: skip
         columns = {role: value for role, value in config.data.columns.model_dump().items() if value is not None}
         layout = pair.detect_layout(
-            opened.rows.look_over(), columns, opened.name, form=config.data.format,
+            opened.rows.read_sample(), columns, opened.name, form=config.data.format,
             last_answer_only=config.data.last_answer_only,
         )  # fmt: skip
         for row in opened.rows:

@@ -1,7 +1,7 @@
 """Peak memory of a training step by cause, from plain numbers; no torch.
 
-The step is followed through the moments at which its memory can be highest, counted tensor by tensor as the code keeps
-them; the highest is the forecast. `measure.trace` runs the very step on fake tensors and holds these formulas to it.
+The forecast is the largest of the moments in a step at which memory can peak, counted tensor by tensor as the code
+keeps them. `measure.trace` runs the actual step on fake tensors and checks these formulas against it.
 
 Letters: T tokens of a row · N of them in answers · G keys (prompts count twice) · H hidden width · I intermediate width
 · Q, K widths of all query and key heads · R adapter rank · V vocabulary · e bytes of the compute type.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from qdpo.families.shapes import Shape
 
 GIB = 2**30
-# Weights and their float32 gradients, per trained number; the optimizer's two states come on top.
+# Weights and their float32 gradients, per trained number; the optimizer's two states are extra.
 ADAPTER_BYTES = 8
 STATE_BYTES = {"paged_adamw8bit": 2, "adamw8bit": 2, "adamw": 8}
 # Numbers that a norm or an MLP works on at a time, in float32 (`blocks.SLICE`), and scores of a block (`scored.BLOCK`).
@@ -27,7 +27,7 @@ PROCESS = 1.0 * GIB
 
 @dataclass(frozen=True)
 class RowSize:
-    """What of a row of pairs decides its memory: all its tokens, those of its prompts (each once), and its pairs."""
+    """The sizes of a row of pairs that determine its memory: all tokens, prompt tokens (each once), and pairs."""
 
     tokens: int
     prompts: int
@@ -49,7 +49,7 @@ class RowSize:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """What of a run decides its memory."""
+    """The settings of a run that determine its memory."""
 
     rank: int = 16
     optimizer: str = "paged_adamw8bit"
@@ -61,10 +61,10 @@ class MemorySettings:
     kept_layers: int = 0
     offload: bool = False
     host_embeddings: bool = False
-    """Whether the embedding table lies in host memory."""
+    """The embedding table is in host memory."""
     cuda: bool = True
     context: bool = True
-    """Whether the CUDA context counts; not where what is free was asked for after it was made."""
+    """The CUDA context counts; it does not if free memory was measured after the context was created."""
 
 
 def nf4_bytes(numbers: int, double_quant: bool) -> float:
@@ -92,12 +92,12 @@ def fixed(shape: Shape, run: MemorySettings) -> dict[str, float]:
 
 
 def adapter_numbers(shape: Shape, rank: int) -> int:
-    """Trained numbers of an adapter on every linear layer but the head."""
+    """Trained numbers of an adapter on every linear layer except the head."""
     return shape.layers * rank * sum(inputs + outputs for inputs, outputs in shape.linears)
 
 
 def kept_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> float:
-    """What one layer keeps for its backward pass, its input included."""
+    """Bytes that one layer keeps for its backward pass, its input included."""
     e, tokens, layer = run.element, row.tokens, shape.layer
     hidden = 4 + (layer.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
     wide = (4 if layer.fused_mlp else 2) * shape.intermediate
@@ -121,19 +121,19 @@ def forecast(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float
 
 
 def outside(run: MemorySettings) -> dict[str, float]:
-    """Bytes that no tensor takes, by cause."""
+    """Bytes outside all tensors, by cause."""
     if not run.cuda:
         return {"libraries": PROCESS if run.context else 0.0}
     return {"CUDA context": CONTEXT if run.context else 0.0, "workspaces": WORKSPACES}
 
 
 def peak(shape: Shape, run: MemorySettings, row: RowSize) -> float:
-    """Bytes of `forecast` together."""
+    """The total of `forecast`, in bytes."""
     return sum(forecast(shape, run, row).values())
 
 
 def _inputs(shape: Shape, run: MemorySettings, row: RowSize, kept: int) -> float:
-    """Inputs of recomputed layers: all on the device, or with offload this one and the one on its way."""
+    """Inputs of recomputed layers: all on the device, or with offload the current input and the one in transfer."""
     recomputed = shape.layers - kept
     return run.element * row.tokens * shape.hidden * (min(recomputed, 2) if run.offload else recomputed)
 
@@ -149,7 +149,7 @@ def _indices(row: RowSize) -> float:
 
 
 def _at_head(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
-    """All layers done: the last hidden states, those of answer tokens with their slopes, and one tile of logits."""
+    """After all layers: the last hidden states, those of answer tokens with their slopes, and one tile of logits."""
     e, kept = run.element, min(run.kept_layers, shape.layers)
     rows = min(row.responses, max(16, run.tile_mib * 2**20 // (shape.vocabulary * 12)))
     tile = rows * shape.vocabulary * 12.0
@@ -162,7 +162,7 @@ def _at_head(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float
 
 
 def _in_last_mlp(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
-    """The forward pass in the last layer's MLP: its product that goes down, or one gate and up matrix."""
+    """The forward pass in the last layer's MLP: the input of its down projection, or one gate and up matrix."""
     e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
     working, weight = shape.hidden + (0 if shape.layer.fused_mlp else shape.intermediate), _weight(run, size)
     if kept == 0:
@@ -202,7 +202,7 @@ def _mlp_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[flo
 
 
 def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[float, float]:
-    """Gradients of queries, keys and values, and what the kernel sums them up in; the MLP's part is gone by then."""
+    """Gradients of queries, keys and values, and the kernel's accumulators; the MLP's part is freed by then."""
     e, tokens = run.element, row.tokens
     gone = e * tokens * (2 * shape.intermediate + 2 * shape.hidden + shape.layer.copied_output * shape.query)
     working = 2.0 * e * (tokens * (shape.hidden + shape.query) + row.keys * shape.key) - gone

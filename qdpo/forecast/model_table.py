@@ -1,4 +1,4 @@
-"""Which models a card can train: the table of `qdpo fit`; no torch."""
+"""The models that a card can train: the table of `qdpo fit`; no torch."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ PAIRS_PER_STEP = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A model on a card: the longest pair that fits at all, and the fastest settings for pairs of an asked length."""
+    """A model on a card: the longest pair that fits at all, and the fastest settings for pairs of a given length."""
 
     model: str
     longest_pair: int
@@ -75,7 +75,7 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
 
 
 def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
-    """Tokens of the longest pair that fits with nothing kept and everything moved that can be, in steps of 64."""
+    """Tokens of the longest pair that fits with no kept layers and maximum offload, in steps of 64."""
 
     def fits(tokens: int) -> bool:
         lengths = Lengths(tokens, tokens * 2 // 5, tokens, tokens * 2 / 5, 1)

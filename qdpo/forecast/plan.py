@@ -1,4 +1,4 @@
-"""Whether a run fits a card, why, and how long it may take, before anything is loaded; no torch."""
+"""Plans a run before anything is loaded: whether it fits a card, why, and how long it may take; no torch."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
 
 OTHERS_GIB = 0.7
-"""What a desktop holds of a card, in GiB, where nothing else is said."""
+"""Memory that a desktop takes from a card by default, in GiB."""
 SAMPLE_SPEED = 30.0
 """Tokens a second of all prompts together while samples are generated: a guess."""
 
@@ -78,7 +78,7 @@ def make_plan(
 ) -> Plan:
     """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
 
-    Without `read_data` lengths are assumed, whatever a run here has prepared.
+    Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
     config = resolved.config
@@ -97,8 +97,8 @@ def make_plan(
     smallest = choose.smallest_fixed_part(shape, run)
     if limit < smallest:
         raise ConfigError(
-            f"{gib:g} GiB less {others:g} GiB for other programs is below what {config.model.path} takes before its "
-            f"first token, {smallest / GIB:.1f} GiB at the least. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
+            f"{gib:g} GiB less {others:g} GiB for other programs is too little: {config.model.path} takes at least "
+            f"{smallest / GIB:.1f} GiB before its first token. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
             "lists what fits)."
         )
     given = choose.given_of(config.memory, shape)
@@ -169,14 +169,14 @@ def _known(resolved: Resolved, read_data: bool) -> Known:
         return lengths.sampled(config, _tokenizer_file(config))
     if not resolved.origins.get("data.path", "").startswith("preset"):
         raise ConfigError(
-            f"data.path={path} is not on this machine, and a plan downloads nothing. Give a file, or leave data.path "
-            "out: the plan then assumes the longest pairs that data.max_tokens allows."
+            f"data.path={path} is not on this machine, and a plan downloads nothing. Give a file, or leave out "
+            "data.path: the plan then assumes the longest pairs that data.max_tokens allows."
         )
     return lengths.assumed(config)
 
 
 def _tokenizer_file(config: RunConfig) -> Path | None:
-    """tokenizer.json of the model, if it is on this machine."""
+    """The model's tokenizer.json, if it is on this machine."""
     path = Path(str(config.model.path)).expanduser() / "tokenizer.json"
     if path.is_file():
         return path
@@ -223,7 +223,7 @@ def _seconds(
 
 
 def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) -> dict[str, float]:
-    """Bytes on disk: what is downloaded once, and what the run writes."""
+    """Bytes on disk: downloaded once, and written by the run."""
     weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)
     pairs = known.pairs or 0

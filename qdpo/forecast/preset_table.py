@@ -1,4 +1,4 @@
-"""The table of presets: what each is made for, its forecast, and what was measured; no torch."""
+"""The table of presets: the purpose of each, its forecast, and its measurements; no torch."""
 
 import tomllib
 from pathlib import Path
@@ -10,7 +10,7 @@ from qdpo.settings import layered
 
 
 def preset_table(folder: Path | None = None) -> list[str]:
-    """A line for each preset: card, longest pair, rows and kept layers that `auto` finds, and its peak.
+    """A line for each preset: card, longest pair, the rows and kept layers that `auto` chooses, and its peak.
 
     `folder` holds the presets' files whose figures are shown; default: those that ship.
     """
@@ -31,7 +31,7 @@ def preset_table(folder: Path | None = None) -> list[str]:
 
 
 def _measured(figures: dict[str, Any]) -> str:
-    """Peak, on which GPU under which card's memory, of which commit and when; or that there is none."""
+    """The measured peak with its GPU, memory cap, commit and date; "not yet" without a measurement."""
     if "peak_gib" not in figures:
         return "not yet"
     card = f" as {figures['limit_gib']:g} GiB" if "limit_gib" in figures else ""

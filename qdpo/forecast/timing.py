@@ -1,7 +1,7 @@
 """Estimated time of a step on a named card, from published peak rates; no torch.
 
-An estimate and no measurement: matrix products at a share of the card's dense rate, dequantisation and elementwise work
-at its memory bandwidth, and the host's time to launch it all.
+An estimate, not a measurement: matrix products at a share of the card's dense rate, dequantisation and elementwise work
+at its memory bandwidth, and the host's time to launch everything.
 """
 
 from dataclasses import dataclass
@@ -39,16 +39,16 @@ CARDS = {
 EFFICIENCY = 0.7
 # A recompute stops before each layer's last base product.
 RECOMPUTED = 0.78
-# Numbers read and written a token and layer by what is no product, in hidden widths (0.4 MB in a 7B model).
+# Numbers read and written per token and layer by work other than products, in hidden widths (0.4 MB in a 7B model).
 ELEMENTWISE = 50
 # Seconds of host work to launch a layer's forward and backward pass, kept or recomputed.
 LAUNCH_KEPT, LAUNCH_RECOMPUTED = 0.0039, 0.0076
-# The host's copy of looked-up rows, and what waiting for offloaded inputs costs: guesses.
+# The host's copy of looked-up rows, and the cost of waiting for offloaded inputs: guesses.
 HOST_EMBEDDINGS, OFFLOAD = 1.01, 1.01
 
 
 def card_for(gib: float) -> str:
-    """A common card of at most this memory, and of the least if none is that small."""
+    """A common card with at most this memory; the smallest card if none is that small."""
     common = ("rtx-4060", "rtx-3060-12gb", "rtx-4060-ti-16gb", "rtx-3090", "rtx-5090", "a100-40gb", "h100")
     fitting = [name for name in common if CARDS[name].gib <= gib + 0.5]
     return fitting[-1] if fitting else common[0]

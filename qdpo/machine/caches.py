@@ -89,7 +89,7 @@ def clear_lines(given: Path | None, names: Sequence[str], *, corrupt: bool, ever
     if not (names or corrupt or everything):
         raise ConfigError("Nothing to clear was named. Give a NAME that `qdpo cache ls` lists, --corrupt, or --all.")
     doomed = found.references if everything else list(dict.fromkeys(_named(name, found) for name in names))
-    whole = [(f"reference {path.stem[:SHOWN_DIGITS]}", [path, *_beside(path)]) for path in doomed]
+    whole = [(f"reference {path.stem[:SHOWN_DIGITS]}", [path, *_companions(path)]) for path in doomed]
     if corrupt or everything:
         whole += [(path.name, [path]) for path in found.corrupt]
     if everything:
@@ -119,7 +119,7 @@ def _named(name: str, found: Contents) -> Path:
     raise ConfigError(f"There is no reference {name!r} in {found.folder}. {hint}")
 
 
-def _beside(path: Path) -> list[Path]:
+def _companions(path: Path) -> list[Path]:
     beside = [Path(f"{path}{ending}") for ending in ("-journal", ".lock")]
     return [file for file in beside if file.exists()]
 

@@ -45,7 +45,7 @@ class Machine:
     """Of the card, or of the host without one."""
 
 
-def examine() -> tuple[list[Check], Machine]:
+def run_checks() -> tuple[list[Check], Machine]:
     """All checks. Loads torch, multiplies a small quantised matrix on the device, and asks the hub for one page."""
     card, machine = _card()
     parts: list[Callable[[], Iterator[Check]]] = [_python, _memory, _disk, _wsl, _hub, _report]

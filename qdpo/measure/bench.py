@@ -1,4 +1,4 @@
-"""The real step on random weights of a model's shape, under a memory cap: speed, peak against forecast, utilisation.
+"""Benchmarks the real step on random weights of a model's shape, under a memory cap: speed, peak, utilisation.
 
 Nothing is downloaded. The base is built in 4 bits on the device, layer by layer.
 """
@@ -22,7 +22,7 @@ from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.measure import random_base, steps
-from qdpo.model.device import DTYPES, choose_device, choose_dtype, give_back_memory, peak_gib
+from qdpo.model.device import DTYPES, choose_device, choose_dtype, peak_gib, release_memory
 from qdpo.run.watcher import Say
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -34,7 +34,7 @@ WARM_UP = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One benchmark: speeds over useful tokens (recompute and padding do not count), peaks in GiB."""
+    """One benchmark result: speeds over useful tokens (without recompute and padding), peaks in GiB."""
 
     device: str
     limit_gib: float | None
@@ -50,7 +50,7 @@ class Measured:
     reserved_gib: float | None
     matrix_tflops: float
     utilisation: float
-    """Useful FLOPs of the timed steps over the matrix rate measured in the same run."""
+    """Useful FLOPs of the timed steps relative to the matrix rate measured in the same run."""
     build_s: float
     step_s: list[float]
 
@@ -59,7 +59,7 @@ def run_bench(
     resolved: Resolved, *, limit_gib: float | None, others_gib: float | None, number: int, longest: int | None,
     say: Say, context_gib: float | None = None,
 ) -> Measured:  # fmt: skip
-    """Builds the model, tries its longest row, and times `number` steps after one to warm up.
+    """Builds the model, tries its longest row, and times `number` steps after one warm-up step.
 
     `limit_gib` is a card's memory, of which `others_gib` and the CUDA context (default: what the forecast assumes) are
     taken off. Pairs are random ids, the first one `longest` tokens long (default: what data.max_tokens allows), on
@@ -71,7 +71,7 @@ def run_bench(
     dtype = choose_dtype(config.model.dtype, device, say)
     settings = random_base.config_for(str(config.model.path), config.model.revision)
     shape = shapes.from_config(settings.to_dict(), str(config.model.path))
-    free, allowed = steps.hold_to_card(device, limit_gib, others_gib, context_gib)
+    free, allowed = steps.limit_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
     run = choose.settings_of(
         config.model, config.adapter, config.memory, optimizer=optimizer_name,
@@ -89,7 +89,7 @@ def run_bench(
         )
     say(f"memory: {chosen.peak / GIB:.2f} GiB forecast, {allowed / GIB:.2f} of {free / GIB:.1f} GiB free may be used")
     rate = steps.matrix_rate(device, DTYPES[dtype])
-    give_back_memory(device)  # what that product left is in nobody's forecast
+    release_memory(device)  # memory left by that product is not part of any forecast
     begun = time.monotonic()
     loaded, pairs = _build(resolved, settings, shape, chosen, lengths, number, device, dtype, say)
     build_s = time.monotonic() - begun
@@ -202,7 +202,7 @@ def write_measured(
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"The preset's file {path} cannot be written: {error}. --write belongs in a clone."
+            f"The preset's file {path} cannot be written: {error}. Use `--write` in a clone only."
         ) from error
     return path
 

@@ -1,4 +1,4 @@
-"""A policy of an architecture's true shape with random weights, or none at all: for measuring, without a download.
+"""Builds a policy of an architecture's true shape with random weights, or without weights, to measure it undownloaded.
 
 The base never exists in 16 bits: its linear layers are quantised one by one on the device, or are fake tensors.
 """
@@ -32,7 +32,7 @@ def config_of(name: str, *, layers: int | None = None) -> Any:
 
 
 def config_for(path: str, revision: str | None) -> Any:
-    """The transformers config of model.path: from its config.json if that is here, else of the known shape.
+    """The transformers config of model.path: from its config.json if that is on this machine, else the known shape.
 
     Raises: ConfigError if neither describes it.
     """
@@ -44,7 +44,7 @@ def config_for(path: str, revision: str | None) -> Any:
         return model_config(cached.parent)
     name = shapes.known_name(path)
     if name is None:
-        shapes.of_model(path)  # says what is missing
+        shapes.of_model(path)  # raises an error that names what is missing
     return config_of(str(name))
 
 

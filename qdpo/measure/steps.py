@@ -1,6 +1,6 @@
-"""Steps of a loaded policy on pairs of random ids, timed; the device's matrix rate; an allocator held to a card's size.
+"""Times steps of a loaded policy on random pairs; measures the matrix rate; limits the allocator to a card's size.
 
-Useful work counts, whatever is recomputed: a forward pass and the gradients of inputs, since the base is frozen.
+Only useful work counts, not recomputation: a forward pass and the gradients of inputs, since the base is frozen.
 """
 
 import math
@@ -27,12 +27,12 @@ from qdpo.train.step.optimizer import make_optimizer
 from qdpo.train.step.step import train_step
 
 
-def hold_to_card(
+def limit_to_card(
     device: torch.device, limit_gib: float | None, others_gib: float | None, context_gib: float | None
 ) -> tuple[float, float]:
-    """Free bytes, and those that torch may use; on CUDA the allocator is held to them.
+    """Free bytes, and the bytes that torch may use; on CUDA the allocator is limited to the latter.
 
-    `limit_gib` is a card's memory, of which what other programs hold and the CUDA context are taken off.
+    `limit_gib` is a card's memory, from which the memory of other programs and the CUDA context are subtracted.
     """
     free = auto_memory.available(device)
     if device.type != "cuda" or limit_gib is None:
@@ -41,7 +41,7 @@ def hold_to_card(
     context = memory.CONTEXT if context_gib is None else context_gib * GIB
     allowed = min(free, limit_gib * GIB - others - context)
     if allowed <= 0:
-        raise ConfigError(f"--limit-gib={limit_gib:g} leaves nothing beside other programs and the CUDA context.")
+        raise ConfigError(f"--limit-gib={limit_gib:g} leaves nothing after other programs and the CUDA context.")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(allowed / total, device)
     return free, allowed
@@ -50,7 +50,7 @@ def hold_to_card(
 def random_pair(
     prompt: int, chosen: int, rejected: int, row: int, generator: np.random.Generator, most: int
 ) -> TokenPair:
-    """A pair of these many tokens, ids below `most`."""
+    """A pair with these token counts and ids below `most`."""
     ids = [generator.integers(0, most, length, dtype=np.int32) for length in (prompt, chosen, rejected)]
     return TokenPair(ids[0], ids[1], ids[2], row)
 
@@ -89,7 +89,7 @@ def timed_steps(
 
 
 def _reference(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs near those of random weights: their values decide nothing here."""
+    """Log-probs near those of random weights; their values do not matter here."""
     return np.full(len(pair.chosen), -10.0, np.float32), np.full(len(pair.rejected), -10.0, np.float32)
 
 
@@ -113,6 +113,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
-"""The very training step on fake tensors at full size: its peak memory on a GPU, without a GPU or any weights.
+"""Traces the actual training step on fake tensors at full size: its peak GPU memory, without a GPU or any weights.
 
-Fake tensors carry shapes and no data. A dispatch mode sees each one come and go, and adds up the bytes that are alive.
-What a CUDA kernel allocates for itself is not a tensor here, so it is added at the call (`_workspace`).
+Fake tensors have shapes but no data. A dispatch mode sees each tensor come and go, and adds up the live bytes. Memory
+that a CUDA kernel allocates internally is not a tensor here, so it is added at the call (`_workspace`).
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from qdpo.train.step.step import backward_by_row
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all storages that are alive, and their peak; those on meta and those in host memory do not count."""
+    """Bytes of all live storages, and their peak; storages on meta and in host memory do not count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live += size
 
     def to_host(self, tensor: Tensor) -> None:
-        """Takes a tensor that stands for pinned host memory out of the count."""
+        """Removes a tensor that represents pinned host memory from the count."""
         storage = tensor.untyped_storage()
         size = storage.nbytes()
         self._known[storage._cdata] = storage
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _HostInputs(recompute.HostInputs):
-    """Host buffers that the count leaves out; copies between fake tensors stand for those to and from the card."""
+    """Host buffers excluded from the count; copies between fake tensors represent those to and from the card."""
 
     def __init__(self, count: LiveBytes):
         super().__init__()
@@ -82,7 +82,7 @@ class _HostInputs(recompute.HostInputs):
 
 
 def _workspace(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
-    """Bytes that the CUDA kernel of this call takes for itself while it runs."""
+    """Bytes that the CUDA kernel of this call allocates internally while it runs."""
     name = function.name()
     if name == "bitsandbytes::gemm_4bit":  # at training sizes: dequantise, then a dense product
         outputs, inputs = args[2]
@@ -101,7 +101,7 @@ def _workspace(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def _as_on_cuda() -> Iterator[None]:
-    """Lets fake CPU tensors take the ways of CUDA: one varlen call a layer, float32 sums of 16-bit products."""
+    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products."""
     names = (attention, "path_name"), (products, "mm_fp32")
     before = [getattr(module, name) for module, name in names]
     attention.path_name = lambda device, dtype, width: attention.VARLEN  # type: ignore[assignment]
@@ -116,9 +116,9 @@ def _as_on_cuda() -> Iterator[None]:
 def trace_peak(
     config: Any, run: MemorySettings, row: RowSize, *, targets: Sequence[str] = ("all-linear",)
 ) -> dict[str, float]:
-    """Bytes at the step's peak, of a transformers config under `run`, on two equal rows one after the other.
+    """Bytes at the step's peak, for a transformers config under `run`, on two equal rows one after the other.
 
-    "fixed" is what is there before a step: base, adapter and optimizer states. The CUDA context is not in it.
+    "fixed" is the memory before a step: base, adapter and optimizer states, without the CUDA context.
     """
     device, dtype = torch.device("cpu"), {2: torch.bfloat16, 4: torch.float32}[run.element]
     with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, _as_on_cuda():
@@ -161,7 +161,7 @@ def _state(parameter: Tensor, optimizer: str) -> Tensor:
 
 
 def _row(row: RowSize) -> PairRow:
-    """A row of pairs with these totals, shared out evenly."""
+    """A row of pairs with these totals, divided evenly."""
     pairs = []
     for number in range(row.pairs):
         prompt, answers = (_share(total, row.pairs, number) for total in (row.prompts, row.tokens - row.prompts))

@@ -1,4 +1,4 @@
-"""The device and its number type: chosen, measured, and given its memory back."""
+"""Selects and measures the device and its compute type, and returns its memory."""
 
 import ctypes
 import gc
@@ -16,8 +16,8 @@ from qdpo.run.watcher import Say
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Returns freed memory to the system between two phases, so that fragmentation does not add up their peaks."""
+def release_memory(device: torch.device) -> None:
+    """Returns freed memory to the system between two phases, so that fragmentation does not add their peaks."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -36,7 +36,7 @@ def peak_gib(device: torch.device) -> float:
 
         return float(psutil.Process().memory_info().peak_wset) / 2**30
     if sys.platform == "linux":
-        # The kernel hands getrusage's peak on from a parent to the program it starts; this one counts from the start.
+        # getrusage's peak is inherited from the parent process; this one counts from the start of the program.
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
     import resource
@@ -46,9 +46,9 @@ def peak_gib(device: torch.device) -> float:
 
 
 def choose_device(wanted: str, announce: Say) -> torch.device:
-    """The device to train on: among several CUDA devices the one with the most free memory.
+    """The device to train on: of several CUDA devices, the one with the most free memory.
 
-    Raises: ConfigError if CUDA is asked for and there is none, saying what would run instead.
+    Raises: ConfigError if CUDA is requested and there is none, naming what would run instead.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -57,7 +57,7 @@ def choose_device(wanted: str, announce: Say) -> torch.device:
             return torch.device("cpu")
         raise ConfigError(
             f"model.device=cuda, but torch {torch.__version__} finds no CUDA device{_driver_hint()}. "
-            "This machine can run `qdpo run preset=demo`; model.device=cpu forces these settings onto the CPU, slowly."
+            "This machine can run `qdpo run preset=demo`; `model.device=cpu` runs these settings on the CPU, slowly."
         )
     count = torch.cuda.device_count()
     free = [torch.cuda.mem_get_info(index)[0] for index in range(count)]
@@ -69,10 +69,10 @@ def choose_device(wanted: str, announce: Say) -> torch.device:
     return torch.device("cuda", best)
 
 
-def repeat_rounding() -> None:
-    """Holds CUDA to kernels that give the same bits each time. Must come before the first product.
+def use_deterministic_kernels() -> None:
+    """Restricts CUDA to kernels that give the same bits each time. Must be called before the first product.
 
-    cuBLAS repeats itself only with a fixed workspace (NVIDIA's documentation, "Results reproducibility").
+    cuBLAS is reproducible only with a fixed workspace (NVIDIA's documentation, "Results reproducibility").
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -89,24 +89,24 @@ def _driver_hint() -> str:
 
 
 def choose_dtype(wanted: str, device: torch.device, announce: Say) -> str:
-    """Name of the compute type: bf16, fp16 or fp32; what `auto` found is announced."""
+    """Name of the compute type: bf16, fp16 or fp32; the choice of `auto` is reported."""
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        announce("compute type: fp16 with loss scaling, because this card has no bf16")
+        announce("compute type: fp16 with loss scaling (this card has no bf16)")
         return "fp16"
     ratio = _cpu_bf16_speed()
     if ratio >= 1:
         announce(f"compute type: bf16 (this CPU multiplies bf16 matrices {ratio:.1f} times as fast as fp32)")
         return "bf16"
-    announce(f"compute type: fp32, because this CPU multiplies bf16 matrices {1 / ratio:.1f} times slower than fp32")
+    announce(f"compute type: fp32 (this CPU multiplies bf16 matrices {1 / ratio:.1f} times slower than fp32)")
     return "fp32"
 
 
 def _cpu_bf16_speed() -> float:
-    """Measured speed of a bf16 matrix product over an fp32 one on this CPU, with its instruction set as configured."""
+    """Measured speed ratio of bf16 to fp32 matrix products on this CPU, with its instruction set as configured."""
 
     def seconds(dtype: torch.dtype) -> float:
         left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)

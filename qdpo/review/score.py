@@ -11,7 +11,7 @@ from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.model.policy import adapter
 from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
-from qdpo.train.keep.stop import listen
+from qdpo.train.keep.stop import catch_signals
 from qdpo.train.policy.build import probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
@@ -47,7 +47,7 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     opened, pairs = chosen.opened, chosen.pairs
     run, config = opened.run, opened.config
     loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
-    with listen(watcher.say) as stop:
+    with catch_signals(watcher.say) as stop:
         cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
         scorer = Scorer(
             loaded=loaded,

@@ -26,7 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Writes what `fill` writes, or nothing: beside it, flushed to disk, then renamed over it. Raises: DiskError."""
+    """Writes the file by `fill`, or nothing: to a temporary file, flushed, renamed over `path`. Raises: DiskError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -45,12 +45,12 @@ def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for text, in UTF-8."""
+    """As write_bytes, for text in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds the whole text to the file's end, on disk when this returns, or nothing. Raises: DiskError."""
+    """Appends the whole text, on disk when this returns, or nothing. Raises: DiskError."""
     try:
         with path.open("ab") as file:
             size = file.tell()
@@ -60,14 +60,14 @@ def append_text(path: Path, text: str) -> None:
                 os.fsync(file.fileno())
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.truncate(path, size)  # no half a line
+                    os.truncate(path, size)  # leave no partial line
                 raise
     except OSError as error:
         raise disk_error(error, path) from error
 
 
 def cut_torn_line(path: Path) -> bool:
-    """Removes a last line that a crash has torn. True if there was one."""
+    """Removes a partial last line left by a crash. True if there was one."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole == len(content):
@@ -85,7 +85,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_file(path: Path, fill: Callable[[Path], None]) -> None:
-    """The same for what a library writes by itself: `fill` is given the name of a file beside `path`."""
+    """As write_stream, for a library that opens the file itself: `fill` receives the path of the temporary file."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write_file(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a file with one JSON value a line, without a last line torn by a crash; none without the file."""
+    """The values of a JSON Lines file, without a partial last line left by a crash; empty if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -110,7 +110,7 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Creates the folder `path` whole or not at all: `fill` writes into a folder beside it, which is then renamed.
+    """Creates the folder `path` whole or not at all: `fill` writes into a temporary folder, which is then renamed.
 
     An existing folder of that name is replaced.
     """
@@ -137,7 +137,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def share(path: Path) -> None:
-    """Gives a file the mode that the umask asks for; safetensors and mkstemp write 0600, which no server can read."""
+    """Sets the mode that the umask asks for; safetensors and mkstemp write 0600, which no server can read."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -156,9 +156,9 @@ def need_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 
 
 def disk_error(error: Exception, path: Path) -> DiskError:
-    """A DiskError that says which file could not be written, and why."""
+    """A DiskError that names the file that could not be written, and the cause."""
     return DiskError(
-        f"Cannot write {path}: {error}. Free space or fix the permissions, then run the same command again."
+        f"Cannot write {path}: {error}. Free some space or fix the permissions, then run the same command again."
     )
 
 

@@ -1,4 +1,4 @@
-"""The one door to a run on disk: any run, or one that is finished and can be used."""
+"""Opens a run on disk: any run, or only a finished one that can be used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from qdpo.settings.schema import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class KnownRun:
-    """A run's folder and what its files say, finished or not."""
+    """A run's folder and the contents of its files, finished or not."""
 
     run: RunDir
     record: RunRecord
@@ -30,7 +30,7 @@ class KnownRun:
         return disk.cache_folder(None if given is None else str(given))
 
     def config(self, arguments: list[str] | None = None) -> RunConfig:
-        """The run's settings with `key=value` arguments above them. Raises: ConfigError."""
+        """The run's settings, overridden by `key=value` arguments. Raises: ConfigError."""
         return layered.resolve_over(self.record.settings, "the run", arguments or []).config
 
     @property
@@ -42,20 +42,20 @@ class KnownRun:
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun(KnownRun):
-    """A run that came to its end: it has a result and an adapter."""
+    """A run that has ended: it has a result and an adapter."""
 
     result: Result
 
 
 def is_finished(run: RunDir) -> bool:
-    """Whether the run has its result, which is written last, and still has its adapter."""
+    """True if the run has its result, which is written last, and still has its adapter."""
     return run.result.is_file() and (run.adapter / "adapter_config.json").is_file()
 
 
 def any_run(folder: Path) -> KnownRun:
     """The run in `folder`: a FinishedRun if it is finished.
 
-    Raises: ConfigError if the folder is not a run, or if a file of it cannot be read.
+    Raises: ConfigError if the folder is not a run, or if one of its files cannot be read.
     """
     run = RunDir(folder)
     record, environment = read_record(run), read_environment(run)
@@ -65,14 +65,14 @@ def any_run(folder: Path) -> KnownRun:
 
 
 def finished_run(folder: Path) -> FinishedRun:
-    """The finished run in `folder`. Raises: ConfigError if it is not a run, or not a finished one."""
+    """The finished run in `folder`. Raises: ConfigError if `folder` is not a run, or the run is not finished."""
     found = any_run(folder)
     if isinstance(found, FinishedRun):
         return found
     if found.run.result.is_file():
         raise ConfigError(
-            f"The run {folder} is finished, but its adapter is gone: {found.run.adapter} has no adapter_config.json. "
-            "Put the folder back, or train again with --fresh."
+            f"The run {folder} is finished, but its adapter is missing: {found.run.adapter} has no "
+            "adapter_config.json. Put the folder back, or train again with `--fresh`."
         )
     of = f" of {found.record.found.steps}" if found.record.found.steps else ""
     saved = f"saved after step {found.saved_step}{of}" if found.saved_step else "nothing is saved yet"

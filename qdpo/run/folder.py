@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run; nothing is created by asking for a path."""
+    """Paths of one run. Reading a path creates nothing."""
 
     path: Path
 
@@ -16,7 +16,7 @@ class RunDir:
 
     @property
     def record(self) -> Path:
-        """What was found at the first start and is kept on resume: commits, hashes, values of `auto` settings."""
+        """Values found at the first start and kept on resume: commits, hashes, values of `auto` settings."""
         return self.path / "run.json"
 
     @property
@@ -45,7 +45,7 @@ class RunDir:
 
     @property
     def tracked(self) -> Path:
-        """What was handed to a tracker (track.to)."""
+        """The records sent to a tracker (track.to)."""
         return self.path / "track.json"
 
     @property

@@ -1,6 +1,6 @@
-"""Whether a command continues a run: the run's folder, the settings that change its numbers, and its files.
+"""The identity of a run, by which a command continues it: its folder, the settings that change its numbers, its files.
 
-Imports nothing heavy, so that a finished run, or a changed setting, is answered at once.
+Imports nothing heavy, so that a finished run or a changed setting is reported at once.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def run_folder(resolved: Resolved) -> RunDir:
 
 
 def check_unchanged(run: RunDir, resolved: Resolved) -> None:
-    """Raises: ConfigError that lists settings and files that are not as at the run's first start."""
+    """Raises: ConfigError that lists the settings and files that have changed since the run's first start."""
     record = read_record(run)
     now, then = trajectory_settings(resolved), record.settings
     changed = [name for name in now if now[name] != then.get(name, now[name])]
@@ -39,33 +39,33 @@ def check_unchanged(run: RunDir, resolved: Resolved) -> None:
         lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
         raise ConfigError(
             f"The run {run.path} was started with other settings:\n{lines}\n"
-            "Give the old values to continue it, another output.name, or --fresh to start anew (the old run is "
-            "kept aside)."
+            "Give the old values to continue it, choose another `output.name`, or start again with `--fresh` (the old "
+            "run is kept aside)."
         )
     check_files(record.files, run)
 
 
 def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
-    """Raises: ConfigError naming a data or model file that is gone or has other contents than at the first start."""
+    """Raises: ConfigError naming a data or model file that is missing or has changed since the first start."""
     for name, then in files.items():
         path = Path(name)
         if not path.exists():
-            problem = "is gone"
+            problem = "it is missing"
         elif path.stat().st_size != then.bytes:
-            problem = f"has {path.stat().st_size} bytes and had {then.bytes}"
+            problem = f"it has {path.stat().st_size} bytes instead of {then.bytes}"
         elif path.stat().st_mtime_ns != then.mtime_ns and file_record(path).sha256 != then.sha256:
-            problem = "has other contents"
+            problem = "its contents differ"
         else:
             continue
         raise ConfigError(
-            f"{name} {problem} since the run {run.path} was started. Put the file back to continue, or start "
-            "anew with --fresh."
+            f"{name} has changed since the run {run.path} was started: {problem}. Put the file back to continue, or "
+            "start again with `--fresh`."
         )
 
 
 def config_toml(resolved: Resolved, found: FoundValues | None = None) -> str:
-    """All settings as TOML, each with its origin as a comment; `found` holds the values that `auto` settings took."""
-    lines, section = ["# Settings of this run. Each value's origin is behind it."], None
+    """All settings as TOML, each with its origin as a comment; `found` holds the values chosen for `auto` settings."""
+    lines, section = ["# Settings of this run. Each value is followed by its origin."], None
     settled = found.settings() if found else {}
     for name, value in layered.flat(resolved.config).items():
         table, _, field = name.rpartition(".")
@@ -85,7 +85,7 @@ def toml_value(value: Value) -> str:
 
 
 def take_neutral(run: RunDir, config: RunConfig) -> None:
-    """Lets settings that change no number replace those of an earlier start, unless they are auto."""
+    """Replaces the settings of an earlier start that change no number by the current ones, unless they are auto."""
     now, kept = layered.flat(config), read_record(run)
     changed = {name: now[name] for name in NEUTRAL if now[name] not in ("auto", kept.settings.get(name))}
     if changed:

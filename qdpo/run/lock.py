@@ -1,4 +1,4 @@
-"""One process a run: its lock, an earlier run kept aside, what a killed process left."""
+"""One process per run: its lock, moving an earlier run aside, and clearing up after a killed process."""
 
 import re
 import shutil
@@ -14,23 +14,23 @@ from qdpo.run.folder import RunDir
 
 
 @contextmanager
-def alone(run: RunDir) -> Iterator[None]:
-    """Inside, no other process works on the run. Raises: ConfigError if one does already."""
+def exclusive(run: RunDir) -> Iterator[None]:
+    """Holds the run's lock: no other process works on the run. Raises: ConfigError if another process holds it."""
     lock = FileLock(run.lock)
     try:
         run.lock.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"Another process works on {run.path}. Wait for it, or choose another output.name."
+            f"Another process is working on {run.path}. Wait for it to end, or choose another `output.name`."
         ) from error
     except OSError as error:
         raise disk.disk_error(error, run.path) from error
     try:
         yield
     finally:
-        # While it is held: a file that is removed after the release may be the one that another process holds by then.
-        # filelock does not take a file that has lost its name. Windows refuses, since the file is open.
+        # Removed while the lock is held: after the release, another process may already hold that file. filelock does
+        # not lock a file that has lost its name. Windows refuses the removal, since the file is open.
         with suppress(PermissionError):
             run.lock.unlink(missing_ok=True)
         lock.release()
@@ -41,13 +41,13 @@ def move_aside(run: RunDir) -> Path:
     number = 1
     while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
         number += 1
-    with alone(run):
+    with exclusive(run):
         run.path.rename(aside)
     return aside
 
 
 def clear_leftovers(run: RunDir) -> None:
-    """Removes what a killed process was still writing for this run. Only for the one who holds the run's lock."""
+    """Removes the temporary files that a killed process left for this run. The caller must hold the run's lock."""
     beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
     inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
     for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):

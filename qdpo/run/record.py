@@ -1,6 +1,6 @@
-"""run.json: what a run was started with and what was found at its start, as one typed record.
+"""run.json as a typed record: the settings that a run was started with and the values found at its start.
 
-Imports nothing heavy, so that a finished run, or a changed setting, is answered at once.
+Imports nothing heavy, so that a finished run or a changed setting is reported at once.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ VERSION = 2
 
 
 class Part:
-    """A part of a JSON file as a dataclass. What a newer version wrote beside the known fields is kept in `more`.
+    """A part of a JSON file as a dataclass. Fields that a newer version added are kept in `more`.
 
-    A field whose name in the file is another (`model.dtype`) has it in its metadata.
+    A field that has another name in the file (`model.dtype`) keeps that name in its metadata.
     """
 
     more: dict[str, object]
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Self:
-        """Raises: KeyError, TypeError or AttributeError where a value is missing or of another kind."""
+        """Raises: KeyError, TypeError or AttributeError where a value is missing or has the wrong type."""
         known: dict[str, Any] = {}
         names: dict[str, dataclasses.Field[Any]] = {_key(one): one for one in _fields(cls)}
         for key, one in names.items():
@@ -41,7 +41,7 @@ class Part:
         return cls(**known)
 
     def to_json(self) -> dict[str, object]:
-        """By the names of the file. A field that is not set and may be missing is left out."""
+        """The fields under their names in the file, without optional fields that are not set."""
         found: dict[str, object] = {}
         for one in _fields(type(self)):
             value = getattr(self, one.name)
@@ -53,7 +53,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord(Part):
-    """Size, time and sha256 of a file, by which a change is noticed."""
+    """Size, time and sha256 of a file, to detect a change."""
 
     bytes: int
     mtime_ns: int
@@ -91,7 +91,7 @@ class DataRecord(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class FourBitMark(Part):
-    """The proof that a 4-bit weight was made again exactly: see `mark` of model/base/quant."""
+    """The proof that a 4-bit weight was reproduced exactly: see `mark` in model/base/quant."""
 
     sha256: str
     offset: float | None
@@ -100,7 +100,7 @@ class FourBitMark(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryChoice:
-    """The memory.* settings with a value in the place of each `auto`."""
+    """The memory.* settings with every `auto` replaced by a value."""
 
     tokens_per_row: int
     kept_layers: int | str
@@ -114,7 +114,7 @@ def _named(name: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class FoundValues(Part):
-    """Values that were chosen at the first start and are kept on resume, since others would change the numbers."""
+    """Values chosen at the first start and kept on resume, since other values would change the numbers."""
 
     dtype: str = _named("model.dtype")
     optimizer: str = _named("train.optimizer")
@@ -127,7 +127,7 @@ class FoundValues(Part):
     total_pairs: int | None = None
     warmup_steps: int | None = _named("train.warmup_steps", default=None)
     row_splits: dict[str, int] | None = None
-    """By step: into how many parts its rows were split after a lack of memory."""
+    """By step: the number of parts into which its rows were split after running out of memory."""
     more: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -139,7 +139,7 @@ class FoundValues(Part):
         )  # fmt: skip
 
     def settings(self) -> Values:
-        """The found values that stand in the place of settings, by full name."""
+        """The found values that replace settings, by full name."""
         return {name: value for name, value in self.to_json().items() if "." in name}  # type: ignore[misc]
 
 
@@ -153,7 +153,7 @@ def _marks(values: Mapping[str, Any]) -> dict[str, FourBitMark]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Part):
-    """All of run.json."""
+    """The whole of run.json."""
 
     settings: Values
     """As given, by full name."""
@@ -187,7 +187,7 @@ class Environment(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerLengths(Part):
-    """Median lengths in tokens of the sampled answers to `count` prompts, with the end token."""
+    """Median lengths in tokens of the sampled answers to `count` prompts, end token included."""
 
     count: int
     median_tokens_before: float
@@ -201,7 +201,7 @@ def _lengths(values: Mapping[str, Any] | None) -> AnswerLengths | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Part):
-    """result.json, the last file of a run: held-out metrics before and after, and what training took."""
+    """result.json, the last file of a run: held-out metrics before and after, and the cost of training."""
 
     steps: int
     pairs: int
@@ -217,7 +217,7 @@ class Result(Part):
 
 
 def read_record(run: RunDir) -> RunRecord:
-    """Raises: ConfigError if the folder has no run.json, or one that cannot be read."""
+    """Raises: ConfigError if the folder has no run.json, or run.json cannot be read."""
     if not run.record.is_file():
         raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
     return _read(RunRecord, run.record)
@@ -247,7 +247,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model folder that decide what is loaded."""
+    """The files of a model folder that determine what is loaded."""
     wanted: Iterable[Path] = (
         path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".model", ".jinja"}
     )
@@ -263,7 +263,7 @@ def _read(kind: type[P], path: Path) -> P:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
-            f"{path} cannot be read: {problem}. Put the file back from a copy, or start the run anew with --fresh."
+            f"{path} cannot be read: {problem}. Restore the file from a copy, or start the run again with `--fresh`."
         ) from error
 
 
@@ -280,7 +280,7 @@ def _same(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Records inside as JSON."""
+    """Nested records as JSON."""
     if isinstance(value, Part):
         return value.to_json()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The events of a run, as the one who watches it receives them."""
+"""The events of a run, as an observer receives them."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,7 +10,7 @@ Say = Callable[[str], None]
 
 
 class Watcher(Protocol):
-    """Receives the run's events; the terminal display and the tests implement it."""
+    """Receives a run's events; implemented by the terminal display and the tests."""
 
     def say(self, line: str) -> None:
         """One line that stays on screen."""

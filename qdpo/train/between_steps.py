@@ -1,4 +1,4 @@
-"""What is looked at between steps: held-out pairs and sampled answers, into their files and the run's metrics."""
+"""Evaluations between steps: scores held-out pairs and samples answers, for their files and the run's metrics."""
 
 import json
 from typing import Any
@@ -26,8 +26,8 @@ class Checkup:
         )  # fmt: skip
         self._pairs = _kept(disk.read_lines(job.run.eval_pairs), keep_through)
 
-    def take(self, step: int) -> Evaluation:
-        """Scores the held-out pairs and completes the prompts. A full disk delays the files until `insist`."""
+    def evaluate(self, step: int) -> Evaluation:
+        """Scores the held-out pairs and completes the prompts. A full disk delays the files until `save_for_good`."""
         job = self._job
         job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
         pairs = list(job.held_out)
@@ -39,18 +39,18 @@ class Checkup:
         self._pairs = _with(self._pairs, evaluation, places, step)
         values = dict(evaluation.values)
         if job.config.samples.every_eval or step in (0, self._steps):
-            values |= self._samples.take(step)
+            values |= self._samples.complete(step)
         line: Record = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
         if step not in self._metrics.evaluated:
             self._metrics.write(line)
-            self._alarm.hear(line)
+            self._alarm.check(line)
         job.watcher.step(line)
-        self._saver.attempt(self._write)
+        self._saver.try_save(self._write)
         return evaluation
 
-    def insist(self) -> AnswerLengths | None:
+    def save_for_good(self) -> AnswerLengths | None:
         """Writes the files for good; the summary of the samples."""
-        self._saver.insist(self._write)
+        self._saver.save_or_wait(self._write)
         return self._samples.summary()
 
     def _write(self) -> None:
@@ -59,9 +59,9 @@ class Checkup:
 
 
 def _with(lines: list[dict[str, Any]], evaluation: Evaluation, places: list[int], step: int) -> list[dict[str, Any]]:
-    """The lines of eval_pairs.jsonl with what this evaluation found; `places` are those among the held-out pairs.
+    """The lines of eval_pairs.jsonl with this evaluation's values; `places` are indices into the held-out pairs.
 
-    A pair is known by its place: several may come from one row, or from rows of the same number in several sources.
+    The index identifies a pair: several pairs may come from one row, or from equally numbered rows of several sources.
     """
     known = {line["pair"]: line for line in lines}
     found = []

@@ -1,4 +1,4 @@
-"""The order of events of a run: prepare, load, score the reference, then step, log, evaluate, save."""
+"""The training loop of a run: prepare, load, score the reference, then step, log, evaluate, save."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ import torch
 from qdpo.diagnose.course import Record
 from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
-from qdpo.model.device import give_back_memory, peak_gib
+from qdpo.model.device import peak_gib, release_memory
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, lock
 from qdpo.run.folder import RunDir
@@ -24,7 +24,7 @@ from qdpo.train.keep import checkpoint
 from qdpo.train.keep.checkpoint import TrainedObjects
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.keep.progress import Progress
-from qdpo.train.keep.stop import StopRequest, listen
+from qdpo.train.keep.stop import StopRequest, catch_signals
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
@@ -38,18 +38,18 @@ from qdpo.train.watch.metrics_file import Metrics
 
 
 def run_training(resolved: Resolved, watcher: Watcher) -> Result:
-    """Runs, or continues, the run that `resolved` describes; returns what result.json holds.
+    """Starts or continues the run that `resolved` describes; returns the contents of result.json.
 
-    Raises: QdpoError. On Interrupted and most others everything needed to continue is in the run folder.
+    Raises: QdpoError. After Interrupted, and most other errors, the run folder holds everything needed to continue.
     """
     run = identity.run_folder(resolved)
     try:
-        with lock.alone(run), listen(watcher.say) as stop:
+        with lock.exclusive(run), catch_signals(watcher.say) as stop:
             return _run(resolved, run, watcher, stop)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(
-            f"The card's memory is full: {str(error).splitlines()[0]} Lower data.max_tokens, memory.kept_layers or "
-            "memory.head_tile_mib, or choose a preset for a smaller card. The last checkpoint is intact."
+            f"The card is out of memory: {str(error).splitlines()[0]} The last checkpoint is intact. Lower "
+            "`data.max_tokens`, `memory.kept_layers` or `memory.head_tile_mib`, or choose a preset for a smaller card."
         ) from error
 
 
@@ -83,7 +83,7 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What training came to: held-out figures before and after, the progress made, and what looks at the run."""
+    """The outcome of training: held-out metrics before and after, the progress made, and the run's evaluations."""
 
     before: dict[str, float]
     after: Evaluation
@@ -94,7 +94,7 @@ class TrainingOutcome:
 def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> TrainingOutcome:
     """Steps from the newest checkpoint (or 0) to the end."""
     config = job.config
-    progress, metrics, alarm, checkup, saver = _take_up(job, plan, trained)
+    progress, metrics, alarm, checkup, saver = _resume_or_evaluate(job, plan, trained)
     parameters = list(trained.policy.adapter_parameters().values())
     recovery = Recovery(
         job.found.row_splits or {}, trained.policy.device, job.watcher.say,
@@ -128,7 +128,7 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
             )  # fmt: skip
 
         try:
-            report = recovery.take(step, rows, compute)
+            report = recovery.run_step(step, rows, compute)
         except OutOfMemoryError as error:
             save()
             raise OutOfMemoryError(f"{error} {auto_memory.after_failure(job.config, job.train, progress)}") from None
@@ -139,18 +139,18 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
         metrics.write(line)
         job.watcher.step(line)
         job.watcher.advance(1)
-        alarm.hear(line)
+        alarm.check(line)
         done = step + 1
         if done == plan.steps or done % config.train.eval_every == 0:
-            last = checkup.take(done)
+            last = checkup.evaluate(done)
             job.watcher.begin("training", plan.steps, "step")
             job.watcher.advance(done)
         if done == plan.steps:
-            saver.insist(save)
+            saver.save_or_wait(save)
         elif job.stop.number is not None or alarm.stops_on is not None:
             save()
         elif done % config.train.save_every == 0:
-            saver.attempt(save)
+            saver.try_save(save)
         if job.stop.number is not None and done < plan.steps:
             raise Interrupted(
                 f"Stopped after step {done} of {plan.steps}, which is saved. The same command continues.",
@@ -161,11 +161,13 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
     job.watcher.finish()
     before = read_record(job.run).before
     assert before is not None
-    return TrainingOutcome(before, last or checkup.take(plan.steps), progress, checkup)
+    return TrainingOutcome(before, last or checkup.evaluate(plan.steps), progress, checkup)
 
 
-def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
-    """The run as its newest checkpoint left it, or evaluated before its first step."""
+def _resume_or_evaluate(
+    job: Job, plan: RunLength, trained: TrainedObjects
+) -> tuple[Progress, Metrics, Alarm, Checkup, Saver]:
+    """Resumes the run from its newest checkpoint, or evaluates it before its first step."""
     config = job.config
     progress = Progress()
     newest = (
@@ -183,10 +185,10 @@ def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progre
     alarm = Alarm(
         terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
     )
-    alarm.recall(metrics.kept)
+    alarm.replay(metrics.kept)
     checkup = Checkup(job, metrics, alarm, saver, steps=plan.steps, keep_through=keep_through)
     if newest is None:
-        before = checkup.take(0)
+        before = checkup.evaluate(0)
         _check_offset(job, before)
         write_record(job.run, replace(read_record(job.run), before=before.values))
     elif alarm.stops_on is not None and progress.step < plan.steps:
@@ -197,36 +199,34 @@ def _take_up(job: Job, plan: RunLength, trained: TrainedObjects) -> tuple[Progre
 def _stopped(finding: Finding, step: int, plan: RunLength) -> StoppedByFinding:
     return StoppedByFinding(
         f"Stopped by train.stop_when={finding.rule} after step {step} of {plan.steps}, which is saved: "
-        f"{finding.evidence}. {finding.advice} The same command with train.stop_when=none continues."
+        f"{finding.evidence}. {finding.advice} To continue, add `train.stop_when=none` to the same command."
     )
 
 
 def _check_offset(job: Job, before: Evaluation) -> None:
-    """An untouched adapter must equal its reference. Raises: VerificationError if it does not."""
+    """Checks that an untouched adapter equals its reference. Raises: VerificationError if it does not."""
     untouched_is_reference = job.config.adapter.start is None or job.loaded.reference_is_start
     if not untouched_is_reference or job.scorer.for_loss is None:
         return
     mean, largest = reference_offset(before, job.config.loss.beta)
     longest = max(len(pair.chosen) + len(pair.rejected) for pair in job.held_out)
     job.watcher.say(f"reference offset of the untouched adapter: mean {mean:.3g}, largest {largest:.3g} nats")
-    # 16-bit rounding grows with the square root of the tokens; other weights or tokens give tens of nats.
+    # 16-bit rounding grows with the square root of the tokens; wrong weights or tokens give tens of nats.
     bound = 0.05 + 0.05 * math.sqrt(longest)
     if largest > bound:
         raise VerificationError(
-            f"The cached reference does not belong to this model: an untouched adapter differs by {largest:.3g} "
-            "nats (bound "
-            f"{bound:.2g}). {job.scorer.cache.way_out}"
+            "The cached reference does not belong to this model: an untouched adapter differs by "
+            f"{largest:.3g} nats (bound {bound:.2g}). {job.scorer.cache.way_out}"
         )
 
 
 def _after_step(job: Job, progress: Progress, step: int, report: StepReport, seconds: float) -> Progress:
     if report.overflow:
-        job.watcher.say(f"step {step + 1}: fp16 overflow, update skipped and loss scale lowered")
+        job.watcher.say(f"step {step + 1}: update skipped, loss scale lowered (fp16 overflow)")
     elif step == 0 and report.grad_norm == 0:
         raise VerificationError(
-            "The gradient of the first step is exactly 0: the adapter would learn nothing. Chosen and rejected "
-            "answers may be "
-            "identical after cutting, or adapter.targets may match no layer that is used."
+            "The gradient of the first step is exactly 0, so the adapter would learn nothing. Chosen and rejected "
+            "answers may be identical after truncation, or `adapter.targets` may match no layer that is used."
         )
     return Progress(
         step=step + 1,
@@ -252,17 +252,17 @@ def _step_record(job: Job, progress: Progress, report: StepReport, rate: float, 
 
 
 def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
-    """Writes adapter/, samples.jsonl and result.json, in this order: a run with result.json is complete."""
+    """Writes adapter/, samples.jsonl and result.json, in this order: a run that has result.json is complete."""
     policy = job.loaded.policy
-    give_back_memory(policy.device)
+    release_memory(policy.device)
 
     def fill(path: Path) -> None:
         adapter.save_adapter(policy, path, base_name=job.base.name, revision=job.base.commit)
         job.tokenizer.save_pretrained(path)
 
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
-    saver.insist(lambda: disk.write_folder(job.run.adapter, fill))
-    shown = outcome.checkup.insist()
+    saver.save_or_wait(lambda: disk.write_folder(job.run.adapter, fill))
+    shown = outcome.checkup.save_for_good()
     result = Result(
         steps=plan.steps,
         pairs=plan.total_pairs,
@@ -275,5 +275,5 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
         overflows=outcome.progress.overflows,
         adapter=str(job.run.adapter),
     )
-    saver.insist(lambda: disk.write_json(job.run.result, result.to_json()))
+    saver.save_or_wait(lambda: disk.write_json(job.run.result, result.to_json()))
     return result

@@ -1,7 +1,7 @@
-"""A sweep: one ordinary run for each combination of the values that commas part, one after the other.
+"""A sweep: one ordinary run for each combination of comma-separated values, one after another.
 
-Imports nothing heavy. Each run is a process of its own: its memory is free again when it ends, its peak is its own, and
-a run that is killed does not take the others with it.
+Imports nothing heavy. Each run is a separate process: it frees its memory when it ends, has its own peak, and can be
+killed without ending the other runs.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ STOPPED = (130, 143)
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One combination: the command's arguments, what makes it differ from the others, and where it runs."""
+    """One combination: the command's arguments, the settings that distinguish it, and its run folder."""
 
     arguments: list[str]
     differs: dict[str, str]
@@ -44,21 +44,21 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Ended:
-    """How one combination ended. `exit_code` is None where it was not started."""
+    """The outcome of one combination. `exit_code` is None if it was not started."""
 
     planned: PlannedRun
     exit_code: int | None
 
     @property
     def result(self) -> Result | None:
-        """What result.json holds, once the run is finished."""
+        """The contents of result.json, once the run is finished."""
         return read_result(self.planned.run) if self.exit_code == 0 and is_finished(self.planned.run) else None
 
 
 def plan_sweep(arguments: list[str]) -> Sweep:
-    """Every combination, resolved and checked before the first one is run.
+    """All combinations, resolved and checked before the first run starts.
 
-    Raises: ConfigError with all problems; also where two combinations would be the same run, or nothing is varied.
+    Raises: ConfigError with all problems; also if two combinations would be the same run, or nothing varies.
     """
     given = [(argument, layered.comma_values(argument)) for argument in arguments]
     varied = [argument.removeprefix("--").partition("=")[0] for argument, values in given if len(values) > 1]
@@ -81,7 +81,7 @@ def plan_sweep(arguments: list[str]) -> Sweep:
 def _planned(words: list[str], differs: dict[str, str]) -> PlannedRun:
     resolved = layered.resolve(words)
     if resolved.config.output.name is not None:
-        # One name for several runs: each gets the digits that a run without a name has.
+        # One name for several runs: each gets the hex digits of a run without a name.
         settings = str(sorted(identity.trajectory_settings(resolved).items()))
         name = f"{resolved.config.output.name}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
         words = [word for word in words if not word.removeprefix("--").startswith("output.name=")]
@@ -96,15 +96,15 @@ def _same_runs(runs: list[PlannedRun]) -> Iterator[str]:
         first = seen.setdefault(planned.run.path, planned)
         if first is not planned:
             yield (
-                f"{words_of(planned.differs)} and {words_of(first.differs)} would be one run: the values are equal, or "
-                "change no number of the training."
+                f"{words_of(planned.differs)} and {words_of(first.differs)} would be the same run: the values are "
+                "equal, or do not affect training."
             )
 
 
 def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> tuple[list[Ended], int]:
-    """Runs what is not finished, in turn: how each ended, and the exit code of all, which a stop decides.
+    """Runs the unfinished combinations in turn; returns each outcome, and one exit code: that of a stop, if any.
 
-    A run that fails does not keep the others from running; a stop does.
+    After a failed run the others still run; after a stop they do not.
     """
     ended: list[Ended] = []
     with _passed_on() as stop:
@@ -113,7 +113,7 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> tuple[list[Ended], in
                 ended.append(Ended(planned, None))
                 continue
             say(f"\nrun {number} of {len(sweep.runs)}: {words_of(planned.differs)} → {planned.run.path}")
-            # -P: nothing in the user's folder may stand for a library.
+            # -P: no file in the user's folder may shadow a library.
             stop.process = subprocess.Popen([sys.executable, "-P", "-m", "qdpo", "run", *planned.arguments])
             code = stop.process.wait()
             code = 128 - code if code < 0 else code
@@ -124,7 +124,7 @@ def run_sweep(sweep: Sweep, say: Callable[[str], None]) -> tuple[list[Ended], in
 
 
 def words_of(differs: dict[str, str]) -> str:
-    """The settings that differ, as they are typed."""
+    """The settings that differ, as typed on a command line."""
     return " ".join(f"{name}={value}" for name, value in differs.items())
 
 
@@ -136,9 +136,9 @@ class _Stop:
 
 @contextmanager
 def _passed_on() -> Iterator[_Stop]:
-    """Inside, a signal ends the sweep after the run at hand, which saves first.
+    """Makes a signal end the sweep after the current run, which saves first.
 
-    A terminal sends Ctrl-C to the run as well; SIGTERM comes to this process alone, and is passed on.
+    A terminal sends Ctrl-C to the run as well; SIGTERM reaches only this process, and is passed on.
     """
     stop = _Stop()
 

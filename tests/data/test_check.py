@@ -20,7 +20,7 @@ def prepared_file(tmp_path, tokenizer):
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     source = open_source(str(path), shipped=tmp_path)
-    layout = detect_layout(source.rows.look_over(), {}, source.name)
+    layout = detect_layout(source.rows.read_sample(), {}, source.name)
     work = Preparation(tokenizer, Limits(52, 20), Renderer(tokenizer=tokenizer))
     work.add(source.rows.located(), layout, source=source.name)
     return work.finish(), layout, source

@@ -88,7 +88,7 @@ def read(path: Path) -> Iterator[object]:
     for skip_bad in (False, True):
         try:
             rows = open_source(str(path), shipped=path.parent, skip_bad=skip_bad).rows
-            sample = rows.look_over()
+            sample = rows.read_sample()
             found = [row for _place, row in rows.located()]
             assert sample.count == len(found) and all(isinstance(row, dict | BadLine) for row in found)
             yield sample

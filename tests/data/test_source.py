@@ -44,7 +44,7 @@ def test_every_kind_of_file_gives_the_rows_that_were_written(tmp_path, ending):
     path = write(tmp_path / f"prefs.{ending}")
     source = open_source(str(path), shipped=tmp_path)
     assert list(source.rows) == ROWS
-    assert source.rows.look_over().columns == ["prompt", "chosen", "rejected"]
+    assert source.rows.read_sample().columns == ["prompt", "chosen", "rejected"]
     assert source.files == {str(path): hashlib.sha256(path.read_bytes()).hexdigest()}
     assert (source.revision, source.license) == (None, None)
     assert list(open_source(str(path), shipped=tmp_path, limit=3).rows) == ROWS[:3]
@@ -125,7 +125,7 @@ def test_a_bad_file_is_refused_with_its_place_and_a_way_out(tmp_path, name, cont
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
-        open_source(str(path), shipped=tmp_path).rows.look_over()
+        open_source(str(path), shipped=tmp_path).rows.read_sample()
     assert name in str(error.value)
 
 
@@ -202,7 +202,7 @@ def test_each_row_has_its_line_and_the_sample_is_spread(tmp_path):
     rows = open_source(str(path), shipped=tmp_path).rows
     places = [(place.line, row["n"]) for place, row in rows.located()]
     assert places[:3] == [(3, 0), (5, 1), (7, 2)] and len(places) == 5000
-    sample = rows.look_over()
+    sample = rows.read_sample()
     assert sample.count == 5000 and 200 <= len(sample.rows) <= 400
     numbers = list(sample.rows)
     assert all(row["n"] == number - 1 for number, row in sample.rows.items())

@@ -17,7 +17,7 @@ RULES = {
     ),
     "plain verbs and adverbs": re.compile(r"\b(stands?|stood|lies?|lay|anew|beside|(is|are) told|be had)\b"),
 }
-LEFT = {"a docstring opens with a verb or a noun": 167, "is not a, never is no": 20, "plain verbs and adverbs": 135}
+LEFT = {"a docstring opens with a verb or a noun": 88, "is not a, never is no": 16, "plain verbs and adverbs": 88}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "qdpo/report/screen/metrics.md"]
 
 

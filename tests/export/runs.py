@@ -42,7 +42,7 @@ def make_run(
     path: Path, base: Path, *, quantization: str = "none", dtype: str = "fp32", double_quant: bool = True, **lora: Any
 ) -> RunDir:
     """A run folder as training leaves it, as far as a merge reads it; the adapter is random."""
-    words = [f"model.path={base}", f"model.quantization={quantization}", f"model.double_quant={double_quant}"]
+    words = [f"model.quantization={quantization}", f"model.double_quant={double_quant}"]
     run = RunDir(path)
     run.path.mkdir(parents=True)
     adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), **lora).save_pretrained(run.adapter)

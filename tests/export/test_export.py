@@ -64,7 +64,10 @@ def test_every_target(run: Path) -> None:
         assert isinstance(again.exception, ConfigError) and "--force" in str(again.exception)
         assert export(run, "--to", to, "--force").exit_code == 0
     assert everything(out / "ollama") == ["Modelfile", "model.gguf"]
-    assert "largest difference of a logit" in export(run, "other.gguf", "--to", "gguf", "--quant", "q8_0").output
+    assert (
+        "logits: read back by transformers, largest difference"
+        in export(run, "other.gguf", "--to", "gguf", "--quant", "q8_0").output
+    )
     Path("other.gguf").unlink()
     assert not list(run.rglob(".tmp*"))
 
@@ -132,7 +135,7 @@ def test_a_base_that_came_from_gguf_lends_its_tokenizer_fields(run: Path, tmp_pa
     (run / "run.json").write_text(json.dumps(record))
     assert "tokenizer fields of base.gguf" in export(run, "--to", "gguf").output
     source.write_bytes(b"another file")
-    assert "gone or changed" in export(run, "--to", "gguf", "--force").output
+    assert "is missing or has changed" in export(run, "--to", "gguf", "--force").output
 
 
 def test_bad_input_is_refused_and_writes_nothing(run: Path, tmp_path: Path) -> None:

@@ -131,8 +131,10 @@ def test_a_base_stored_in_4_bit_is_dequantised_from_what_it_stores(tmp_path: Pat
     kept = disk.read_json(run.record)
     settings = {**kept["settings"], "model.path": str(stored), "model.quantization": "nf4"}
     del kept["four_bit"]
-    disk.write_json(run.record, {**kept, "settings": settings, "files": {}, "found": {"model.dtype": "bf16"}})
-    with pytest.raises(ConfigError, match="stored in 4 bits; its original is not there"):
+    disk.write_json(
+        run.record, {**kept, "settings": settings, "files": {}, "found": {**kept["found"], "model.dtype": "bf16"}}
+    )
+    with pytest.raises(ConfigError, match="stored in 4 bits, without its original weights"):
         merge(run, tmp_path / "out", base="original")
     report = merge(run, tmp_path / "out", dtype="fp32")
     assert report.dequantized == 14
@@ -194,9 +196,11 @@ def test_names_with_another_beginning_are_found_if_there_is_one_way_only(tmp_pat
     assert weight_keys(modules, keys, tmp_path)["transformer.h.1.attn.c_attn"] == "h.1.attn.c_attn.weight"
     nested = {f"language_model.{module}.weight" for module in modules[:2]}
     assert weight_keys(modules[:2], nested, tmp_path)[modules[0]] == f"language_model.{modules[0]}.weight"
-    with pytest.raises(ConfigError, match="in several places"):
+    with pytest.raises(ConfigError, match="have several candidates"):
         weight_keys(modules[:2], nested | keys, tmp_path)
-    with pytest.raises(ConfigError, match="do not hold what the adapter or the run names: transformer.h.0.*and 1 more"):
+    with pytest.raises(
+        ConfigError, match="do not hold weights that the adapter or the run names: transformer.h.0.*and 1 more"
+    ):
         weight_keys(modules[:2], {"h.0.attn.c_attn.weight"}, tmp_path)
 
 
@@ -269,13 +273,13 @@ def exists(run: RunDir, base: Path) -> None:
 
 BAD: list[tuple[Callable[[RunDir, Path], None], type[QdpoError], str]] = [
     (no_run, ConfigError, "is not a run: it has no run.json"),
-    (unfinished, ConfigError, "has no adapter yet: it is not finished"),
-    (changed_base, ConfigError, r"model\.safetensors has other contents since the run .* was started"),
+    (unfinished, ConfigError, "is not finished and has no adapter yet"),
+    (changed_base, ConfigError, r"model\.safetensors has changed since the run .* was started: its contents differ"),
     (missing_shard, ConfigError, "lists 2 files, of which 1 are missing"),
     (outside_shard, ConfigError, "points outside its folder"),
     (torn_file, ConfigError, "ends inside"),
-    (other_shape, ConfigError, "belongs to another base: it is 32x96 at .* which is 32x64"),
-    (other_targets, ConfigError, "do not hold what the adapter or the run names: gpt_neox"),
+    (other_shape, ConfigError, "belongs to another base: for .* it has 32x96, but .* has 32x64"),
+    (other_targets, ConfigError, "do not hold weights that the adapter or the run names: gpt_neox"),
     (dora, ConfigError, "use_dora=True, which is not supported"),
     (embedding, ConfigError, "which is not the A or B of a linear layer"),
     (experts, ConfigError, "mixture of experts"),

@@ -145,7 +145,7 @@ def test_each_refusal_says_what_to_do(run: Path, hub: PushServer, tmp_path: Path
     assert "hf auth login" in refused("ada/x", HF_TOKEN="")
     assert "error 401" in refused("ada/x", HF_TOKEN="hf_wrong")
     assert "error 403" in refused("grace/x") and "HF_HUB_OFFLINE" in refused("ada/x", HF_HUB_OFFLINE="1")
-    assert "no name of a repository" in refused("ada/x/y")
+    assert "is not a repository name" in refused("ada/x/y")
     assert "qdpo merge" in refused("ada/x", "--merged")
     assert "could not be reached" in refused("ada/x", HF_ENDPOINT="http://127.0.0.1:9")
     assert not any(repo.files for repo in hub.repos.values())

@@ -95,7 +95,7 @@ def test_no_is_an_answer(tmp_path: Path) -> None:
 
 def test_below_the_named_memory_nothing_runs() -> None:
     """The number in the message is the border: just above it there is a plan."""
-    message = r"4 GiB less 0.7 GiB .* first token, (\d+\.\d) GiB at the least\. .*`qdpo fit --gpu-gib 4` lists"
+    message = r"4 GiB less 0.7 GiB .* at least (\d+\.\d) GiB before its first token\. .*`qdpo fit --gpu-gib 4` lists"
     with pytest.raises(ConfigError, match=message) as error:
         plan("preset=7b-24gb", gpu_gib=4)
     named = re.search(message, str(error.value))

@@ -15,7 +15,7 @@ from tests.conftest import qdpo
 
 
 def found(check: str) -> list[doctor.Check]:
-    return [one for one in doctor.examine()[0] if one.name == check]
+    return [one for one in doctor.run_checks()[0] if one.name == check]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_little_memory_is_held_against_the_presets(monkeypatch: pytest.MonkeyPat
 
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**28))
-    machine = doctor.examine()[1]
+    machine = doctor.run_checks()[1]
     if machine.device == "cpu":
         assert "does not fit" in _preset_here("demo", machine.device, machine.free_gib)
     assert "does not fit" in _preset_here("7b-24gb", "cuda", 4.0) and "fits:" in _preset_here("7b-24gb", "cuda", 23.5)

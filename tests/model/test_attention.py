@@ -173,7 +173,7 @@ def test_a_cuda_card_takes_varlen_or_says_why_not(
 def test_a_mask_or_bias_of_the_models_own_is_refused() -> None:
     tensors, spans = inputs(4), PairSpans(SPANS)
     tokens = len(POSITION_T)
-    with pytest.raises(NotImplementedError, match="to the mask"):
+    with pytest.raises(NotImplementedError, match="changes the attention mask"):
         shared_prompt_attention(nn.Module(), *tensors, torch.zeros(1, 1, tokens, tokens), pair_spans=spans)
     with pytest.raises(NotImplementedError, match="position bias"):
         shared_prompt_attention(nn.Module(), *tensors, None, position_bias=torch.zeros(1), pair_spans=spans)

@@ -73,7 +73,7 @@ def test_sharing_is_refused_where_it_would_be_wrong(family: str, path: str, reas
 
 def test_refused_paths_are_named() -> None:
     _, said = choose(make_policy(MASKED["stablelm"](), attention_name=None))
-    assert "a mask of T×T" in said and "qdpo's own function: the model does not hand the row's layout on" in said
+    assert "a mask of T×T" in said and "qdpo's own function: the model does not pass the row's layout" in said
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
@@ -94,7 +94,7 @@ def test_fp16_scores_that_overflow_in_eager_code_are_shared_all_the_same() -> No
 
 
 def test_sdpa_is_refused_for_soft_caps() -> None:
-    with pytest.raises(ConfigError, match="model.attention=sdpa is not exact .*soft-caps.* Use auto"):
+    with pytest.raises(ConfigError, match="model.attention=sdpa is not exact .*soft-caps.* Use `auto`"):
         choose(make_policy(families.SCORED["gemma2-softcap"](), attention_name=None), "sdpa")
 
 
@@ -154,10 +154,10 @@ def test_a_window_longer_than_the_probe_is_compared_with_the_config() -> None:
     policy = make_policy(config)
     assert fault(policy) is None
     policy.backbone.config.sliding_window = 2000
-    assert fault(policy) == "layers ask for sliding windows 1000+none, the config names 2000+none"
+    assert fault(policy) == "layers request sliding windows 1000+none, but the config names 2000+none"
 
 
 def test_nothing_exact_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "TOLERANCE", {torch.float32: -1.0})
-    with pytest.raises(VerificationError, match="No way .*eager: log-probs differ"):
+    with pytest.raises(VerificationError, match="No attention path .*eager: log-probs differ"):
         choose(make_policy(SHARED["llama"]()))

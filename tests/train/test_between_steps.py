@@ -121,7 +121,7 @@ def test_other_prompts_on_resume_are_said(train: Train, settings: dict[str, str]
     run.result.unlink()
     shutil.rmtree(run.checkpoints / "step-000004")
     _, watcher = train(train__steps="4", train__save_every="2", **{**SAMPLED, "samples__count": "2"})
-    assert "begins anew" in watcher.text
+    assert "starts again" in watcher.text
     lines = read_lines(run.samples)
     assert len(lines) == 2 and "before" in lines[0] and [each["step"] for each in lines[0]["during"]] == [4]
 

@@ -38,16 +38,16 @@ def test_a_save_on_the_way_may_fail_and_the_last_one_waits(monkeypatch: pytest.M
     said: list[str] = []
     stop = StopRequest()
     saver = Saver(said.append, stop, "wait")
-    assert not saver.attempt(Disk(1).write) and "Training goes on" in said[0]
-    assert saver.attempt(Disk(0).write)
+    assert not saver.try_save(Disk(1).write) and "Training continues" in said[0]
+    assert saver.try_save(Disk(0).write)
     disk = Disk(3)
-    saver.insist(disk.write)
+    saver.save_or_wait(disk.write)
     assert disk.full == 0 and len(said) == 2 and "waiting for the disk" in said[1]
     with pytest.raises(DiskError):
-        Saver(said.append, stop, "stop").insist(Disk(1).write)
+        Saver(said.append, stop, "stop").save_or_wait(Disk(1).write)
     stop.number = 2
     with pytest.raises(DiskError):
-        saver.insist(Disk(1).write)
+        saver.save_or_wait(Disk(1).write)
 
 
 def full_for(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[int]:

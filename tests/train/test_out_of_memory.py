@@ -71,14 +71,14 @@ def test_a_level_is_found_once_and_stays() -> None:
             raise RowTooLarge("no memory")
         return "sided" if sided else "done"
 
-    assert recovery.take(4, [], compute) == "done"  # type: ignore[comparison-overlap]
+    assert recovery.run_step(4, [], compute) == "done"  # type: ignore[comparison-overlap]
     assert "trying once more" in said[0] and NAMES[HALVES] in said[1] and NAMES[SINGLE] in said[2]
     assert kept[-1] == {"4": SINGLE} and recovery.level(3) == WHOLE and recovery.level(9) == SINGLE
     again = Recovery(kept[-1], CPU, said.append, kept.append)
     assert again.level(4) == SINGLE
     failures[0] = 99
     with pytest.raises(OutOfMemoryError, match="Step 6 does not fit even one answer at a time: no memory"):
-        again.take(5, [], compute)
+        again.run_step(5, [], compute)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError, VerificationError
 from qdpo.run import identity
 from qdpo.settings import layered
-from qdpo.train.keep.stop import listen
+from qdpo.train.keep.stop import catch_signals
 from qdpo.train.policy import reference_cache
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.start.open_run import Job, open_run
@@ -136,7 +136,7 @@ def test_damage_never_gives_a_wrong_value(clean: bytes, tmp_path: Path, kind: st
         cache.close()
         cache = ReferenceCache(tmp_path, "name", say=said.append)
     aside = set_aside(path.parent)
-    assert len(said) == len(aside) <= 1 and all("is damaged" in line and "computed anew" in line for line in said)
+    assert len(said) == len(aside) <= 1 and all("is damaged" in line and "computed again" in line for line in said)
     assert complete(cache)
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_loses_nothing_and_is_no_damage(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path, "name")
     fill(cache, PAIRS[:6])
     cache._connected().execute("PRAGMA max_page_count=1")
-    with pytest.raises(DiskError, match="database or disk is full.*What was stored before is safe") as full:
+    with pytest.raises(DiskError, match="database or disk is full.*Rows stored earlier are safe") as full:
         for _ in range(100):
             cache.put([(pair, *values) for pair, values in zip(some_pairs(400)[12:], VALUES * 40, strict=False)])
     assert full.value.exit_code == 6 and "\n" not in str(full.value)
@@ -256,7 +256,7 @@ def opened(settings: dict[str, str], **changes: str) -> Iterator[tuple[Job, Quie
     """A run just before its reference pass."""
     watcher = Quiet()
     resolved = layered.resolve(arguments(settings, **changes))
-    with listen(watcher.say) as stop:
+    with catch_signals(watcher.say) as stop:
         job = open_run(resolved, identity.run_folder(resolved), watcher, stop)
         try:
             yield job, watcher

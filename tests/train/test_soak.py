@@ -103,7 +103,7 @@ def test_any_damaged_file_falls_back_to_the_checkpoint_before(train: Train, fini
             else:
                 victim.write_bytes(damage(victim.read_bytes()))
             _, watcher = train(output__name=run.path.name, **SAVES)
-            assert "checkpoint step-000006 is damaged: set aside as damaged-step-000006" in watcher.text, run.path.name
+            assert "step-000006 is damaged (set aside as damaged-step-000006)" in watcher.text, run.path.name
             assert "resuming after step 4 of 6" in watcher.text, run.path.name
             assert_equal(run, finished)
 

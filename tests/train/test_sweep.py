@@ -37,8 +37,8 @@ def test_a_named_sweep_gives_each_run_a_name() -> None:
     ("given", "said"),
     [
         (["loss.beta=0.1"], "Nothing to sweep"),
-        (["loss.beta=0.1,0.10"], "would be one run"),
-        (["train.eval_every=5,10"], "change no number"),
+        (["loss.beta=0.1,0.10"], "would be the same run"),
+        (["train.eval_every=5,10"], "do not affect training"),
         (["loss.beta=0.1,-1"], "loss.beta=-1 .* is not a number above 0"),
         (["loss.beta=0.1,"], "is not a number above 0"),
         (["loss.bta=0.1,0.2"], "Did you mean 'loss.beta'"),
@@ -70,7 +70,7 @@ def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path)
     assert first.returncode == 2 and "does not fit this model" in first.stderr, first.stderr
     runs = re.split(r"\nrun \d of ", first.stdout)
     assert "reference log-probs" in runs[1] and "reference log-probs" not in runs[3]
-    assert "no reference pass" in runs[3] and "exit code 2" in runs[3] and len(runs) == 4
+    assert "no pass needed" in runs[3] and "exit code 2" in runs[3] and len(runs) == 4
     kept = json.loads((Path(settings["output.dir"]) / "sweep.json").read_text())["runs"]
     assert [run["exit_code"] for run in kept] == [0, 2, 0] and kept[1]["accuracy"] is None
     result = read_result(RunDir(Path(kept[2]["run"])))

@@ -17,7 +17,7 @@ from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base import fetch
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer
-from qdpo.model.device import choose_device, choose_dtype, give_back_memory
+from qdpo.model.device import choose_device, choose_dtype, release_memory
 from qdpo.run import disk
 from qdpo.run.watcher import Say
 
@@ -94,7 +94,7 @@ class RewardJudge(Judge):
             try:
                 scores = reward_scores.rewards(self._model, batch)
             except torch.cuda.OutOfMemoryError:
-                give_back_memory(self._model.device)
+                release_memory(self._model.device)
                 if count == 1:
                     raise OutOfMemoryError(
                         f"The reward model cannot read {len(batch[0]):,} tokens in the memory that is free. Close "

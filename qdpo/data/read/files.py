@@ -68,7 +68,7 @@ class FileRows:
         """Size of all files."""
         return sum(path.stat().st_size for path in self._files)
 
-    def look_over(self, advance: Advance | None = None) -> Sample:
+    def read_sample(self, advance: Advance | None = None) -> Sample:
         """Reads every row once. What is damaged far down is found before a token is computed."""
         columns: dict[str, None] = {}
         kept: dict[int, Row] = {}

@@ -51,7 +51,7 @@ class TableRows:
         """Nothing has to be read over to know the rows."""
         return 0
 
-    def look_over(self, advance: Advance | None = None) -> Sample:
+    def read_sample(self, advance: Advance | None = None) -> Sample:
         """Their number, columns, and 200 of them evenly spread."""
         last, count = len(self._rows) - 1, min(len(self._rows), SAMPLED_ROWS)
         indices = sorted({round(step * last / max(count - 1, 1)) for step in range(count)})

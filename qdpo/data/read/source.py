@@ -29,7 +29,7 @@ class Rows(Protocol):
     def bytes(self) -> int:
         """Bytes that reading them all takes, for a progress bar."""
 
-    def look_over(self, advance: Advance | None = None) -> Sample:
+    def read_sample(self, advance: Advance | None = None) -> Sample:
         """Number, columns and a sample of the rows."""
 
 

@@ -59,7 +59,7 @@ def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
     if local.suffix in TEXT_FILES:
         return read_prompts(local, "the prompts")
     source = open_source(path, shipped=shipped)
-    sample = source.rows.look_over()
+    sample = source.rows.read_sample()
     if column is not None and column not in sample.columns:
         raise DataError(f"--column={column}: {path} has no such column. It has: {', '.join(sample.columns)}.")
     names = [column] if column else [name for name in COLUMNS if name in sample.columns]

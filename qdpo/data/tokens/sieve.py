@@ -75,7 +75,7 @@ class _Sieve:
     contradicted: dict[bytes, int] = field(default_factory=dict)
     """Digest of a pair, either way round, to the pair that first held it."""
 
-    def meet(self, pair: TokenPair) -> tuple[Literal["new", "duplicate", "contradiction"], int]:
+    def classify(self, pair: TokenPair) -> tuple[Literal["new", "duplicate", "contradiction"], int]:
         """What this pair is, and the index of the one that it repeats or contradicts."""
         same = digest_of(pair.prompt, pair.chosen, pair.rejected)
         swapped = digest_of(pair.prompt, pair.rejected, pair.chosen)
@@ -206,7 +206,7 @@ class Preparation:
             self._notes[self._outcomes] = notes
         if pair is None:
             return
-        what, other = self._sieve.meet(pair)
+        what, other = self._sieve.classify(pair)
         if what == "duplicate":
             self._drop(self._outcomes, where, "duplicate", f"the same pair as {self._name(other, where)}")
         elif what == "contradiction":

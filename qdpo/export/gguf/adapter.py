@@ -1,6 +1,6 @@
-"""The adapter as a GGUF file for llama.cpp's --lora: written, then read back and compared with the PEFT delta.
+"""Writes the adapter as a GGUF file for llama.cpp's --lora, reads it back and compares it with the PEFT delta.
 
-llama.cpp scales B·A by alpha / rank, with the rank taken from the shapes; alpha is therefore written as the rank.
+llama.cpp scales B·A by alpha / rank, with the rank taken from the shapes, so alpha is written as the rank.
 """
 
 from contextlib import closing
@@ -21,7 +21,7 @@ from qdpo.model.base.load import model_config
 from qdpo.run import disk
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
-# Largest error of a delta over its largest entry that is left to rounding: float32 sums in another order; 11 bits.
+# Largest relative error of a delta that counts as rounding: float32 sums in another order; 11 bits.
 TOLERANCE = {"f32": 1e-6, "f16": 2e-3}
 
 
@@ -64,7 +64,7 @@ def _write(part: Path, lora: Lora, form: GgufForm, config: Any, names: Names, qu
 
 
 def read_deltas(path: Path) -> dict[str, torch.Tensor]:
-    """What llama.cpp adds to each weight of its own name: alpha / rank · B·A, rows in its order."""
+    """The delta that llama.cpp adds to each weight, by llama.cpp's name: alpha / rank · B·A, rows in its order."""
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     stored = {
@@ -83,7 +83,7 @@ def read_deltas(path: Path) -> dict[str, torch.Tensor]:
 def compare(path: Path, lora: Lora, form: GgufForm, config: Any, base: Path, tolerance: float) -> float:
     """Largest relative error of a delta in the file.
 
-    Raises: VerificationError if one is above `tolerance`, missing, or left over.
+    Raises: VerificationError if an error is above `tolerance`, or a layer is missing or unexpected.
     """
     deltas, names = read_deltas(path), Names(form, config, base)
     worst = 0.0
@@ -96,8 +96,8 @@ def compare(path: Path, lora: Lora, form: GgufForm, config: Any, base: Path, tol
         error = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not error <= tolerance:
             raise VerificationError(
-                f"{module} in the GGUF adapter differs from the trained one by {error:.1e} of its largest entry "
-                f"(allowed: {tolerance:g}). Nothing was written. Use --quant f32, or report this."
+                f"{module} in the GGUF adapter differs from the trained adapter by {error:.1e} of its largest entry "
+                f"(allowed: {tolerance:g}). Nothing was written. Use `--quant f32`, or report this."
             )
         worst = max(worst, error)
     if deltas:

@@ -1,4 +1,4 @@
-"""Is a GGUF file the model it was written from? Every weight is compared, and the logits of the model read back."""
+"""Verifies a GGUF file against the model it was written from: every weight, and the logits of the model read back."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ Q = gguf.GGMLQuantizationType
 # Half a unit in the last place of a mantissa of 10 or 7 bits; below 2^-14, float16 has fixed steps of 2^-24.
 ROUNDING = {Q.F32: 0.0, Q.F16: 2.0**-11, Q.BF16: 2.0**-8}
 FLOAT16_STEP = 2.0**-24
-# Of a block's largest number: half a step of 127, and the rounding of the block's scale to float16.
+# As a share of a block's largest number: half a step of 127, and the rounding of the block's scale to float16.
 Q8_ROUNDING = 0.5 / 127 + 2.0**-10
-# Mean KL in nats, ten times or more what was seen: SmolLM2 with an adapter merged in float32 gives 4.4e-4 as bf16 (and
-# 0 where the merged model is bf16 itself) and 1.2e-3 as q8_0.
+# Mean KL in nats, at least ten times the measured values: SmolLM2 with an adapter merged in float32 gives 4.4e-4 as
+# bf16 (and 0 if the merged model is itself bf16) and 1.2e-3 as q8_0.
 MAX_KL = {"f32": 1e-6, "bf16": 1e-2, "f16": 1e-3, "q8_0": 5e-2}
 MAX_LOGIT = 1e-3
 
@@ -31,7 +31,7 @@ MAX_LOGIT = 1e-3
 def check_weights(path: Path, merged: Path, form: GgufForm, config: Any) -> float:
     """Largest error of a weight read back, relative to its tensor's largest entry.
 
-    Raises: VerificationError if a weight is missing or further off than its type rounds.
+    Raises: VerificationError if a weight is missing, or its error is larger than its type's rounding.
     """
     names = Names(form, config, merged)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -48,7 +48,7 @@ def check_weights(path: Path, merged: Path, form: GgufForm, config: Any) -> floa
         expected = tensor.float().numpy()
         error = np.abs(values - shift - expected)
         if values.shape != expected.shape or not (error <= _allowed(expected, entry.tensor_type, float(shift))).all():
-            raise VerificationError(f"{name} in {path.name} is not the weight it was written from. Please report this.")
+            raise VerificationError(f"{name} in {path.name} differs from the merged model. Please report this.")
         worst = max(worst, float(error.max() / max(np.abs(expected).max(), 1e-30)))
     left = set(weight_files(merged)) - set(wanted)
     if found or left - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
@@ -68,14 +68,14 @@ def _allowed(expected: Array, kind: Any, shift: float) -> Array:
 
 
 def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[float, float]:
-    """Largest difference of a logit, and mean KL in nats, of the file read by transformers and the merged model.
+    """Largest logit difference, and mean KL in nats, between the file as read by transformers and the merged model.
 
-    Both are computed in float32 on the CPU: 8 bytes a weight. Raises: VerificationError if they differ by more than
-    the type's rounding explains.
+    Both run in float32 on the CPU: 8 bytes per weight. Raises: VerificationError if they differ by more than the type's
+    rounding.
     """
     disable_progress_bar()
     config = model_config(merged)
-    # Beyond a window that GGUF cannot express the two models differ; the file's context ends there.
+    # Beyond a window that GGUF cannot express the two models differ, so the file's context ends there.
     length = context_length(form_of(config, "convert_hf_to_gguf.py"), config)
     ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids[:length]])
     theirs, ours = _logits(_read_gguf(path, merged), ids), _logits(_read_folder(merged), ids)
@@ -85,7 +85,7 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
     if not kl <= MAX_KL[quant] or (quant == "f32" and not largest <= MAX_LOGIT):
         raise VerificationError(
             f"{path.name}, read back, differs from {merged}: mean KL {kl:.2g} nats (allowed {MAX_KL[quant]:g}), "
-            f"largest difference of a logit {largest:.2g}. It was removed; please report this."
+            f"largest logit difference {largest:.2g}. It was removed; please report this."
         )
     return largest, kl
 
@@ -101,8 +101,8 @@ def _read_folder(folder: Path) -> Any:
 def _read_gguf(path: Path, merged: Path) -> Any:
     """The file's weights, through transformers' own reader, in a model of the merged folder's config.
 
-    The reader leaves settings out that llama.cpp reads (rotary scaling, head size, windows), hence not the file's
-    config; Mistral's weights are Llama's, which is the only name GGUF has for them.
+    The reader omits settings that llama.cpp reads (rotary scaling, head size, windows), so the file's config is not
+    used. Mistral's weights appear as Llama's, the only name that GGUF has for them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig
 

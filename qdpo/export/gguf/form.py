@@ -1,8 +1,8 @@
-"""The families whose weights can be written as GGUF, and what of a config llama.cpp computes exactly as transformers.
+"""The families whose weights can be written as GGUF, and the config settings that llama.cpp computes exactly.
 
-llama.cpp turns neighbouring pairs of a head's rows by the rotary angle where its graph of a family says so (llama,
-mistral); transformers turns row i with row i + half. The rows of q and k are reordered for those. Gemma's norms
-multiply by 1 + w in transformers and by w in llama.cpp.
+For some families (llama, mistral) llama.cpp applies the rotary angle to neighbouring pairs of a head's rows, where
+transformers pairs row i with row i + half; the rows of q and k are reordered for them. Gemma's norms multiply by 1 + w
+in transformers and by w in llama.cpp.
 """
 
 from pathlib import Path
@@ -20,24 +20,24 @@ Array = NDArray[Any]
 
 
 def form_of(config: Any, otherwise: str) -> GgufForm:
-    """How the model is written. Raises: ConfigError naming its family, with the command that helps: `otherwise`."""
+    """The family's GGUF form. Raises: ConfigError naming the family, with the remedy `otherwise` (a command)."""
     family = family_of(config)
     if family is None or family.gguf is None:
         known = ", ".join(WITH_GGUF)
         raise ConfigError(
-            f"qdpo writes no GGUF of the family {config.model_type!r} (only {known}). llama.cpp's own converter may:\n"
+            f"qdpo cannot write GGUF for the family {config.model_type!r} (only {known}). Try llama.cpp's converter:\n"
             f"  {otherwise}"
         )
     return family.gguf
 
 
 def require_exact(form: GgufForm, config: Any, otherwise: str) -> None:
-    """Raises: ConfigError naming a setting of the model that llama.cpp would not compute as transformers does."""
+    """Raises: ConfigError naming a model setting that llama.cpp does not compute as transformers does."""
     reason = _inexact(form, config)
     if reason:
         raise ConfigError(
-            f"This {config.model_type} model has {reason}, which qdpo cannot write as GGUF. llama.cpp's own converter "
-            f"may:\n  {otherwise}"
+            f"This {config.model_type} model has {reason}, which qdpo cannot write as GGUF. Try llama.cpp's "
+            f"converter:\n  {otherwise}"
         )
 
 
@@ -79,13 +79,13 @@ def head_size(config: Any) -> int:
 
 
 def context_length(form: GgufForm, config: Any) -> int:
-    """Positions that llama.cpp may use: where it knows no window, those within the model's window."""
+    """Positions that llama.cpp may use; where it supports no window, only those within the model's window."""
     window = getattr(config, "sliding_window", None) if form.window_pattern is None else None
     return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
 
 
 def row_order(form: GgufForm, config: Any, name: str) -> Array | None:
-    """The order in which GGUF has the rows of weight or layer `name`: `gguf[i] = ours[order[i]]`. None: unchanged."""
+    """The row order of weight or layer `name` in GGUF: `gguf[i] = ours[order[i]]`. None: unchanged."""
     layer = name.removesuffix(".weight").removesuffix(".bias")
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
     if heads is None or not form.is_interleaved:
@@ -96,7 +96,7 @@ def row_order(form: GgufForm, config: Any, name: str) -> Array | None:
 
 
 class Names:
-    """The names that GGUF has for a checkpoint's weights."""
+    """GGUF's names for a checkpoint's weights."""
 
     def __init__(self, form: GgufForm, config: Any, folder: Path):
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == form.arch)
@@ -104,8 +104,8 @@ class Names:
         self._folder = folder
 
     def of(self, name: str) -> str:
-        """GGUF's name of a weight. Raises: ConfigError for one that the family should not have."""
+        """GGUF's name for a weight. Raises: ConfigError for a weight that the family should not have."""
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise ConfigError(f"{self._folder} holds the weight {name}, for which GGUF has no name in its form.")
+            raise ConfigError(f"{self._folder} holds the weight {name}, for which GGUF has no name in this family.")
         return str(found)

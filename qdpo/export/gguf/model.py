@@ -1,4 +1,4 @@
-"""A merged model as one GGUF file: its header from the config and the tokenizer, its weights one at a time."""
+"""Writes a merged model as one GGUF file: a header from config and tokenizer, then the weights one at a time."""
 
 import math
 from collections.abc import Iterator
@@ -37,13 +37,13 @@ FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-# llama.cpp's own quantisations, which need its tool; the name that users type in lower case.
+# llama.cpp's own quantisations, which need its tool; users type the name in lower case.
 LLAMA_CPP_TYPES = {kind.name.removeprefix("MOSTLY_").lower() for kind in gguf.LlamaFileType} - set(TYPES)
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written and how it was found to compare."""
+    """The file written and the result of its verification."""
 
     vocabulary: str
     weights: int
@@ -51,22 +51,22 @@ class Written:
 
 
 def require_quant(quant: str, kinds: dict[str, Any], f16: Path) -> None:
-    """Raises: ConfigError for a type that is not written here; for llama.cpp's own it gives the two commands."""
+    """Raises: ConfigError for a type that qdpo does not write; for llama.cpp's own types, with the two commands."""
     if quant in kinds:
         return
     if quant in LLAMA_CPP_TYPES:
         raise ConfigError(
-            f"--quant {quant}: only llama.cpp's own tool makes this type. Write bf16 first, then:\n"
+            f"--quant {quant}: only llama.cpp's own tool writes this type. Export with `--quant bf16`, then run:\n"
             f"  {command('llama-quantize', f16, f16.with_name(f'model-{quant}.gguf'), quant.upper())}"
         )
     raise ConfigError(f"--quant {quant} is not known. Choose one of {', '.join(kinds)}.")
 
 
 def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Path | None) -> Written:
-    """Writes the model in `merged` to `out`; every weight is read back before the file takes its name.
+    """Writes the model in `merged` to `out`; every weight is read back before the file gets its final name.
 
     Raises: ConfigError for a family, config or tokenizer that cannot be written, with llama.cpp's command;
-    VerificationError if the file differs; DiskError.
+    VerificationError if the file differs from the model; DiskError.
     """
     otherwise = command(
         "python", "convert_hf_to_gguf.py", merged, "--outfile", out, "--outtype", quant
@@ -108,7 +108,7 @@ def _entries(merged: Path, form: GgufForm, config: Any) -> Iterator[tuple[str, s
     names = Names(form, config, merged)
     for name in sorted(weight_files(merged)):
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp takes the embedding where there is no head
+            continue  # llama.cpp uses the embedding if there is no head
         yield name, names.of(name)
 
 
@@ -121,12 +121,12 @@ def _planned(merged: Path, source: str, target: str, quant: str) -> _Entry:
     if len(shape) == 1:
         kind = Q.F32  # llama.cpp adds and multiplies norms and biases in float32
     elif shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        kind = Q.F16  # a row is no whole number of blocks
+        kind = Q.F16  # a row is not a whole number of blocks
     return _Entry(source, target, shape, kind)
 
 
 def stored(weight: Array, source: str, form: GgufForm, config: Any) -> Array:
-    """The numbers that GGUF has for a weight: rows in its order, norms shifted."""
+    """The numbers that GGUF stores for a weight: rows in its order, norms shifted."""
     order = row_order(form, config, source)
     if order is not None:
         weight = weight[order]
@@ -190,7 +190,7 @@ def _add_shape(writer: gguf.GGUFWriter, form: GgufForm, config: Any) -> None:
 
 
 def rope_factors(config: Any) -> Array | None:
-    """By how much Llama 3's scaling slows each rotary frequency, shape (head size / 2,); None for other models."""
+    """The factor by which Llama 3's scaling lowers each rotary frequency, shape (head size / 2,); else None."""
     rope = full_rope(config)
     if rope["rope_type"] != "llama3":
         return None

@@ -1,8 +1,8 @@
 """The tokenizer fields of a SentencePiece vocabulary (Llama 2, Mistral, Gemma, Phi-3), from its merges.
 
-llama.cpp joins the two neighbours whose join scores highest; transformers' tokenizers join by the rank of a merge.
-The score of a piece is therefore the negative rank of its first merge. Both agree when every way to join a piece is a
-merge; that is checked, and a plain copy of llama.cpp's rule must give the trained ids on test texts.
+llama.cpp merges the two neighbours with the highest score; transformers' tokenizers merge by rank. The score of a piece
+is therefore the negative rank of its first merge. Both agree if every way to form a piece is a merge. That is checked,
+and a plain copy of llama.cpp's rule must give the trained ids on test texts.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,19 @@ SPACE = "\u2581"
 BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 LEGACY = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, REPLACE]}
-UNSEEN = -1e6  # the score of a piece that no merge makes: a single character, or one that is never joined
+UNSEEN = -1e6  # the score of a piece that no merge forms: a single character, or a piece that is never merged
 
 
 def is_pieces(backend: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json holds such a vocabulary."""
+    """True if a tokenizer.json holds a SentencePiece vocabulary."""
     model = backend["model"]
     return model["type"] == "BPE" and bool(model.get("byte_fallback")) and set(model["vocab"]) >= BYTE_PIECES
 
 
 def space_first(backend: dict[str, Any], otherwise: str) -> bool:
-    """Whether text after a special token gets a space before it. Raises: ConfigError for an unknown way of spaces.
+    """True if text after a special token gets a space before it. Raises: ConfigError for an unknown handling of spaces.
 
-    With Metaspace's scheme "first", only the very beginning of a text does; a chat begins with a special token.
+    With Metaspace's scheme "first", only the beginning of a text gets a space; a chat begins with a special token.
     """
     normalizer, splitting = backend["normalizer"], backend["pre_tokenizer"]
     if normalizer == LEGACY and splitting is None:
@@ -38,13 +38,13 @@ def space_first(backend: dict[str, Any], otherwise: str) -> bool:
     if normalizer is None and (splitting or {}).get("type") == "Metaspace" and not splitting["split"]:
         return bool(splitting["prepend_scheme"] == "always")
     raise ConfigError(
-        "The tokenizer of this model treats spaces in a way that qdpo cannot name to llama.cpp. llama.cpp's own "
-        f"converter may:\n  {otherwise}"
+        "This model's tokenizer treats spaces in a way that qdpo cannot express for llama.cpp. Try llama.cpp's "
+        f"converter:\n  {otherwise}"
     )
 
 
 def piece_scores(backend: dict[str, Any], texts: Sequence[str], otherwise: str) -> list[float]:
-    """The score of each row's piece. Raises: ConfigError if a piece can be joined in a way that is no merge."""
+    """The score of each row's piece. Raises: ConfigError if a piece can be formed in a way that is not a merge."""
     model = backend["model"]
     vocab = model["vocab"]
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
@@ -58,8 +58,8 @@ def piece_scores(backend: dict[str, Any], texts: Sequence[str], otherwise: str) 
             pair = (piece[:cut], piece[cut:])
             if pair not in known and pair[0] in vocab and pair[1] in vocab and added.isdisjoint(pair):
                 raise ConfigError(
-                    f"The tokenizer's merges do not join {pair[0]!r} and {pair[1]!r}, which llama.cpp would. "
-                    f"llama.cpp's own converter may:\n  {otherwise}"
+                    f"The tokenizer has no merge for {pair[0]!r} and {pair[1]!r}, but llama.cpp would merge them. "
+                    f"Try llama.cpp's converter:\n  {otherwise}"
                 )
     return [scores.get(text, UNSEEN) for text in texts]
 
@@ -67,12 +67,12 @@ def piece_scores(backend: dict[str, Any], texts: Sequence[str], otherwise: str) 
 def require_same_pieces(
     tokenizer: Any, backend: dict[str, Any], scores: Sequence[float], probes: Sequence[str]
 ) -> None:
-    """Raises: VerificationError if llama.cpp's way of joining gives other ids than the tokenizer on one of `probes`."""
+    """Raises: VerificationError if llama.cpp's merging and the tokenizer give different ids to a text of `probes`."""
     vocab = backend["model"]["vocab"]
     score = {piece: scores[index] for piece, index in vocab.items() if index < len(scores)}
     for probe in probes:
         expected = tokenizer(probe, add_special_tokens=False).input_ids
-        # A text starts as transformers starts it here; what llama.cpp puts before it is its flag's matter.
+        # The text starts as in transformers; a prefix from llama.cpp is controlled by its own flag.
         leads = backend["normalizer"] == LEGACY or (backend["pre_tokenizer"] or {}).get("prepend_scheme") in (
             "first",
             "always",
@@ -80,18 +80,18 @@ def require_same_pieces(
         text = (SPACE if leads and not _metaspace_has_space(backend, probe) else "") + probe.replace(" ", SPACE)
         if _joined(text, score, vocab) != expected:
             raise VerificationError(
-                f"llama.cpp's way of joining pieces gives other tokens than the model was trained with, for example on "
+                f"llama.cpp's merging of pieces gives other tokens than the model was trained with, for example on "
                 f"{probe!r}. A GGUF file would not be the model that was trained."
             )
 
 
 def _metaspace_has_space(backend: dict[str, Any], text: str) -> bool:
-    """Whether Metaspace leaves the beginning as it is, because a space stands there already."""
+    """True if Metaspace leaves the beginning unchanged, because the text already starts with a space."""
     return backend["normalizer"] is None and text.startswith(" ")
 
 
 def _joined(text: str, score: dict[str, float], vocab: dict[str, int]) -> list[int]:
-    """Ids of a text: the best-scored pair of neighbours is joined, the leftmost of equals, until none is left."""
+    """Ids of a text: repeatedly merges the neighbours with the highest score (leftmost on a tie) until none merge."""
     pieces = list(text)
     while True:
         joins = [

@@ -1,9 +1,9 @@
-"""The tokenizer of a GGUF file: the fields from which llama.cpp builds the same token ids.
+"""The tokenizer fields of a GGUF file, from which llama.cpp produces the same token ids.
 
-llama.cpp splits text by rules of its own, which a file only names (`tokenizer.ggml.pre`). A name is given when the
-tokenizer splits by that very rule, or copied from the GGUF file that the base came from; in both cases the rule must
-give the trained tokenizer's ids on texts that tell the rules apart. llama.cpp composes no accents (NFC, which Qwen's
-tokenizer does): text must come to it composed, as keyboards make it.
+llama.cpp splits text by its own rules, which a file only names (`tokenizer.ggml.pre`). The name is set if the tokenizer
+splits by that exact rule, or copied from the GGUF file that the base came from; in both cases the rule must give the
+trained tokenizer's ids on texts that distinguish the rules. llama.cpp does not compose accents (NFC, as Qwen's
+tokenizer does), so its input must already be composed, as keyboards produce it.
 """
 
 import json
@@ -32,14 +32,14 @@ def _split(pattern: str) -> dict[str, Any]:
 
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-# tokenizer.ggml.pre → the splitting of a tokenizer.json that llama.cpp does under that name.
+# tokenizer.ggml.pre → the tokenizer.json splitting that llama.cpp applies under that name.
 SPLITS: dict[str, dict[str, Any]] = {
     "gpt-2": BYTES,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]},
     "llama-bpe": _split(rf"{ENDINGS}|{WORD}|\p{{N}}{{1,3}}|{REST}"),
     "qwen2": _split(rf"{ENDINGS}|{WORD}|\p{{N}}|{REST}"),
 }
-# Under these names a word that is a token itself is taken whole, whatever the merges say.
+# Under these names a word that is itself a token is taken whole, regardless of the merges.
 TAKES_WORDS_WHOLE = {"llama-bpe"}
 # Letters, digits in runs, endings, punctuation before newlines, spaces in runs, scripts without spaces, emoji.
 PROBES = (
@@ -53,7 +53,7 @@ PROBES = (
 
 @dataclass
 class Vocabulary:
-    """Fields `tokenizer.ggml.*` by name without that prefix, each with its GGUF type; and the chat template."""
+    """Fields `tokenizer.ggml.*` by name without that prefix, each with its GGUF type, and the chat template."""
 
     fields: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]] = field(default_factory=dict)
     chat_template: str | None = None
@@ -67,15 +67,15 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, *, rows: int, base_gguf: Path | None, otherwise: str) -> Vocabulary:
-    """The fields for a tokenizer of transformers and an embedding of `rows` rows.
+    """The fields for a transformers tokenizer and an embedding of `rows` rows.
 
-    Raises: ConfigError for a tokenizer whose rule is not known, with the command that helps; VerificationError if the
-    base's own fields would give other ids.
+    Raises: ConfigError for a tokenizer with an unknown rule, with the remedy; VerificationError if the base's own
+    fields would give other ids.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
-            "The tokenizer of this model has no tokenizer.json, from which its rule could be told. llama.cpp's own "
-            f"converter may:\n  {otherwise}"
+            "This model's tokenizer has no tokenizer.json, so its splitting rule is unknown. Try llama.cpp's "
+            f"converter:\n  {otherwise}"
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     found = (
@@ -98,28 +98,29 @@ def _from_gguf(path: Path, tokenizer: Any, backend: dict[str, Any], rows: int, o
     tokens = found.fields["tokens"][0]
     if len(tokens) != rows:
         raise VerificationError(
-            f"{path.name} has {len(tokens)} tokens, but the model's embedding {rows} rows. Its tokenizer is not copied."
+            f"{path.name} has {len(tokens)} tokens, but the model's embedding has {rows} rows. Its tokenizer cannot be "
+            "copied."
         )
     known = tokenizer.get_vocab()
     moved = [token for index, token in enumerate(tokens) if known.get(token, index) != index]
     if moved:
         raise VerificationError(
-            f"{path.name} gives other ids than the model's tokenizer to {len(moved)} tokens, such as {moved[0]!r}. Use "
-            "the model's safetensors folder as base instead of the .gguf."
+            f"{path.name} and the model's tokenizer give different ids to {len(moved)} tokens, such as {moved[0]!r}. "
+            "Use the model's safetensors folder as base instead of the .gguf."
         )
     pre = found.fields.get("pre", ("", None, None))[0]
     if found.fields["model"][0] == "gpt2" and pre in SPLITS and _differing(backend, pre) is not None:
-        # transformers 5.23 leaves the splitting of digits out where it makes a tokenizer of a SmolLM file.
+        # transformers 5.23 omits the splitting of digits when it builds a tokenizer from a SmolLM file.
         rule = _rule(backend, otherwise)
         _require_same_ids(backend, rule)
         found.fields["pre"] = (rule, gguf.GGUFValueType.STRING, None)
-        found.origin += f", but the rule {rule} in place of {pre}, which splits some texts otherwise than in training"
+        found.origin += f", but the rule {rule} instead of {pre}, which splits some texts differently from training"
     special = {"bos": "bos_token_id", "eos": "eos_token_id"}
     for ours, theirs in special.items():
         wanted, stored = getattr(tokenizer, f"{ours}_token_id"), found.fields.get(theirs, (None,))[0]
         if wanted != stored:
             raise VerificationError(
-                f"The {ours} token is {wanted} in the model's tokenizer and {stored} in {path.name}. Use the model's "
+                f"The {ours} token is {wanted} in the model's tokenizer but {stored} in {path.name}. Use the model's "
                 "safetensors folder as base instead of the .gguf."
             )
     return found
@@ -164,13 +165,13 @@ def _rule(backend: dict[str, Any], otherwise: str) -> str:
             if splitting == _plain(known) and (whole == (name in TAKES_WORDS_WHOLE)):
                 return name
     raise ConfigError(
-        f"The tokenizer of this model (a {model['type']} model that splits by {json.dumps(splitting)[:150]}) is none "
-        f"that qdpo can name to llama.cpp. llama.cpp's own converter may:\n  {otherwise}"
+        f"llama.cpp's name for this model's tokenizer (a {model['type']} model that splits by "
+        f"{json.dumps(splitting)[:150]}) is unknown to qdpo. Try llama.cpp's converter:\n  {otherwise}"
     )
 
 
 def _plain(splitting: Any) -> Any:
-    """A pre-tokenizer without the one setting that does not change ids."""
+    """A pre-tokenizer without the setting that does not affect ids."""
     if isinstance(splitting, dict):
         return {key: _plain(value) for key, value in splitting.items() if key != "trim_offsets"}
     return [_plain(value) for value in splitting] if isinstance(splitting, list) else splitting
@@ -181,12 +182,12 @@ def _require_same_ids(backend: dict[str, Any], pre: str) -> None:
     if text is not None:
         raise VerificationError(
             f"llama.cpp's rule {pre!r} gives other tokens than the model was trained with, for example on {text!r}. A "
-            "GGUF file with it would not be the model that was trained."
+            "GGUF file with this rule would not be the model that was trained."
         )
 
 
 def _differing(backend: dict[str, Any], pre: str) -> str | None:
-    """The first text of PROBES to which a rule gives other ids than the tokenizer."""
+    """The first text of PROBES on which the rule's ids differ from the tokenizer's."""
     from tokenizers import Tokenizer
 
     trained = Tokenizer.from_str(json.dumps(backend))
@@ -201,12 +202,12 @@ def _differing(backend: dict[str, Any], pre: str) -> str | None:
 
 
 def _tokens(tokenizer: Any, backend: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Each row's token as text and its type; rows that no token has are marked unused."""
+    """Each row's token as text and its type; rows without a token are marked unused."""
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     if max(by_id) >= rows:
         raise ConfigError(
-            f"The tokenizer has the token id {max(by_id)}, but the model's embedding only {rows} rows. Resize the "
-            "embedding, or use the tokenizer that belongs to the model."
+            f"The tokenizer has the token id {max(by_id)}, but the model's embedding has only {rows} rows. Resize the "
+            "embedding, or use the model's own tokenizer."
         )
     added = {token["id"]: token for token in backend["added_tokens"]}
     unknown = tokenizer.unk_token_id if sentencepiece.is_pieces(backend) else None

@@ -1,4 +1,4 @@
-"""A LoRA adapter as numbers: each layer's A and B, with the scale folded into B, so that W' = W + B·A.
+"""Reads a LoRA adapter as tensors: each layer's A and B, with the scale folded into B, so that W' = W + B·A.
 
 Shapes: R rank · K inputs of the layer · N outputs.
 """
@@ -18,7 +18,7 @@ from qdpo.export.merge.rounding import rounded
 from qdpo.model.policy.adapter import CONFIG, WEIGHTS, check_adapter_folder
 
 PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# Fields of newer PEFT that change what A and B mean; `model.adapter` refuses the others.
+# Fields of newer PEFT versions that change the meaning of A and B; `model.adapter` refuses the others.
 CHANGE_MEANING = (
     "use_qalora",
     "use_bdlora",
@@ -46,7 +46,7 @@ class LoraLayer:
         return self.b_NR.shape[0], self.a_RK.shape[1]
 
     def added_to(self, weight_NK: Tensor, dtype: torch.dtype, tile: int = 2**18) -> Iterator[Tensor]:
-        """weight + delta in `dtype`, some rows at a time; the sum is in float32 and rounded once (see `rounding`)."""
+        """weight + delta in `dtype`, a few rows at a time; the sum is in float32 and rounded once (see `rounding`)."""
         rows, first = max(1, tile // weight_NK.shape[1]), 0
         for weight, b in zip(torch.split(weight_NK, rows), torch.split(self.b_NR, rows), strict=True):
             yield rounded(torch.addmm(weight.float(), b, self.a_RK), dtype, first)
@@ -55,7 +55,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter's layers by module name, as in the base's checkpoint, all of one rank; and its config as read."""
+    """An adapter's layers by module name, as in the base's checkpoint, all of the same rank; and its config as read."""
 
     layers: dict[str, LoraLayer]
     config: dict[str, Any]
@@ -66,14 +66,14 @@ class Lora:
 
 
 def read_lora(folder: Path) -> Lora:
-    """The adapter in `folder`. Layers of a smaller rank are filled up with zeros, which add nothing.
+    """The adapter in `folder`. Layers of a smaller rank are padded with zeros, which add nothing.
 
     Raises: ConfigError if it is not a plain LoRA adapter.
     """
     config = check_adapter_folder(folder)
     for field in CHANGE_MEANING:
         if config.get(field):
-            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which no export can express.")
+            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which exports do not support.")
     tensors = load_file(folder / WEIGHTS)
     modules = sorted({_module(name, folder) for name in tensors})
     layers: dict[str, LoraLayer] = {}
@@ -94,13 +94,13 @@ def _module(name: str, folder: Path) -> str:
         if name.startswith(PREFIX) and name.endswith(suffix):
             return name.removeprefix(PREFIX).removesuffix(suffix)
     raise ConfigError(
-        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only such can be merged or "
+        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only those can be merged or "
         "exported."
     )
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732); a pattern's alpha counts for its layers."""
+    """alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732); a pattern's alpha applies to its layers."""
     from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
@@ -118,7 +118,7 @@ def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
 
 
 def is_plain(config: dict[str, Any]) -> bool:
-    """Whether every loader reads this config alike: alpha over rank, the same for all layers."""
+    """True if every loader reads this config in the same way: alpha / rank, the same for all layers."""
     return not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
 
 

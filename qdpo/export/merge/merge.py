@@ -1,7 +1,7 @@
-"""Merges a run's adapter into its base, tensor by tensor: no GPU is needed, and no more memory than a few tensors take.
+"""Merges a run's adapter into its base, tensor by tensor: needs no GPU, and only the memory of a few tensors.
 
-The adapter was trained on weights that are not those on disk, but what dequantising their 4-bit form gives. Those are
-made again, proved equal by the checksums that the run recorded, and become the base of the merged model.
+The adapter was trained not on the weights on disk, but on the result of dequantising their 4-bit form. Those weights
+are reproduced, proved equal by the checksums that the run recorded, and become the base of the merged model.
 """
 
 import json
@@ -29,7 +29,7 @@ from qdpo.run.record import FourBitMark
 from qdpo.run.watcher import Watcher
 
 BaseWeights = Literal["dequantized", "original"]
-# A merged model has these of its base's files beside its weights. No adapter_*: transformers would attach it again.
+# Files of the base that are copied to a merged model. No adapter_*: transformers would attach the adapter again.
 COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "tekken.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*",
@@ -38,7 +38,7 @@ COPIED = (
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What was written: `adapted` weights got the adapter, `dequantized` ones were made 4-bit and back."""
+    """The merge result: `adapted` weights received the adapter; `dequantized` weights went through 4 bits and back."""
 
     folder: str
     base: BaseWeights
@@ -47,7 +47,7 @@ class MergeReport:
     adapted: int
     dequantized: int
     proved: int
-    """Dequantised weights whose 4-bit form has the run's checksum."""
+    """Dequantised weights whose 4-bit form matches the run's checksum."""
     bytes: int
     files: list[str]
     seconds: float
@@ -64,18 +64,18 @@ def merge_run(
 ) -> MergeReport:
     """Writes the merged model into the new folder `out`, whole or not at all.
 
-    `dtype` is bf16, fp16 or fp32; None for the type of the base's files, if that has 16 bits, else of the run. `check`
-    sees the finished files before they are given their name, and may raise.
+    `dtype` is bf16, fp16 or fp32; None for the type of the base's files if that has 16 bits, else of the run. `check`
+    receives the finished files before they get their final name, and may raise.
     Raises: ConfigError for a run, base or adapter that cannot be merged; DiskError; VerificationError if a 4-bit weight
-    is not the one that the run was trained on.
+    differs from the weight that the run was trained on.
     """
     if out.exists():
-        raise ConfigError(f"{out} exists already. Remove it, or name another folder: qdpo merge {run.path} FOLDER")
+        raise ConfigError(f"{out} exists already. Remove it, or name another folder: `qdpo merge {run.path} FOLDER`.")
     source = open_source(finished_run(run.path), watcher.say)
     if base == "original" and source.is_stored_four_bit:
         raise ConfigError(
-            f"--base original: the base in {source.folder} is stored in 4 bits; its original is not there. "
-            "Use --base dequantized."
+            f"--base original: the base in {source.folder} is stored in 4 bits, without its original weights. "
+            "Use `--base dequantized`."
         )
     chosen = DTYPES[dtype] if dtype else default_dtype(source)
     name = next(name for name, one in DTYPES.items() if one == chosen)
@@ -95,7 +95,7 @@ def merge_run(
             watcher.advance(1)
 
         files = shards.write_shards(folder, job.planned, produce)
-        _copy_beside(source, chosen, folder)
+        _copy_other_files(source, chosen, folder)
         watcher.finish()
         report.append(
             MergeReport(
@@ -118,14 +118,14 @@ def merge_run(
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Removes what merges into `out` that were killed had written."""
+    """Removes the files of killed merges into `out`."""
     for path in out.parent.glob(f".tmp-{out.name}-*"):
         if not psutil.pid_exists(int(path.name.rpartition("-")[2])):
             shutil.rmtree(path)
 
 
 def default_dtype(source: MergeSource) -> torch.dtype:
-    """The type of most of the base's weights if that has 16 bits, else what the run computed in."""
+    """The type of most of the base's weights if that has 16 bits, else the run's compute type."""
     sizes: dict[torch.dtype, int] = {}
     for key, stored in source.tensors.items():
         if stored.dtype.is_floating_point and key.endswith("weight"):
@@ -135,20 +135,20 @@ def default_dtype(source: MergeSource) -> torch.dtype:
 
 
 def _why(source: MergeSource) -> str:
-    return ", what the run computed in" if default_dtype(source) == source.compute else ", as the base's files are"
+    return ", the run's compute type" if default_dtype(source) == source.compute else ", as the base's files are"
 
 
 class _Merge:
-    """The merged tensors, one at a time."""
+    """Produces the merged tensors, one at a time."""
 
     def __init__(self, source: MergeSource, base: BaseWeights, dtype: torch.dtype):
         self.source, self.base, self.dtype = source, base, dtype
         self.dequantized = self.proved = 0
-        beside = {f"{key}.{name}" for key in source.marks for name in source.beside(key)}
+        companions = {f"{key}.{name}" for key in source.marks for name in source.companions(key)}
         self.planned = [
             PlannedTensor(key, self._type(stored), source.shape(key))
             for key, stored in source.tensors.items()
-            if key not in beside
+            if key not in companions
         ]
 
     def _type(self, stored: Stored) -> torch.dtype:
@@ -173,7 +173,7 @@ class _Merge:
             yield (weight_NK.T if self.source.transposed else weight_NK).to(tensor.dtype)
 
     def _as_loaded(self, values: Tensor) -> Tensor:
-        """Rounded to the type that the run computed in, as its weights were; the original base is left as it is."""
+        """Rounds to the run's compute type, as the run's weights were; leaves the original base unchanged."""
         if self.base == "original" or not values.is_floating_point():
             return values
         return values.to(self.source.compute)
@@ -186,7 +186,7 @@ class _Merge:
             return self._as_loaded(whole.T if source.transposed else whole)
         recorded = source.marks[key]
         if source.form is None:
-            parts = {name: one.whole() for name, one in source.beside(key).items()}
+            parts = {name: one.whole() for name, one in source.companions(key).items()}
             weight_NK, made = quant.stored_weight(whole, parts)
         else:
             offset = recorded.offset if recorded else None
@@ -203,14 +203,14 @@ class _Merge:
             run = self.source.run
             raise VerificationError(
                 f"The 4-bit form of {key} made here is not the one that {run.path} was trained on (sha256 "
-                f"{made.sha256[:12]}…, recorded {recorded.sha256[:12]}…). The quantisers of CPUs and CUDA "
-                f"devices may differ: merge where the run was trained ({self.source.trained_on}). Else the base in "
-                f"{self.source.folder} has been changed: put it back."
+                f"{made.sha256[:12]}…, recorded {recorded.sha256[:12]}…). CPUs and CUDA devices may quantise "
+                f"differently: merge on the device of the run ({self.source.trained_on}). Otherwise the base in "
+                f"{self.source.folder} has changed: put it back."
             )
         self.proved += 1
 
 
-def _copy_beside(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
+def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
     """config.json, generation settings, tokenizer and chat template."""
     name = str(dtype).removeprefix("torch.")
     config = {

@@ -1,7 +1,7 @@
-"""Reads and writes safetensors files a tensor, or a piece of one, at a time.
+"""Reads and writes safetensors files one tensor, or one piece of a tensor, at a time.
 
-A file is its header's length (8 bytes, little-endian), the header as JSON with each tensor's type, shape and place, and
-the tensors' bytes one after the other. So the header can be written before any tensor is known.
+A file is its header's length (8 bytes, little-endian), the header as JSON with each tensor's type, shape and offsets,
+and the tensors' bytes one after another, so the header can be written before any tensor is known.
 """
 
 import json
@@ -23,7 +23,7 @@ TYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in TYPES.items()}
-# transformers' own limit for a file.
+# transformers' default size limit for a file.
 SHARD_BYTES = 5 * 10**9
 PIECE_BYTES = 2**24
 
@@ -43,7 +43,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Stored(PlannedTensor):
-    """A tensor in a file: `start` is where its bytes begin."""
+    """A tensor in a file: its bytes begin at `start`."""
 
     path: Path
     start: int
@@ -59,7 +59,7 @@ class Stored(PlannedTensor):
         return self._read(0, prod(self.shape)).view(self.shape)
 
     def _read(self, first: int, count: int) -> Tensor:
-        """Read, not mapped: mapped pages would count as this process's memory."""
+        """Reads instead of mapping: mapped pages would count as this process's memory."""
         size = count * self.dtype.itemsize
         raw = np.fromfile(self.path, dtype=np.uint8, count=size, offset=self.start + first * self.dtype.itemsize)
         if len(raw) != size:
@@ -70,7 +70,7 @@ class Stored(PlannedTensor):
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a model folder by name, in the files' order.
 
-    Raises: ConfigError for a file that is missing, torn or outside the folder, or for a type that is not known.
+    Raises: ConfigError for a file that is missing, truncated or outside the folder, or for an unknown type.
     """
     names = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
@@ -108,7 +108,7 @@ def stored_in(path: Path) -> list[Stored]:
 def write_shards(
     folder: Path, planned: Sequence[PlannedTensor], produce: Callable[[PlannedTensor], Iterable[Tensor]]
 ) -> list[str]:
-    """Writes the tensors into files of up to 5 GB, and an index if there are several; returns the files' names.
+    """Writes the tensors to files of up to 5 GB, with an index if there are several; returns the files' names.
 
     `produce` gives a tensor's values in order, in pieces of any shape; only one piece is held at a time.
     """

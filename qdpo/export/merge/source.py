@@ -1,4 +1,4 @@
-"""What a merge starts from: the run's adapter, the base it was trained on, and which tensor belongs to which module."""
+"""The input of a merge: the run's adapter, the base it was trained on, and the tensor of each module."""
 
 import json
 from collections.abc import Callable, Collection, Iterable
@@ -35,15 +35,15 @@ class MergeSource:
     compute: torch.dtype
     tensors: dict[str, Stored]
     deltas: dict[str, LoraLayer]
-    """By the name of the weight in the base's files, as are the others."""
+    """By the weight's name in the base's files, like the fields below."""
     marks: dict[str, FourBitMark | None]
-    """Every weight that was 4-bit in the run; None where the run recorded no mark."""
+    """Every weight that was 4-bit in the run; None if the run recorded no mark."""
     form: FourBit | None
-    """How the run quantised; None if it did not, or if the base is stored in 4 bits."""
+    """The run's quantisation; None without quantisation, or if the base is stored in 4 bits."""
     trained_on: str
     """The device of the run, as recorded."""
     device: torch.device
-    """Where the run's 4-bit weights were made, or the CPU."""
+    """The device that made the run's 4-bit weights, or the CPU."""
 
     @property
     def is_stored_four_bit(self) -> bool:
@@ -55,22 +55,22 @@ class MergeSource:
         return family is not None and family.transposed
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The weight's shape, which a 4-bit tensor itself no longer has."""
-        for name, stored in self.beside(key).items():
+        """The weight's shape, which a 4-bit tensor itself does not record."""
+        for name, stored in self.companions(key).items():
             if name.startswith(quant.STATE):
                 return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
-    def beside(self, key: str) -> dict[str, Stored]:
-        """What is stored beside a 4-bit weight, by the ends of the names."""
+    def companions(self, key: str) -> dict[str, Stored]:
+        """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
 
 
 def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSource:
-    """Reads headers and the adapter, no weight of the base.
+    """Reads the headers and the adapter, but no weight of the base.
 
-    Raises: ConfigError if the base is not what the run was trained on, or the adapter does not fit it.
+    Raises: ConfigError if the base is not the one that the run was trained on, or the adapter does not fit it.
     """
     run, record, settings = finished.run, finished.record, finished.config()
     place = _locate(finished, settings, say)
@@ -80,8 +80,8 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     compute = DTYPES[record.found.dtype]
     if names_experts(tensors):
         raise ConfigError(
-            f"The base in {place} is a mixture of experts, whose weights are stored in other shapes than they are used "
-            "in. Only dense models can be merged; serve the adapter beside the base instead."
+            f"The base in {place} is a mixture of experts, whose weights are not stored in the shapes in which they "
+            "are used. Only dense models can be merged; serve the adapter with the base instead."
         )
     form = None
     if settings.model.quantization != "none" and "quantization_config" not in config:
@@ -126,9 +126,7 @@ def _marks(
         return {name.partition(".weight" + ends)[0]: None for name in tensors if ends in name}
     if form is None:
         return {}
-    say(
-        "note: this run recorded no checksums of its 4-bit weights; only the comparison can tell whether they are equal"
-    )
+    say("note: only the comparison can prove the 4-bit weights equal (this run recorded no checksums of them)")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(folder))
     return dict.fromkeys(quant.four_bit_names(model, form))
@@ -139,16 +137,16 @@ def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    say("note: the run was trained on a CUDA device and there is none here, so the CPU makes its 4-bit weights again")
+    say("note: the CPU reproduces the 4-bit weights (the run was trained on a CUDA device, and there is none here)")
     return torch.device("cpu")
 
 
 def weight_keys(modules: Iterable[str], keys: Collection[str], folder: Path) -> dict[str, str]:
-    """The name in the base's files of each module's weight.
+    """Each module's weight name in the base's files.
 
-    Usually that is the module's name and ".weight". Where transformers renames on loading, one beginning is exchanged
-    for another, and the same for all modules: gpt2's files lack "transformer.", others say "language_model.".
-    Raises: ConfigError if no such exchange, or more than one, leads to files' names for all.
+    Usually that is the module's name and ".weight". If transformers renames on loading, one prefix is replaced by
+    another, the same for all modules: gpt2's files lack "transformer.", others have "language_model.".
+    Raises: ConfigError if no replacement, or more than one, finds a name for every module.
     """
     found = {module: f"{module}.weight" for module in modules if f"{module}.weight" in keys}
     left = sorted(set(modules) - set(found))
@@ -164,9 +162,9 @@ def weight_keys(modules: Iterable[str], keys: Collection[str], folder: Path) -> 
             if all(module.startswith(old) for module in left) and all(key in keys for key in way):
                 ways[way] = None
     if len(ways) != 1:
-        problem = "are in several places" if ways else "do not hold"
+        problem = "have several candidates for" if ways else "do not hold"
         raise ConfigError(
-            f"The files of the base in {folder} {problem} what the adapter or the run names: {left[0]}.weight"
+            f"The files of the base in {folder} {problem} weights that the adapter or the run names: {left[0]}.weight"
             + (f" and {len(left) - 1} more" if len(left) > 1 else "")
             + ". The adapter belongs to another base, or this architecture stores its weights in another form."
         )
@@ -179,6 +177,6 @@ def _check_shapes(source: MergeSource) -> None:
         expected = shape[::-1] if source.transposed else shape
         if expected != delta.shape:
             raise ConfigError(
-                f"The adapter in {source.run.adapter} belongs to another base: it is {delta.shape[0]}x{delta.shape[1]} "
-                f"at {key}, which is {'x'.join(map(str, shape))} in {source.folder}."
+                f"The adapter in {source.run.adapter} belongs to another base: for {key} it has "
+                f"{delta.shape[0]}x{delta.shape[1]}, but {source.folder} has {'x'.join(map(str, shape))}."
             )

@@ -1,4 +1,4 @@
-"""The names of the weights in a model folder, without reading one, and whether an adapter's layers are among them."""
+"""Weight names of a model folder, without reading the weights, and a check that an adapter's layers are among them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from qdpo.model.base.folder import WEIGHTS, WEIGHTS_INDEX, read_json
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Weight name → file that holds it, of a folder that `model.folder` has checked."""
+    """Weight name → file that holds it, for a folder that `model.folder` has checked."""
     if not (folder / WEIGHTS).is_file():
         return {name: folder / shard for name, shard in read_json(folder / WEIGHTS_INDEX)["weight_map"].items()}
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -31,7 +31,7 @@ def weights(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 def require_layers(modules: Iterable[str], folder: Path) -> None:
     """Raises: VerificationError if an adapted layer has no weight of that name in the base's checkpoint.
 
-    A server that finds no layer for a name may leave the adapter out and serve the bare base (vLLM issue 34186).
+    A server that finds no layer for a name may ignore the adapter and serve the bare base (vLLM issue 34186).
     """
     known = weight_files(folder)
     missing = [module for module in modules if f"{module}.weight" not in known]
@@ -40,5 +40,5 @@ def require_layers(modules: Iterable[str], folder: Path) -> None:
         hint = f" The checkpoint has {near} instead." if near else ""
         raise VerificationError(
             f"{len(missing)} of the adapter's layers, such as {missing[0]}, are not in the checkpoint of {folder}."
-            f"{hint} A server would pass over them silently. Serve the merged model: `qdpo merge`, then --merged."
+            f"{hint} A server would ignore them silently. Serve the merged model: `qdpo merge`, then `--merged`."
         )

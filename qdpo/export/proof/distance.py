@@ -1,4 +1,4 @@
-"""How far a merged model is from the trained one: what is measured over the tokens of answers, tile by tile.
+"""The distance of a merged model from the trained model, measured over the tokens of answers, tile by tile.
 
 Letters: N response tokens · R rows of one tile · V vocabulary.
 """
@@ -20,7 +20,7 @@ TIE = 0.02
 
 @dataclass(frozen=True)
 class Side:
-    """One model on the pairs: mean reward margin, share of pairs with a positive one, perplexity of the answers."""
+    """One model's scores on the pairs: mean reward margin, share of pairs with a positive margin, answer perplexity."""
 
     margin: float
     accuracy: float
@@ -30,11 +30,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Distance:
-    """Means over response tokens. `kl`: of the merged model's distribution from the trained one's, in nats.
+    """Means over response tokens. `kl`: of the merged model's distribution from the trained model's, in nats.
 
-    `top1_exact`: how often the merged model's most likely token is the trained one's; `top1` also counts those that are
-    within `TIE` of being that.
-    `share` is how much of the adapter's effect the merged model has: the regression of (merged − base) on (trained −
+    `top1_exact`: the share of tokens at which both models have the same most likely token; `top1` also counts ties
+    within `TIE`.
+    `share` is the share of the adapter's effect in the merged model: the regression of (merged − base) on (trained −
     base) over the log-probs of response tokens, 1 for the trained model and 0 for the base with its adapter off;
     `share_error` is its standard error.
     """
@@ -56,7 +56,7 @@ class DistanceTally:
     hits: int = 0
 
     def add(self, trained_RV: Tensor, merged_RV: Tensor, label_R: Tensor) -> None:
-        """Takes the two models' logits of the same tokens; overwrites both."""
+        """Adds the two models' logits of the same tokens; overwrites both."""
         top_R1 = merged_RV.argmax(-1, keepdim=True)
         self.exact += int((trained_RV.argmax(-1) == top_R1[:, 0]).sum())
         self.hits += int((trained_RV.gather(1, top_R1)[:, 0] >= trained_RV.amax(-1) - TIE).sum())
@@ -67,7 +67,7 @@ class DistanceTally:
 
 
 def distance(tally: DistanceTally, base_N: Tensor, trained_N: Tensor) -> Distance:
-    """The distance of all that was tallied; `base_N` and `trained_N` are log-probs of the same tokens.
+    """The distance over all tiles added; `base_N` and `trained_N` are log-probs of the same tokens.
 
     The error allows for a spread that differs from token to token (White, 1980).
     """
@@ -83,7 +83,7 @@ def distance(tally: DistanceTally, base_N: Tensor, trained_N: Tensor) -> Distanc
 
 
 def side(logp_N: Tensor, reference_N: Tensor | None, lengths: Sequence[int], loss: LossConfig) -> Side:
-    """What a model scores; `lengths` are the tokens of chosen 0, rejected 0, chosen 1, …"""
+    """A model's scores on the pairs; `lengths` are the tokens of chosen 0, rejected 0, chosen 1, …"""
     pairs = sum_pairs(logp_N, reference_N, lengths, loss, mean_tokens_c=sum(lengths[0::2]) / (len(lengths) // 2))
     chosen_P, rejected_P = rewards(pairs, loss)
     margin_P = chosen_P - rejected_P
@@ -94,7 +94,7 @@ def side(logp_N: Tensor, reference_N: Tensor | None, lengths: Sequence[int], los
 
 
 def tiles(lengths: Sequence[int], rows: int) -> Iterator[slice]:
-    """Where in N each tile lies: no tile holds tokens of two answers."""
+    """The slice of N of each tile; no tile holds tokens of two answers."""
     start = 0
     for length in lengths:
         for first in range(start, start + length, rows):

@@ -1,4 +1,4 @@
-"""Merges, compares what was written with what was trained, and only then gives the folder its name."""
+"""Merges a run, compares the written model with the trained model, and only then gives the folder its final name."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ from qdpo.run.watcher import Watcher
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """`data`: pairs to compare on in place of the run's held-out ones; `pairs`: at most so many."""
+    """`data`: pairs to compare on instead of the run's held-out pairs; `pairs`: the most to use."""
 
     base: BaseWeights = "dequantized"
     dtype: str | None = None
@@ -32,9 +32,9 @@ class MergeOptions:
 def merge_proved(
     run: RunDir, out: Path, options: MergeOptions, watcher: Watcher
 ) -> tuple[MergeReport, list[Verification]]:
-    """The merged model in the new folder `out`, and how it compares; with `compare` the other base choice as well.
+    """Writes the merged model to the new folder `out` and verifies it; with `compare` the other base choice as well.
 
-    Raises: as `merge_run`; VerificationError if what was written is not what was trained; then there is no folder.
+    Raises: as `merge_run`; VerificationError if the written model is not the trained model; then no folder is left.
     """
     found: list[Verification] = []
 
@@ -43,7 +43,7 @@ def merge_proved(
             return
         trained = verify.score_trained(run, options.data, options.pairs, watcher)
         found.append(verify.verify(trained, folder, base=report.base, dtype=report.dtype, watcher=watcher))
-        _insist(found[0], f"{out} was not written.")
+        _require_equal(found[0], f"{out} was not written.")
         verify.write_verification(folder, run, found[0])
         if options.compare:
             found.append(_other(run, folder, report, trained, watcher))
@@ -53,28 +53,28 @@ def merge_proved(
 
 
 def check_again(run: RunDir, folder: Path, options: MergeOptions, watcher: Watcher) -> list[Verification]:
-    """Compares a merged folder that exists. Raises: ConfigError; VerificationError."""
+    """Verifies an existing merged folder. Raises: ConfigError; VerificationError."""
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no merged model: it has no config.json. Merge first, without --check.")
+        raise ConfigError(f"{folder} holds no merged model: it has no config.json. Merge first, without `--check`.")
     written = disk.read_json(folder / "config.json")
     dtype = next((name for name, one in DTYPES.items() if str(one) == f"torch.{written.get('dtype')}"), "?")
     trained = verify.score_trained(run, options.data, options.pairs, watcher)
     found = verify.verify(trained, folder, base=options.base, dtype=dtype, watcher=watcher)
-    _insist(found, f"Do not use {folder}.")
+    _require_equal(found, f"Do not use {folder}.")
     verify.write_verification(folder, run, found)
     return [found]
 
 
-def _insist(found: Verification, then: str) -> None:
+def _require_equal(found: Verification, then: str) -> None:
     if found.fault is not None:
         raise VerificationError(
-            f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} `--dtype fp32` "
-            "rounds nothing; if that is no better, please report this with the run's environment.json."
+            f"{found.fault} Compared on {found.pairs} pairs of {found.source}. {then} Try `--dtype fp32`, which "
+            "rounds nothing; if it also fails, please report this with the run's environment.json."
         )
 
 
 def _other(run: RunDir, folder: Path, report: MergeReport, trained: TrainedScores, watcher: Watcher) -> Verification:
-    """The same comparison for the other base; that model is thrown away."""
+    """The same comparison for the other base; its model is discarded."""
     other: BaseWeights = "original" if report.base == "dequantized" else "dequantized"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-compare-") as work:
         merged = Path(work) / other
@@ -85,7 +85,7 @@ def _other(run: RunDir, folder: Path, report: MergeReport, trained: TrainedScore
 
 
 def table(found: list[Verification]) -> list[str]:
-    """The trained model and each merged one beside it, and the verdicts."""
+    """The trained model and the merged models side by side, and the verdicts."""
     first = found[0]
     names = ["trained", *(f"{one.base}, {one.dtype}" for one in found)]
     distances = [one.distance for one in found]

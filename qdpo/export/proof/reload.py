@@ -1,7 +1,7 @@
-"""The merged model as anyone would load it: plain transformers in a process of its own. Imports nothing of qdpo.
+"""Loads the merged model as anyone would: plain transformers in a separate process. Imports nothing of qdpo.
 
 Standard output carries one line of JSON, {"vocabulary": V}, and then the float32 logits (V) of every answer token,
-in order. The reader takes them tile by tile, and the pipe makes this process wait for it.
+in order. The reader consumes them tile by tile, and the pipe makes this process wait for it.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 def main(folder: str, answers_file: str, device: str, rows: str) -> None:
     """Writes the logits of every [ids, number of answer tokens] in the JSON file, `rows` tokens at a time."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print goes elsewhere
+    os.dup2(2, 1)  # libraries print to stderr instead
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(
         folder, dtype="auto", device_map={"": device}, local_files_only=True, trust_remote_code=False,
@@ -36,9 +36,9 @@ def main(folder: str, answers_file: str, device: str, rows: str) -> None:
 
 
 def in_float32(model: nn.Module, dense: Callable[[Any], Tensor]) -> None:
-    """Lets a model compute in float32 with the weights that it has; no more than one of the large ones is copied.
+    """Makes a model compute in float32 with its existing weights; at most one large weight is copied at a time.
 
-    The weights are compared, and nothing else: 4-bit and 16-bit layers round their 16-bit products differently.
+    Only the weights are compared: 4-bit and 16-bit layers round their 16-bit products differently.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -63,7 +63,7 @@ def _linear(layer: nn.Linear, dense: Callable[[Any], Tensor], x: Tensor) -> Tens
 
 
 def _write(model: Any, token_1T: Tensor, length: int, rows: int, out: BinaryIO) -> None:
-    # The token before an answer predicts its first; the answer's last predicts nothing here.
+    # The token before an answer predicts its first token; the answer's last token predicts nothing here.
     short = {"logits_to_keep": length + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         logit_NV = model(input_ids=token_1T, use_cache=False, **short).logits[0, -length - 1 : -1]

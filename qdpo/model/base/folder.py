@@ -1,4 +1,4 @@
-"""Whether a folder can be the base of a run: safetensors only, no code of its own, and not quantised by others.
+"""Checks that a folder can be the base of a run: safetensors only, no custom code, not quantised by other tools.
 
 A folder passes when transformers can build the model from it without pickle, remote code or a second checkpoint.
 """
@@ -17,13 +17,13 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError unless the folder is complete and transformers can build the model from it."""
+    """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
     check_files(folder)
     check_config(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
 
 
 def check_files(folder: Path) -> None:
-    """Raise ConfigError if a file is missing, if the weights are pickle, or if the folder is an adapter."""
+    """Raises: ConfigError if a file is missing, the weights are pickle, or the folder is an adapter."""
     names = {entry.name for entry in folder.iterdir()}
     complaint = complaint_about(names)
     if complaint:
@@ -33,7 +33,7 @@ def check_files(folder: Path) -> None:
     if "adapter_config.json" in names:
         raise ConfigError(
             f"The folder {str(folder)!r} (from model.path) holds a model and an adapter_config.json, and transformers "
-            "would put that adapter on the model. Move adapter_config.json and adapter_model.safetensors elsewhere."
+            "would attach that adapter to the model. Move adapter_config.json and adapter_model.safetensors elsewhere."
         )
     weights = str(read_json(folder / "config.json").get("transformers_weights") or _weights_file(folder, names))
     if not weights.endswith((".safetensors", ".safetensors.index.json")):
@@ -46,7 +46,7 @@ def check_files(folder: Path) -> None:
 
 
 def complaint_about(names: Set[str]) -> str:
-    """What keeps these file names from being a model, as the rest of a sentence; empty if nothing does."""
+    """The reason why these file names are not a model, as the end of a sentence; empty if they are."""
     weights = [
         name for name in names if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))
     ]
@@ -62,7 +62,7 @@ def complaint_about(names: Set[str]) -> str:
 
 def _way_out(names: Set[str], has_weights: bool) -> str:
     if has_weights:
-        return "Copy the missing files from where the model came from."
+        return "Copy the missing files from the model's source."
     if any(name.endswith(".gguf") for name in names):
         return "Pass the path of the .gguf file itself."
     if any(name.endswith(PICKLE_SUFFIXES) for name in names):
@@ -70,7 +70,7 @@ def _way_out(names: Set[str], has_weights: bool) -> str:
             "Its weights are pickle files, which qdpo does not read: loading one can run any code. Convert it with "
             "safetensors where you trust it: from_pretrained(…), then save_pretrained(…), in transformers."
         )
-    return "Pass a folder that transformers' save_pretrained has written."
+    return "Pass a folder written by transformers' save_pretrained."
 
 
 def _adapter_base(folder: Path) -> str:
@@ -84,7 +84,7 @@ def _weights_file(folder: Path, names: Set[str]) -> str:
             return name
     raise ConfigError(
         f"The folder {str(folder)!r} (from model.path) has safetensors files, but neither {WEIGHTS} nor "
-        f"{WEIGHTS_INDEX}, where transformers looks for weights. Copy the missing one from where the model came from."
+        f"{WEIGHTS_INDEX}, where transformers looks for weights. Copy the missing file from the model's source."
     )
 
 
@@ -104,18 +104,18 @@ def _check_shards(index: Path, names: Set[str]) -> None:
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a file name from an archive or an index points outside the folder it belongs to."""
+    """True if a file name from an archive or an index points outside its folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in name
 
 
 def check_config(config: dict[str, Any], owner: str) -> None:
-    """Raise ConfigError for a model that others have quantised, or whose type transformers does not have built in.
+    """Raises: ConfigError for a model quantised by other tools, or of a type that transformers does not have built in.
 
     `owner` opens the message: "The folder …" or "The repository …".
     """
     _refuse_quantised(config.get("quantization_config"), owner)
-    # Imported last: it takes three seconds, and the other refusals need none of it.
+    # Imported late: it takes three seconds, and the other checks do not need it.
     import transformers
 
     model_type = config.get("model_type")
@@ -123,8 +123,8 @@ def check_config(config: dict[str, Any], owner: str) -> None:
         return
     if "auto_map" in config:
         raise ConfigError(
-            f"{owner} (from model.path) needs Python code of its own (auto_map in config.json; model_type "
-            f"{model_type!r}), and qdpo runs no code of a checkpoint. Choose a model that transformers has built in."
+            f"{owner} (from model.path) needs custom Python code (auto_map in config.json; model_type "
+            f"{model_type!r}), but qdpo runs no code from a checkpoint. Choose a model that transformers has built in."
         )
     raise ConfigError(
         f"{owner} (from model.path) is of model_type {model_type!r}, which transformers {transformers.__version__} "
@@ -141,13 +141,13 @@ def _refuse_quantised(quantization: dict[str, Any] | None, owner: str) -> None:
         return
     shown = "8-bit bitsandbytes" if method == "bitsandbytes" else method
     raise ConfigError(
-        f"{owner} (from model.path) is quantised with {shown}, and qdpo trains on its own 4-bit weights only. "
+        f"{owner} (from model.path) is quantised with {shown}, but qdpo trains only on its own 4-bit weights. "
         "Use the unquantised original: its name is often this one without the ending, such as -GPTQ, -AWQ or -FP8."
     )
 
 
 def license_of(folder: Path) -> str | None:
-    """Licence in the front matter of the folder's README.md, or None when that does not say."""
+    """The licence in the front matter of the folder's README.md, or None if there is none."""
     readme = folder / "README.md"
     if not readme.is_file():
         return None
@@ -156,14 +156,14 @@ def license_of(folder: Path) -> str | None:
 
     try:
         card = metadata_load(readme) or {}
-    except (ValueError, yaml.YAMLError):  # a card for people, which nothing else depends on
+    except (ValueError, yaml.YAMLError):  # a card for people; nothing else depends on it
         return None
     name = card.get("license_name") if card.get("license") == "other" else card.get("license")
     return ", ".join(name) if isinstance(name, list) else name
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model. Raises: ConfigError if it is not one."""
+    """The object in a model's JSON file. Raises: ConfigError if the file does not hold a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

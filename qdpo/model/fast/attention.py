@@ -1,8 +1,8 @@
-"""Attention over rows of [prompt chosen rejected | …] in which each answer sees its prompt and itself, nothing else.
+"""Attention over rows of [prompt chosen rejected | …] in which each answer attends only to its prompt and itself.
 
 A pair is two sequences: [prompt chosen] with its own keys, and [rejected] with the keys of [prompt rejected]. Keys and
-values are gathered once, the prompt's twice; then one varlen call computes every sequence of the row, or one call each
-where there is no such kernel. The function is registered with transformers as `qdpo_shared`; a call without
+values are gathered once, the prompt's twice. Then one varlen call computes every sequence of the row; without that
+kernel, one call per sequence. The function is registered with transformers as `qdpo_shared`. A call without
 `pair_spans` is plain attention, so the same loaded model also scores single sequences and generates.
 
 Letters: B = 1 row · H query heads · K key heads · T tokens · G gathered keys · Q queries of a sequence · D head width.
@@ -27,7 +27,7 @@ from qdpo.model.fast.scored_attention import scored_attention
 from qdpo.model.fast.transfer import to_device
 
 NAME = "qdpo_shared"
-# What `path_name` and `PairSpans.paths` say.
+# Values of `path_name` and `PairSpans.paths`.
 VARLEN = "one varlen call a layer"
 PAIRWISE = "two SDPA calls a pair"
 SCORED = "plain products in blocks, because its scores are soft-capped or have sinks"
@@ -36,7 +36,7 @@ VARLEN_TAKES = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class SpanLike(Protocol):
-    """One pair's place in the row: start, and the numbers of prompt, chosen and rejected tokens."""
+    """One pair's position in the row: start, and the numbers of prompt, chosen and rejected tokens."""
 
     @property
     def start(self) -> int: ...
@@ -50,7 +50,7 @@ class SpanLike(Protocol):
 
 @dataclass(frozen=True)
 class Sequences:
-    """A row's sequences, in row order: lengths on the host, and on the device what gathers and delimits them."""
+    """A row's sequences, in row order: lengths on the host; gather indices and boundaries on the device."""
 
     queries: list[int]
     keys: list[int]
@@ -60,7 +60,7 @@ class Sequences:
 
 
 class PairSpans(list[SpanLike]):
-    """The spans of one row, without gaps, with what its layers share; keeps which paths and windows they asked for."""
+    """The spans of one row, without gaps, and the tensors its layers share; records the paths and windows they use."""
 
     def __init__(self, spans: Sequence[SpanLike]):
         super().__init__(spans)
@@ -70,7 +70,7 @@ class PairSpans(list[SpanLike]):
         self._sequences: dict[torch.device, Sequences] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-        """Bottom-right causal mask (queries, keys), True where visible; `window` counts the keys a query may see."""
+        """Bottom-right causal mask (queries, keys), True if visible; `window` is the number of keys a query may see."""
         place = (queries, keys, window, device)
         if place not in self._masks:
             self._masks[place] = causal_mask(queries, keys, window, device)
@@ -100,9 +100,9 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
 
 
 def register(*, compiled: bool = False) -> None:
-    """Makes `qdpo_shared` known to transformers; harmless when called again.
+    """Registers `qdpo_shared` with transformers; may be called again.
 
-    `compiled`: layers around it are compiled, and it is not. Traced, it would be compiled anew for every row's spans.
+    `compiled`: the layers around it are compiled; this function is not, as every row's spans would recompile it.
     """
     function: Any = shared_prompt_attention
     if compiled:
@@ -113,7 +113,7 @@ def register(*, compiled: bool = False) -> None:
 
 @cache
 def path_name(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    """How shared rows of plain softmax attention are computed: `VARLEN`, or `PAIRWISE`, on CUDA with the reason."""
+    """The path for shared rows of plain softmax attention: `VARLEN` or `PAIRWISE`, on CUDA with the reason."""
     if device.type != "cuda":
         return PAIRWISE
     if torch.version.hip is not None:
@@ -147,11 +147,11 @@ def shared_prompt_attention(
 ) -> tuple[Tensor, None]:
     """Attention output (B, T, H, D) for query (B, H, T, D), key and value (B, K, T, D).
 
-    With `pair_spans` the spans say what each token sees, and `attention_mask` is a placeholder of one element. A
+    With `pair_spans` the spans determine what each token sees, and `attention_mask` is a placeholder of one element. A
     sliding window counts logical distance, so the rejected answer's window reaches into its prompt as if the chosen
-    one were not there. `softcap` bounds scores as cap · tanh(score / cap); `s_aux` holds one sink score a head.
+    answer were not there. `softcap` bounds scores as cap · tanh(score / cap); `s_aux` holds one sink score per head.
 
-    Raises: NotImplementedError if the model adds a bias, or something of its own to the mask.
+    Raises: NotImplementedError if the model adds a bias, or changes the mask.
     """
     if position_bias is not None:
         raise NotImplementedError("the model adds a position bias to its scores")
@@ -169,7 +169,7 @@ def shared_prompt_attention(
             attention_mask = causal_mask(query.shape[2], key.shape[2], None, query.device)
         return _scored(query, key, value, attention_mask, scale, softcap, s_aux).transpose(1, 2), None
     if attention_mask is not None and attention_mask.numel() != 1:
-        raise NotImplementedError("the model adds something of its own to the mask")
+        raise NotImplementedError("the model changes the attention mask")
     path = SCORED
     if is_plain:
         same_width = value.shape[-1] == key.shape[-1]
@@ -210,7 +210,7 @@ def _varlen(
         else:
             key, value = _repeat(query, key, value)
     longest_q, longest_k = max(sequences.queries), max(sequences.keys)
-    # `window` counts the query's own key, the kernel's left width does not.
+    # `window` counts the query's own key; the kernel's left width does not.
     left = -1 if window is None or window >= longest_k else window - 1
     output = varlen_attn(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
@@ -232,11 +232,11 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
 def _scored(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sink_H: Tensor | None
 ) -> Tensor:
-    """Attention from scores written out in float32; a sink is one more key, without a value."""
+    """Attention from explicit scores in float32; a sink is an extra key without a value."""
     score = (query @ key.mT).float() * scale
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
-    # Not -inf: a padding token that sees nothing would become NaN, and spread as a value of the next layer.
+    # Not -inf: a padding token that sees nothing would become NaN, and spread through the values of the next layer.
     score = score.masked_fill(~mask, torch.finfo(score.dtype).min)
     if sink_H is not None:
         sink = sink_H.float().view(1, -1, 1, 1).expand(*score.shape[:3], 1)

@@ -1,8 +1,8 @@
-"""One linear layer of the policy: frozen base + LoRA, y = x Wᵀ + s (x Aᵀ) Bᵀ, with nothing kept but its input.
+"""A linear layer of the policy, frozen base + LoRA, y = x Wᵀ + s (x Aᵀ) Bᵀ, that keeps only its input.
 
-The adapter branch comes first and holds all that is saved; the base product saves nothing. A checkpointed layer's
-recompute stops at the last saved tensor, so that the base product of its last linear layer is never computed again.
-A and B are float32; products are in the compute type, their gradients are summed in float32.
+The adapter branch comes first and holds every saved tensor; the base product saves nothing. The recompute of a
+checkpointed layer stops at the last saved tensor, so the base product of its last linear layer is never recomputed.
+A and B are float32; products are in the compute type, and their gradients are summed in float32.
 
 Letters: T tokens · K inputs · N outputs · R rank.
 """
@@ -29,7 +29,7 @@ class AdaptedLinear:
 
 
 class _Shrink(torch.autograd.Function):
-    """x Aᵀ. Keeps x and its own result, which the product that follows asks for."""
+    """x Aᵀ. Keeps x and its own result, which the next product needs."""
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, a_RK: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def take(ctx: Any) -> Tensor:
-        """Unpacks what was saved, once (a checkpoint allows no second time), and gives x Aᵀ."""
+        """Unpacks the saved tensors, once (a checkpoint does not allow a second time), and returns x Aᵀ."""
         x_TK, a_RK, low_TR = ctx.saved_tensors
         ctx.taken = (x_TK, a_RK)
         result: Tensor = low_TR
@@ -55,7 +55,7 @@ class _Shrink(torch.autograd.Function):
 
 
 class Expand(torch.autograd.Function):
-    """x Wᵀ + s (x Aᵀ) Bᵀ from x and x Aᵀ. Saves nothing: `shrink` is the node that made x Aᵀ, and holds it."""
+    """x Wᵀ + s (x Aᵀ) Bᵀ from x and x Aᵀ. Saves nothing: `shrink`, the node that computed x Aᵀ, holds it."""
 
     @staticmethod
     def forward(
@@ -86,7 +86,7 @@ def adapted_linear(x: Tensor, layer: AdaptedLinear) -> Tensor:
 
 
 def adapted(module: Any) -> AdaptedLinear | None:
-    """The parts of a PEFT LoRA layer that the fast function can take, else None: plain LoRA on a linear layer only."""
+    """The parts of a PEFT LoRA layer for the fast function; None unless it is plain LoRA on a linear layer."""
     base = getattr(module, "base_layer", None)
     if not isinstance(base, nn.Linear) or not hasattr(module, "lora_A"):
         return None
@@ -102,7 +102,7 @@ def adapted(module: Any) -> AdaptedLinear | None:
 
 
 def fast_forward(module: Any) -> Callable[..., Tensor]:
-    """A forward for this one PEFT layer: the fast function while its adapter is on, else the module's own."""
+    """A forward for this PEFT layer: the fast function while its adapter is on, else the module's own."""
     plain = module.forward
     layer = adapted(module)
     assert layer is not None
@@ -117,6 +117,6 @@ def fast_forward(module: Any) -> Callable[..., Tensor]:
 
 
 def compute_dtype(base: nn.Linear) -> torch.dtype:
-    """The type that the layer's product is computed in."""
+    """The compute type of the layer's product."""
     dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
     return dtype

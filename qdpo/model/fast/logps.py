@@ -24,9 +24,9 @@ class Head:
 
     @classmethod
     def of(cls, causal_lm: Any) -> "Head":
-        """Head of a transformers causal model, with the scale and soft-cap that its config names.
+        """Head of a transformers causal model, with the scale and soft-cap of its config.
 
-        `probe.check_head` compares the result with the model's own logits, so an unknown variant is refused there.
+        `probe.check_head` compares the result with the model's own logits, which refuses unknown variants.
         """
         layer, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
         return cls(layer.weight, getattr(layer, "bias", None), head_scale(config), head_softcap(config))
@@ -34,15 +34,15 @@ class Head:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per response token, float32, shape (N,). Only `logp` carries a gradient; the others are None if not asked for."""
+    """Per response token, float32, shape (N,). Only `logp` carries a gradient; the others are None unless requested."""
 
     logp: Tensor
     mean_logit: Tensor | None
     """Mean logit over the vocabulary."""
     entropy: Tensor | None
-    """Of the next-token distribution, in nats."""
+    """Entropy of the next-token distribution, in nats."""
     hit: Tensor | None
-    """1 where the token is the most likely one, else 0."""
+    """1 if the token is the most likely one, else 0."""
     log_square: Tensor | None
     """log Σ p² over the vocabulary: the mean log-prob that WPO aligns with (arXiv 2406.11827, eq. 2)."""
 
@@ -50,11 +50,11 @@ class TokenScores:
 def response_logps(
     hidden_ND: Tensor, label_N: Tensor, head: Head, *, tile_mib: int, metrics: bool, squares: bool = False
 ) -> TokenScores:
-    """Scores of the tokens `label_N`, each predicted from its row of `hidden_ND`, in nats.
+    """Scores, in nats, of the tokens `label_N`, each predicted from its row of `hidden_ND`.
 
-    Logits exist for one tile of rows at a time: about R · V · 12 bytes, held under `tile_mib`. The head is frozen, so
-    d logp / d hidden does not depend on the loss: it is built while the tile is there and kept as (N, D), and the
-    backward pass is one multiplication (two matrix products in all, nothing is computed again).
+    Logits exist for one tile of rows at a time: about R · V · 12 bytes, kept under `tile_mib`. The head is frozen, so
+    d logp / d hidden does not depend on the loss: it is computed while the tile exists and kept as (N, D), and the
+    backward pass is one multiplication (two matrix products in all, without recomputation).
     """
     if head.weight_VD.requires_grad:
         raise NotImplementedError("a trained output head is not supported: its log-probs are computed for a frozen one")
@@ -79,7 +79,7 @@ class _ResponseLogps(torch.autograd.Function):
             label_R1 = label_N[tile, None]
             logp_N[tile] = logit_RV.gather(1, label_R1)[:, 0] - lse_R
             if not (metrics or squares) and slope_ND is None:
-                del logit_RV  # not beside the next tile's
+                del logit_RV  # freed before the next tile's
                 continue
             prob_RV = (logit_RV - lse_R[:, None]).exp_()
             if metrics:
@@ -98,7 +98,7 @@ class _ResponseLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (slope_ND,) = ctx.saved_tensors
-        # Multiplied in float32, rounded once, without a float32 matrix in between.
+        # Multiplied in float32 and rounded once, without an intermediate float32 matrix.
         grad_ND = torch.mul(slope_ND, gradients[0][:, None], out=torch.empty_like(slope_ND))
         return grad_ND, None, None, None, None, None
 
@@ -129,5 +129,5 @@ def _hidden_slope(logit_RV: Tensor, prob_RV: Tensor, label_R1: Tensor, head: Hea
 
 
 def plain_logps(logit_NV: Tensor, label_N: Tensor) -> Tensor:
-    """The obvious twin: float32 log-softmax over full logits, gathered at the labels."""
+    """The plain reference implementation: float32 log-softmax over full logits, gathered at the labels."""
     return nn.functional.log_softmax(logit_NV.float(), -1).gather(1, label_N[:, None])[:, 0]

@@ -1,7 +1,7 @@
-"""Lean RMS norm and gated MLP: the same numbers, with less kept for the backward pass.
+"""RMS norm and gated MLP with the same results, but less memory kept for the backward pass.
 
-A norm keeps its input and one number a token. A gated MLP keeps the outputs of gate and up; their product is computed
-again. Float32 work goes through rows in slices, since whole-tensor temporaries would undo the saving.
+A norm keeps its input and one number per token. A gated MLP keeps the outputs of gate and up; their product is
+recomputed. Float32 work runs on slices of rows, since whole-tensor temporaries would undo the saving.
 
 Letters: T tokens · D hidden width · I intermediate width · R rank.
 """
@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, silu
 from qdpo.model.fast import products
 from qdpo.model.fast.linear import AdaptedLinear, Expand
 
-# Numbers in a slice: 16 MB in float32.
+# Numbers per slice: 16 MB in float32.
 SLICE = 2**22
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,7 +33,7 @@ def _weigh_plus_one(unit: Tensor, weight: Tensor) -> Tensor:
     return (unit * (1.0 + weight.float())).to(weight.dtype)
 
 
-# How families scale the normalised input: Llama and most others; OLMo 2; Gemma.
+# The ways in which families scale the normalised input: Llama and most others; OLMo 2; Gemma.
 WEIGHINGS: tuple[Weigh, ...] = (_weigh_after_cast, _weigh_before_cast, _weigh_plus_one)
 
 
@@ -93,7 +93,7 @@ ACTIVATIONS = (
 
 
 class _GatedShrink(torch.autograd.Function):
-    """h = f(gate) · up and h Aᵀ. Keeps gate, up and h Aᵀ; h itself is computed again."""
+    """h = f(gate) · up and h Aᵀ. Keeps gate, up and h Aᵀ; h itself is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, a_RI: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class _GatedShrink(torch.autograd.Function):
             active = ctx.act.function(gate)
             grad_a += products.mm_fp32(grad_TR[rows].T, active * up)
             grad_hidden = torch.addmm(grad_hidden_TI[rows], grad_TR[rows], low)
-            # Gradients take the places of gate and up, which nothing reads again.
+            # Gradients overwrite gate and up, which are not read again.
             gate.copy_(ctx.act.slope(gate).mul_(grad_hidden).mul_(up))
             torch.mul(grad_hidden, active, out=up)
         return gate_TI, up_TI, grad_a, None
@@ -139,7 +139,7 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: AdaptedLinear, ac
 
 
 def layer_width(layer: Any) -> int:
-    """Outputs of a linear layer or of the one inside a PEFT layer."""
+    """Output width of a linear layer, or of the linear layer inside a PEFT layer."""
     return int(getattr(layer, "base_layer", layer).out_features)
 
 

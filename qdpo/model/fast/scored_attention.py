@@ -1,7 +1,7 @@
 """Causal attention with soft-capped scores or sinks, in blocks of queries: scores exist for one block at a time.
 
-The backward pass computes a block's scores again from the kept log-sum-exp (FlashAttention, arXiv 2205.14135, section
-3.1), so that memory grows with tokens and not with their square.
+The backward pass recomputes a block's scores from the kept log-sum-exp (FlashAttention, arXiv 2205.14135, section 3.1),
+so that memory grows linearly with tokens, not quadratically.
 
 Letters: B = 1 row · H heads · Q queries · G keys · D head width.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Scores of a block, in numbers: 64 MB in float32.
+# Scores per block: 64 MB in float32.
 BLOCK = 2**24
 
 
@@ -62,7 +62,7 @@ def scored_attention(
 ) -> Tensor:  # fmt: skip
     """Output (B, H, Q, D) for query (B, H, Q, D), key and value (B, H, G, D): the last query sees the last key.
 
-    Scores are cap · tanh(scale · q·k / cap); a sink is one more key without a value, `window` counts the query's key.
+    Scores are cap · tanh(scale · q·k / cap); a sink is an extra key without a value; `window` counts the query's key.
     Raises: NotImplementedError if the sinks are trained.
     """
     if sink_H is not None and sink_H.requires_grad:
@@ -72,7 +72,7 @@ def scored_attention(
 
 
 def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that any of them sees."""
+    """Blocks of queries, each with the keys visible to any of its queries."""
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     size = max(1, BLOCK // (heads * keys))
     for start in range(0, queries, size):
@@ -82,7 +82,7 @@ def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[sl
 
 
 def _scores(ctx: Any, query: Tensor, key: Tensor, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
-    """A block's scores in float32, -inf where hidden, and tanh of the capped ones."""
+    """A block's scores in float32, -inf where hidden, and the tanh of the capped scores."""
     score = (query[:, :, rows] @ key[:, :, keys].mT).float().mul_(ctx.scale)
     tanh = None
     if ctx.cap is not None:

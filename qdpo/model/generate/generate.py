@@ -1,4 +1,4 @@
-"""Completions by a transformers or PEFT model, in batches or as they are written, its adapter as it is switched."""
+"""Generates completions with a transformers or PEFT model, in batches or streamed, its adapter on or off as set."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +21,8 @@ def complete(
 ) -> list[list[int]]:
     """The model's answer to each prompt: token ids up to and including the end token.
 
-    Greedy at temperature 0; else drawn from `seed`, so that equal models give equal answers. Prompts are padded on the
-    left within a batch of similar lengths.
+    Greedy at temperature 0; else sampled from `seed`, so that equal models give equal answers. Prompts are left-padded
+    within a batch of similar lengths.
     """
     ends, device = end_tokens(model, tokenizer), device_of(model)
     config = _settings(ends, max_new_tokens, temperature, repetition_penalty=repetition_penalty)
@@ -57,9 +57,9 @@ def stream(
     top_p: float,
     seed: int,
 ) -> None:
-    """Hands the model's answer to `write` piece by piece, as it is written, without special tokens.
+    """Streams the model's answer to `write` piece by piece, without special tokens.
 
-    An exception that `write` or a signal raises ends it, and leaves the model usable.
+    An exception raised by `write` or a signal ends the stream, and leaves the model usable.
     """
     ends = end_tokens(model, tokenizer)
     config = _settings(ends, max_new_tokens, temperature, top_p=top_p)
@@ -75,7 +75,7 @@ def stream(
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Decodes tokens to text whose letters are whole."""
+    """Decodes tokens to text with complete characters."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -87,7 +87,7 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
 
 
 def _settings(ends: list[int], max_new_tokens: int, temperature: float, **others: float) -> GenerationConfig:
-    """Every option that a model's own generation settings could bring is set: answers compare models, not settings."""
+    """Sets every option that a model's generation config could set, so that answers compare models, not settings."""
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     if not temperature:
         others.pop("top_p", None)
@@ -107,10 +107,10 @@ def _settings(ends: list[int], max_new_tokens: int, temperature: float, **others
 
 @contextmanager
 def contiguous_head_input(model: Any) -> Iterator[None]:
-    """Inside, the output head gets contiguous hidden states.
+    """Makes the hidden states contiguous before the output head.
 
-    Generation hands it a slice, the last position of each prompt, and torch 2.13 then copies the head's weight once for
-    each of them: 1.3 GB for 25 prompts with SmolLM2-135M, by arithmetic 1.1 GB a prompt with Qwen2.5-7B.
+    Generation passes the head a slice, the last position of each prompt, and torch 2.13 then copies the head's weight
+    once per prompt: 1.3 GB for 25 prompts with SmolLM2-135M, by arithmetic 1.1 GB a prompt with Qwen2.5-7B.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(),))
     try:
@@ -120,7 +120,7 @@ def contiguous_head_input(model: Any) -> Iterator[None]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where it computes: that of its output head, since its embedding table may lie on the host."""
+    """The model's device: that of its output head, since its embedding table may be on the host."""
     device: torch.device = model.get_output_embeddings().weight.device
     return device
 

@@ -1,4 +1,4 @@
-"""Answers drawn in batches, each from a random stream of its own: the batch that it is drawn in decides nothing.
+"""Samples answers in batches, each from its own random stream, so an answer does not depend on its batch.
 
 B answers of a batch, T prompt tokens, V vocabulary.
 """
@@ -16,14 +16,14 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from qdpo.model.generate.generate import contiguous_head_input, device_of, end_tokens, until_end
 
 LOGIT_BYTES = 48
-"""Of one token of the vocabulary while an answer's next one is drawn, by counting what lies side by side: logits, these
-over the temperature, and the scores that are left (4 each); values in order, their order, probabilities and sums for
-top-p (20); sums in double precision, and what they are made of (16)."""
+"""Bytes per vocabulary entry while an answer's next token is sampled, counting the tensors alive at once: logits,
+logits over the temperature, and the remaining scores (4 each); sorted values, their order, probabilities and sums for
+top-p (20); sums in double precision, and their inputs (16)."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One answer to draw: the ids of its prompt, and the seed of its random stream."""
+    """One answer to sample: the ids of its prompt, and the seed of its random stream."""
 
     prompt: Sequence[int]
     seed: int
@@ -31,14 +31,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The ids of an answer without its end token; `cut` where it had none."""
+    """The ids of an answer without its end token; `cut` if it had none."""
 
     ids: list[int]
     cut: bool
 
 
 def bytes_an_answer(config: Any, element: int, prompt: int, max_new_tokens: int) -> int:
-    """Memory that one more answer in a batch takes at most: keys and values, and the row of logits being drawn from.
+    """Upper bound of the memory of one more answer in a batch: keys and values, and its row of logits.
 
     `element` is the size of a number of the compute type, in bytes. Keys and values are copied as they grow, one layer
     at a time.
@@ -53,9 +53,9 @@ def bytes_an_answer(config: Any, element: int, prompt: int, max_new_tokens: int)
 def draw(
     model: Any, tokenizer: Any, draws: Sequence[Draw], *, max_new_tokens: int, temperature: float, top_p: float
 ) -> list[Drawn]:
-    """Draws one batch of answers at a temperature above 0.
+    """Samples one batch of answers at a temperature above 0.
 
-    An answer depends on the model, its prompt and its seed; another batch changes it only where rounding decides
+    An answer depends on the model, its prompt and its seed; a different batch changes it only if rounding decides
     between two tokens.
     """
     ends, device = end_tokens(model, tokenizer), device_of(model)
@@ -66,7 +66,7 @@ def draw(
         token_BT[line, width - len(one.prompt) :] = torch.tensor([int(token) for token in one.prompt])
         mask_BT[line, width - len(one.prompt) :] = 1
     chooser = _Chooser([one.seed for one in draws], width, max_new_tokens, temperature, top_p)
-    # Greedy search among scores of which the chooser has left one.
+    # Greedy search: the chooser leaves only one score finite.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0], use_cache=True,
         repetition_penalty=1.0,
@@ -85,7 +85,7 @@ def draw(
 
 
 class _Chooser(LogitsProcessor):  # type: ignore[misc]
-    """Draws a token for each answer: that at which the sum of its probabilities passes a number of its own stream."""
+    """Samples a token for each answer: the first whose cumulative probability exceeds a number from its own stream."""
 
     def __init__(self, seeds: Sequence[int], width: int, max_new_tokens: int, temperature: float, top_p: float):
         numbers = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
@@ -99,7 +99,7 @@ class _Chooser(LogitsProcessor):  # type: ignore[misc]
             score_BV = self._top_p(input_ids, score_BV)
         sum_BV = score_BV.softmax(-1).double().cumsum(-1)
         number_B = self._number_BT[:, input_ids.shape[1] - self._width].to(sum_BV.device)
-        # Right of the number: a token of probability 0 adds nothing to the sum, so it is never the first beyond it.
+        # Strictly above the number: a token of probability 0 adds nothing to the sum, so it is never the first above.
         chosen_B1 = torch.searchsorted(sum_BV, (number_B * sum_BV[:, -1])[:, None], right=True)
         chosen_B1 = chosen_B1.clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B1, 0.0)

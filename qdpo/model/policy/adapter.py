@@ -1,4 +1,4 @@
-"""The policy: a LoRA adapter over the frozen base, switched on and off, saved and loaded as plain PEFT."""
+"""The policy: a LoRA adapter over the frozen base that can be switched on and off, saved and loaded as plain PEFT."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.model.fast.logps import Head
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Fields of a LoRA config that say something this kit does not train or merge; all must be off.
+# Fields of a LoRA config that this kit does not train or merge; all must be off.
 REFUSED = (
     "use_dora",
     "modules_to_save",
@@ -28,8 +28,8 @@ REFUSED = (
 )
 
 
-# How a row reaches the model: as it is, with the pairs' spans for our own attention function; as it is, with a mask of
-# T×T; or one sequence of prompt and answer after the other.
+# The row layouts for the model: the whole row, with the pairs' spans for our own attention function; the whole row,
+# with a T×T mask; or separate sequences of prompt and answer.
 RowLayout = Literal["spans", "mask", "separate"]
 
 
@@ -46,7 +46,7 @@ class Policy:
 
     @property
     def shared(self) -> bool:
-        """Whether a prompt is computed once for both of its answers."""
+        """True if a prompt is computed once for both of its answers."""
         return self.layout != "separate"
 
     def adapter_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -55,18 +55,18 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the adapter is off: the model is the bare base."""
+        """Switches the adapter off, so that the model is the bare base."""
         with self.peft.disable_adapter():
             yield
 
 
 def new_adapter(base: Any, *, rank: int, alpha: float, targets: list[str], rslora: bool, seed: int) -> Any:
-    """A PEFT model with fresh fp32 LoRA weights (B = 0: the output is the base's), drawn from `seed`.
+    """A PEFT model with new fp32 LoRA weights (B = 0: the output is the base's), drawn from `seed`.
 
-    Raises: ConfigError if the targets match no layer, or the output head, whose log-probs need it frozen.
+    Raises: ConfigError if the targets match no layer, or match the output head, which must stay frozen.
     """
     if "lm_head" in targets:
-        raise ConfigError("adapter.targets names lm_head. The head must stay frozen; remove it from adapter.targets.")
+        raise ConfigError("adapter.targets names lm_head, but the head must stay frozen. Remove it from the list.")
     wanted: str | list[str] = "all-linear" if targets == ["all-linear"] else sorted(targets)
     config = LoraConfig(
         r=rank,
@@ -107,12 +107,12 @@ def start_adapter(base: Any, folder: Path) -> Any:
 
 
 def check_adapter_folder(folder: Path) -> dict[str, Any]:
-    """The adapter's config, read strictly before PEFT sees it. Raises: ConfigError naming what does not fit."""
+    """The adapter's config, checked strictly before PEFT reads it. Raises: ConfigError naming the problem."""
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} is not an adapter folder: it has no {CONFIG}. Give the folder that PEFT saved.")
     if not (folder / WEIGHTS).is_file():
         raise ConfigError(
-            f"{folder} has no {WEIGHTS}. Only safetensors are read; save the adapter again as safetensors."
+            f"{folder} has no {WEIGHTS}. Only safetensors files are read; save the adapter again as safetensors."
         )
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
@@ -132,7 +132,7 @@ def adapter_tensors(policy: Policy) -> dict[str, Tensor]:
 
 
 def load_adapter_tensors(policy: Policy, tensors: dict[str, Tensor]) -> None:
-    """Copies saved weights into the adapter in place. Raises: VerificationError if any is missing or left over."""
+    """Copies saved weights into the adapter in place. Raises: VerificationError if any is missing or unexpected."""
     expected = adapter_tensors(policy)
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())[:3]
@@ -149,9 +149,9 @@ def load_adapter_folder(policy: Policy, folder: Path) -> None:
 
 
 def save_adapter(policy: Policy, folder: Path, *, base_name: str, revision: str | None) -> None:
-    """Writes a plain PEFT adapter folder: loads with `PeftModel.from_pretrained`, without qdpo.
+    """Writes a plain PEFT adapter folder, which `PeftModel.from_pretrained` loads without qdpo.
 
-    The base's name and commit are what `base_name` and `revision` say; lists are sorted, so that the same adapter
+    `base_name` and `revision` are recorded as the base's name and commit. Lists are sorted, so that the same adapter
     always gives the same bytes (PEFT writes a set in hash order).
     """
     policy.peft.save_pretrained(folder, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""Chooses the fastest attention path that is exact on the loaded model, and says why it was not a faster one."""
+"""Selects the fastest attention path that is exact on the loaded model, and reports why faster paths were refused."""
 
 import inspect
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from qdpo.model.policy import probe
 from qdpo.model.policy.adapter import Policy, RowLayout
 from qdpo.model.policy.row import RowTensors
 
-# Fastest first: how the row reaches the model, and the attention function.
+# Fastest first: the row layout, and the attention function.
 CANDIDATES: list[tuple[RowLayout, str]] = [
     ("spans", attention.NAME),
     ("mask", "sdpa"),
@@ -23,24 +23,24 @@ CANDIDATES: list[tuple[RowLayout, str]] = [
     ("separate", "sdpa"),
     ("separate", "eager"),
 ]
-# Rotary frequencies that depend on the longest position of the call: one long pair would change its row.
+# Rotary types whose frequencies depend on the longest position of the call: one long pair would change its whole row.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, say: Callable[[str], None]) -> str:
-    """Sets the policy's layout and attention function to the first that is exact on `row`; returns the path's name.
+    """Sets the policy's layout and attention function to the first exact on `row`; returns the path's name.
 
-    Exact is what equals separate sequences by the architecture's own code. `wanted` is model.attention: "sdpa" and
-    "eager" mean separate sequences by that function. `longest` is the greatest number of tokens of a prompt and its
+    A path is exact if it equals separate sequences by the architecture's own code. `wanted` is model.attention: "sdpa"
+    and "eager" mean separate sequences by that function. `longest` is the largest number of tokens of a prompt and its
     answer.
 
-    Raises: ConfigError if the wanted function is not exact, VerificationError if nothing is.
+    Raises: ConfigError if the wanted function is not exact, VerificationError if no path is.
     """
     attention.register()
     truth_N = _truth(policy, row)
     candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
     refused: list[str] = []
-    if wanted == "auto" and (why := _bars_sharing(policy, longest)) is not None:
+    if wanted == "auto" and (why := _sharing_obstacle(policy, longest)) is not None:
         candidates = [candidate for candidate in CANDIDATES if candidate[0] == "separate"]
         refused.append(why)
     for layout, name in candidates:
@@ -52,12 +52,12 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
             return ", ".join([layout, *(path.partition(" (")[0] for path in paths)])
         refused.append(f"{_label(layout, name)}: {why}")
     if wanted != "auto":
-        raise ConfigError(f"model.attention={wanted} is not exact on this model ({refused[-1]}). Use auto.")
-    raise VerificationError("No way of computing attention is exact on this model: " + "; ".join(refused))
+        raise ConfigError(f"model.attention={wanted} is not exact on this model ({refused[-1]}). Use `auto`.")
+    raise VerificationError("No attention path is exact on this model: " + "; ".join(refused))
 
 
 def switch_attention(policy: Policy, name: str) -> bool:
-    """Whether the model's attention function is now `name`; transformers leaves models outside its registry alone."""
+    """Switches the attention function to `name`. True if it took effect; transformers skips unregistered models."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -71,7 +71,7 @@ def switch_attention(policy: Policy, name: str) -> bool:
 
 
 def _truth(policy: Policy, row: RowTensors) -> Tensor:
-    """Log-probs of separate sequences by the architecture's own code: "eager", where it can be switched to."""
+    """Log-probs of separate sequences by the architecture's own code: "eager", if the model can be switched to it."""
     switch_attention(policy, "eager")
     truth_N = probe.separate_logps(policy, row)
     if truth_N.isfinite().all() or _is_beyond_sdpa(policy):
@@ -90,18 +90,18 @@ def _refusal(policy: Policy, name: str, row: RowTensors, truth_N: Tensor, spans:
 
 
 def _is_beyond_sdpa(policy: Policy) -> bool:
-    """Soft-capped scores or attention sinks; transformers before 5.18 lets SDPA ignore a soft-cap without a word."""
+    """True with soft-capped scores or attention sinks; before 5.18, transformers' SDPA silently ignores a soft-cap."""
     softcap = attention_softcap(policy.backbone.config.get_text_config())
     return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
 
 
-def _bars_sharing(policy: Policy, longest: int) -> str | None:
-    """What in the architecture forbids shared rows and would not show in the numbers of a short row in bf16."""
+def _sharing_obstacle(policy: Policy, longest: int) -> str | None:
+    """The reason why the architecture forbids shared rows that a short row in bf16 would not show, or None."""
     config = policy.backbone.config.get_text_config()
     if getattr(config, "alibi", False):
         return "its attention is biased by distance in the row (ALiBi)"
     if "position_ids" not in inspect.signature(policy.backbone.forward).parameters:
-        return "the model takes no position ids (ALiBi, or a state in place of attention)"
+        return "the model takes no position ids (ALiBi, or a state instead of attention)"
     kinds = [kind for kind in layer_windows(config) if kind not in (FULL, SLIDING, "attention")]
     if "local" in getattr(config, "attention_layers", []):
         kinds.append("local attention")
@@ -115,7 +115,7 @@ def _bars_sharing(policy: Policy, longest: int) -> str | None:
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings, of the whole model or of each kind of layer."""
+    """The rotary settings of the whole model, or of each kind of layer."""
     found = getattr(config, "rope_parameters", None) or {}
     return [found] if "rope_type" in found else [rope for rope in found.values() if isinstance(rope, dict)]
 
@@ -128,5 +128,5 @@ def _announcement(policy: Policy, path: str, refused: list[str]) -> str:
     why = f"; refused: {'; '.join(refused)}" if refused else ""
     if policy.layout == "separate":
         return f"each answer is computed with its own copy of the prompt, by {path}{why}"
-    how = path if policy.layout == "spans" else f"{path} and a mask of T×T elements a row of T tokens"
+    how = path if policy.layout == "spans" else f"{path} and a mask of T×T elements for a row of T tokens"
     return f"each prompt is computed once for both of its answers, by {how} (checked against separate sequences){why}"

@@ -1,4 +1,4 @@
-"""From token ids of one row to the scores of its response tokens: the one path of policy and reference.
+"""Computes the scores of a row's response tokens from its token ids: the one path of policy and reference.
 
 Letters: T tokens of the row · N response tokens · D hidden width.
 """
@@ -14,7 +14,7 @@ from qdpo.model.fast.attention import PairSpans, SpanLike
 from qdpo.model.fast.logps import TokenScores, response_logps
 from qdpo.model.policy.adapter import Policy
 
-# transformers' names of the kinds of layers whose attention is known exactly.
+# transformers' names for the kinds of layers whose attention is known exactly.
 
 
 def row_scores(
@@ -28,7 +28,7 @@ def row_scores(
     metrics: bool,
     squares: bool = False,
 ) -> TokenScores:
-    """Scores of a row's response tokens, with the adapter as it is switched; token n is predicted from `source_N[n]`.
+    """Scores of a row's response tokens, adapter on or off as set; token n is predicted from `source_N[n]`.
 
     Only hidden states of response positions reach the head.
     """
@@ -39,15 +39,15 @@ def row_scores(
 def response_hidden(
     policy: Policy, token_T: Tensor, position_T: Tensor, source_N: Tensor, spans: Sequence[SpanLike]
 ) -> Tensor:
-    """Hidden states (N, D) from which the row's response tokens are predicted, with the adapter as it is switched."""
+    """Hidden states (N, D) that predict the row's response tokens, adapter on or off as set."""
     if policy.shared:
         return _shared_hidden(policy, token_T, position_T, spans)[source_N]
     return _separate_hidden(policy, token_T, spans)[_separate_sources(spans, token_T.device)]
 
 
 def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:
-    # A 4D mask is handed through unread by transformers; without one it would build a mask from the positions'
-    # restarts, and take the rejected answer for a document of its own.
+    # transformers passes a 4D mask through unread; without one it would build a mask from the restarts of the
+    # positions, and treat the rejected answer as a separate document.
     if policy.layout == "spans":
         placeholder = torch.zeros(1, 1, 1, 1, device=token_T.device)
         pair_spans = spans if isinstance(spans, PairSpans) else PairSpans(spans)
@@ -60,7 +60,7 @@ def _shared_hidden(policy: Policy, token_T: Tensor, position_T: Tensor, spans: S
 
 
 def _masks(policy: Policy, position_T: Tensor, spans: Sequence[SpanLike]) -> Tensor | dict[str, Tensor]:
-    """The row's mask (1, 1, T, T); for a model that mixes windows and full attention, one for each kind of layer."""
+    """The row's mask (1, 1, T, T); for a model that mixes windows and full attention, one mask per kind of layer."""
     config = policy.backbone.config.get_text_config()
     is_eager = config._attn_implementation == "eager"
     masks = {}
@@ -74,7 +74,7 @@ def _masks(policy: Policy, position_T: Tensor, spans: Sequence[SpanLike]) -> Ten
 
 
 def visible_keys(position_T: Tensor, spans: Sequence[SpanLike], window: int | None) -> Tensor:
-    """(T, T), True where a query sees a key: earlier in its own prompt and answer, and inside the window."""
+    """(T, T), True if a query sees a key: earlier in its own prompt and answer, and inside the window."""
     lengths = torch.tensor([[span.prompt, span.chosen, span.rejected] for span in spans])
     pair_T = torch.arange(len(spans)).repeat_interleave(lengths.sum(1)).to(position_T.device)
     part_T = torch.arange(3).repeat(len(spans)).repeat_interleave(lengths.flatten()).to(position_T.device)
@@ -86,7 +86,7 @@ def visible_keys(position_T: Tensor, spans: Sequence[SpanLike], window: int | No
 
 
 def _separate_hidden(policy: Policy, token_T: Tensor, spans: Sequence[SpanLike]) -> Tensor:
-    """Hidden states of prompt + answer, one sequence after the other, each computed alone."""
+    """Hidden states of prompt + answer, one sequence after another, each computed alone."""
     hidden = []
     for span in spans:
         prompt = token_T[span.start : span.start + span.prompt]

@@ -1,7 +1,7 @@
-"""Gives modules of the loaded policy faster forwards, each only after it has equalled its plain twin on that module.
+"""Installs faster forwards in the loaded policy's modules, each after a check against the plain forward of that module.
 
-A check runs the module's own forward and the fast one on the same random input, with an adapter that does something,
-and compares output and gradients. What differs, or is not recognised, keeps its own forward.
+A check runs the module's own forward and the fast forward on the same random input, with an adapter that has an effect,
+and compares output and gradients. A module that differs, or is not recognised, keeps its own forward.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qdpo.model.fast import linear, norm_mlp
 
 TOKENS = 24
-# Norm of the difference over the norm of the plain result, for each of output and gradients.
+# Norm of the difference over the norm of the plain result, for the output and each gradient.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 Forward = Callable[..., Tensor]
@@ -23,7 +23,7 @@ Forward = Callable[..., Tensor]
 
 @dataclass
 class Installed:
-    """How many modules of each kind are fast, and which kinds kept their own forward, with the reason."""
+    """The number of fast modules of each kind, and the kinds that kept their own forward, with the reason."""
 
     fast: Counter[str] = field(default_factory=Counter)
     plain: dict[str, str] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class Installed:
 def install(peft: nn.Module, device: torch.device, *, weightless: bool = False) -> Installed:
     """Replaces forwards of adapter linears, RMS norms and gated MLPs, module by module; saved names do not change.
 
-    `weightless`: the linear layers have shapes and no numbers (a trace on fake tensors), so that they and the MLPs are
-    taken by their kind alone, without the check.
+    `weightless`: the linear layers have shapes but no numbers (a trace on fake tensors), so they and the MLPs are
+    replaced by kind alone, without the check.
     """
     found = Installed()
     modules = list(peft.named_modules())
@@ -80,7 +80,7 @@ def _fast_norm(module: Any, device: torch.device) -> tuple[Forward | None, str |
     weight, plain = module.weight, module.forward
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(eps, float) or weight.dim() != 1:
-        return None, "its shape or epsilon is not known"
+        return None, "its shape or epsilon is unknown"
     why: str | None = "no known weighting"
     for weigh in norm_mlp.WEIGHINGS:
 
@@ -105,7 +105,7 @@ def _fast_mlp(module: Any, device: torch.device, *, known: bool) -> tuple[Forwar
     with torch.no_grad():
         matching = [act for act in norm_mlp.ACTIVATIONS if torch.allclose(act.function(probe), module.act_fn(probe))]
     if not matching:
-        return None, f"its activation {type(module.act_fn).__name__} is not known"
+        return None, f"its activation {type(module.act_fn).__name__} is unknown"
 
     def fast(x: Tensor) -> Tensor:
         off = module.down_proj.disable_adapters or module.down_proj.merged
@@ -127,12 +127,12 @@ def _random(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _difference(plain: Forward, fast: Forward, x: Tensor, layers: Sequence[linear.AdaptedLinear]) -> str | None:
-    """None if both forwards give one output and one gradient of input, A and B; else what differs and by how much."""
+    """None if both forwards give the same output and gradients of input, A and B; else the difference, as text."""
     leaves = [x, *(part for layer in layers for part in (layer.a_RK, layer.b_NR))]
     untouched = [layer.b_NR.detach().clone() for layer in layers]
     generator = torch.Generator().manual_seed(1)
     try:
-        for layer in layers:  # B is 0 in a fresh adapter: a wrong scale would not show
+        for layer in layers:  # B is 0 in a new adapter: a wrong scale would not show
             noise = torch.randn(layer.b_NR.shape, generator=generator).mul_(0.02)
             layer.b_NR.data.copy_(layer.b_NR.data + noise.to(x.device))
         results = []

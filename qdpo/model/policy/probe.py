@@ -1,4 +1,4 @@
-"""Does every fast part equal its plain twin on the loaded model? Asked once, at the start, on two real pairs.
+"""Checks once, at the start, on two real pairs, that every fast part equals its plain version on the loaded model.
 
 Letters: T tokens of the row · N response tokens · D hidden width.
 """
@@ -18,9 +18,9 @@ from qdpo.model.policy.forward import row_scores
 from qdpo.model.policy.row import RowTensors
 
 # Root mean square difference of a response token's log-prob, in nats. float32 reassociation stays under 1e-4 on real
-# models; bf16 and fp16 activations move a token's log-prob by 0.03-0.1 whenever the shape of a product changes.
+# models; with bf16 and fp16 activations a token's log-prob moves by 0.03-0.1 whenever the shape of a product changes.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
-# What a foreign attention function or module raises when it cannot take the row's layout.
+# Exceptions that a foreign attention function or module raises if it does not accept the row's layout.
 CANNOT = (TypeError, KeyError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError)
 
 
@@ -31,11 +31,11 @@ def separate_logps(policy: Policy, row: RowTensors) -> Tensor:
 
 
 def fault(policy: Policy, row: RowTensors, truth_N: Tensor, spans: PairSpans) -> str | None:
-    """Why the policy's layout is not exact on this model, or None; `spans` are the row's, to note what layers ask for.
+    """The reason why the policy's layout is not exact on this model, or None; `spans` record what the layers request.
 
     Log-probs must equal `truth_N`, those of separate sequences by the architecture's own code. In a shared row an
-    answer must also have no gradient at all by a token that it may not see, which shows a leak at any precision; and
-    the sliding windows that layers ask for must be those of the config, since the probe is shorter than most windows.
+    answer's gradient must also be exactly 0 for every token it may not see, which shows a leak at any precision. The
+    sliding windows that layers request must be those of the config, since the probe is shorter than most windows.
     """
     try:
         with torch.no_grad():
@@ -44,7 +44,7 @@ def fault(policy: Policy, row: RowTensors, truth_N: Tensor, spans: PairSpans) ->
     except CANNOT as error:
         return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:120]}"
     if policy.layout == "spans" and not spans.paths:
-        return "the model does not hand the row's layout on to its attention"
+        return "the model does not pass the row's layout to its attention"
     if leak is not None:
         return leak
     difference = (found_N - truth_N).square().mean().sqrt().item()
@@ -53,7 +53,7 @@ def fault(policy: Policy, row: RowTensors, truth_N: Tensor, spans: PairSpans) ->
         return f"log-probs differ from separate sequences by {difference:.3g} nats a token (bound {tolerance:g})"
     windows = set(layer_windows(policy.backbone.config.get_text_config()).values())
     if policy.layout == "spans" and spans.windows != windows:
-        return f"layers ask for sliding windows {_listed(spans.windows)}, the config names {_listed(windows)}"
+        return f"layers request sliding windows {_listed(spans.windows)}, but the config names {_listed(windows)}"
     return None
 
 
@@ -62,7 +62,7 @@ def _listed(windows: set[int | None]) -> str:
 
 
 def _leak(policy: Policy, row: RowTensors) -> str | None:
-    """Which tokens an answer's log-probs depend on although it must not see them, or None."""
+    """A description of tokens that an answer's log-probs depend on although it must not see them, or None."""
     embedded: list[Tensor] = []
     hook = policy.backbone.get_input_embeddings().register_forward_hook(
         lambda _module, _inputs, output: embedded.append(output.requires_grad_())
@@ -94,9 +94,9 @@ def _leak(policy: Policy, row: RowTensors) -> str | None:
 
 
 def check_head(policy: Policy, causal_lm: Any, row: RowTensors) -> float:
-    """Largest difference, in nats, between our response log-probs and those of the model's own logits.
+    """The largest difference, in nats, between our response log-probs and those from the model's own logits.
 
-    Raises: VerificationError if it is beyond rounding: the model changes its logits in a way that is not known here.
+    Raises: VerificationError if it exceeds rounding: the model changes its logits in an unknown way.
     """
     span = row.spans[0]
     answer = slice(span.start, span.start + span.prompt + span.chosen)
@@ -107,9 +107,8 @@ def check_head(policy: Policy, causal_lm: Any, row: RowTensors) -> float:
     difference = (found - expected).square().mean().sqrt().item()
     if not difference <= TOLERANCE[policy.head.weight_VD.dtype]:
         raise VerificationError(
-            f"The output head of {type(causal_lm).__name__} is not understood: log-probs differ from the "
-            "model's own by "
-            f"{difference:.3g} nats a token. This architecture is not supported; please report it."
+            f"The output head of {type(causal_lm).__name__} is not supported: log-probs differ from the model's own by "
+            f"{difference:.3g} nats a token. Please report this architecture."
         )
     return difference
 

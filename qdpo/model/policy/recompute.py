@@ -1,4 +1,4 @@
-"""Which decoder layers keep their activations for the backward pass, and where the others' inputs wait."""
+"""Activation checkpointing: selects the layers that keep their activations, and offloads the inputs of the others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from qdpo.model.fast import attention
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers: the longest ModuleList of modules of one class.
+    """The decoder layers: the longest ModuleList of modules of one class.
 
     Raises: ConfigError if the model has no such list.
     """
@@ -20,19 +20,19 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     uniform = [candidate for candidate in lists if len({type(layer) for layer in candidate}) == 1]
     if not uniform:
         raise ConfigError(
-            f"{type(backbone).__name__} has no list of decoder layers: it cannot be checkpointed layer by layer."
+            f"{type(backbone).__name__} has no list of decoder layers, so it cannot be checkpointed layer by layer."
         )
     return max(uniform, key=len)
 
 
 class Layers:
-    """The decoder layers of a policy, each of which keeps its activations or computes them again.
+    """The decoder layers of a policy, each of which keeps or recomputes its activations.
 
-    Torch's own non-reentrant checkpoint goes around a recomputed layer's forward. The last layers are the ones to keep:
-    their activations live shortest. `preserve_rng_state` is off because nothing random happens inside: dropout is zero.
-    `host` is where inputs of recomputed layers wait; None: on the device.
-    With `compiled`, the kept layers run through torch.compile. Recomputed ones do not: under dynamic shapes a recompute
-    may take another compiled graph than its forward pass did, and torch 2.13 then stops with a CheckpointError.
+    Torch's non-reentrant checkpoint wraps a recomputed layer's forward. The last layers are the ones to keep: their
+    activations live shortest. `preserve_rng_state` is off because nothing inside is random: dropout is zero.
+    `host` holds the inputs of recomputed layers; None: they stay on the device.
+    With `compiled`, the kept layers run through torch.compile. Recomputed layers do not: under dynamic shapes a
+    recompute may use a different compiled graph from its forward pass, and torch 2.13 then raises a CheckpointError.
     """
 
     def __init__(self, backbone: nn.Module, *, host: "HostInputs | None" = None, compiled: bool = False):
@@ -41,7 +41,7 @@ class Layers:
         self._kept = self._forwards
         if compiled:
             attention.register(compiled=True)
-            # Layers share their code, and with it one budget of compiled variants.
+            # Layers share their code, and so one budget of compiled variants.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._layers))
             self._kept = [_compiled(forward) for forward in self._forwards]
         self._host = host
@@ -50,7 +50,7 @@ class Layers:
         return len(self._layers)
 
     def keep(self, kept_layers: int | str) -> int:
-        """Lets the last `kept_layers` (or "all") keep their activations; returns how many layers recompute theirs."""
+        """Makes the last `kept_layers` (or "all") keep their activations; returns the number of recomputed layers."""
         kept = len(self) if kept_layers == "all" else min(int(kept_layers), len(self))
         recomputed = len(self) - kept
         if self._host is not None:
@@ -61,7 +61,7 @@ class Layers:
 
 
 def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled where gradients are wanted. Scoring stays as it is: policy and reference by the same arithmetic."""
+    """Compiles only with gradients. Scoring is not compiled: policy and reference use the same arithmetic."""
     compiled = torch.compile(forward, dynamic=True)
 
     def switched(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def _recomputed(forward: Callable[..., Any], host: "HostInputs | None") -> Calla
             return forward(*args, **kwargs)
         if host is None:
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        # These hooks see the layer's inputs alone: inside the layer the checkpoint's own hooks are above them.
+        # These hooks see only the layer's inputs: inside the layer the checkpoint's own hooks take precedence.
         hidden = _place(args[0] if args else kwargs["hidden_states"])
         with torch.autograd.graph.saved_tensors_hooks(lambda t: host.pack(t, hidden), host.unpack):
             return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -88,16 +88,15 @@ _Place = tuple[int, int, torch.Size]
 
 
 def _place(tensor: Tensor) -> _Place:
-    """Storage, offset and shape: tells tensors apart, fake ones too, which have no address."""
+    """Storage, offset and shape: identifies a tensor, even a fake one, which has no address."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tensor.shape
 
 
 class HostInputs:
-    """Inputs of recomputed layers, in pinned host memory from the forward pass to the backward pass.
+    """Keeps inputs of recomputed layers in pinned host memory from the forward pass to the backward pass.
 
-    Copies run on a stream of their own. When the backward pass asks for one input, the one before it in the forward
-    pass is already on its way back. Buffers are reused, for shorter rows too: every copy into or out of them is on that
-    one stream.
+    Copies run on a separate stream. When the backward pass requests an input, the copy of the layer before is already
+    under way. Buffers are reused, for shorter rows too: every copy into or out of them is on that stream.
     """
 
     def __init__(self) -> None:
@@ -106,7 +105,7 @@ class HostInputs:
         self._last: _Parked | None = None
 
     def pack(self, tensor: Tensor, hidden: "_Place") -> "Tensor | _Parked":
-        """Sends the tensor that lies at `hidden` to the host; positions and masks stay where they are."""
+        """Sends the tensor at `hidden` to the host; positions and masks stay on the device."""
         if _place(tensor) != hidden:
             return tensor
         if tensor.is_cuda and self._stream is None:
@@ -117,18 +116,18 @@ class HostInputs:
         buffer = whole[: tensor.numel()].view(tensor.shape)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-            tensor.record_stream(self._stream)  # its memory is not handed out again before the copy is done
+            tensor.record_stream(self._stream)  # its memory is not reused before the copy is done
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
         self._last = _Parked(whole, buffer, tensor.device, self._last)
         return self._last
 
     def buffer(self, like: Tensor) -> Tensor:
-        """New host memory for the numbers of a tensor, in one dimension; pinned if that tensor is on a GPU."""
+        """New one-dimensional host memory for a tensor's numbers; pinned if the tensor is on a GPU."""
         return torch.empty(like.numel(), dtype=like.dtype, pin_memory=like.is_cuda)
 
     def unpack(self, packed: "Tensor | _Parked") -> Tensor:
-        """The hidden states, back on the device; starts the copy of the layer before."""
+        """The hidden states, back on the device; starts the copy for the layer before."""
         if not isinstance(packed, _Parked):
             return packed
         tensor = self._fetch(packed)
@@ -153,12 +152,12 @@ class HostInputs:
         return parked.tensor
 
     def forget(self) -> None:
-        """Drops what a forward pass without its backward pass left here."""
+        """Drops inputs left by a forward pass without a backward pass."""
         self._last = None
 
 
 class _Parked:
-    """One tensor on the host, in the first part of its buffer, and the one that was sent before it."""
+    """One tensor on the host, in the first part of its buffer, and the tensor that was sent before it."""
 
     def __init__(self, whole: Tensor, buffer: Tensor, device: torch.device, before: "_Parked | None"):
         self.whole, self.buffer, self.device, self.before = whole, buffer, device, before

@@ -1,4 +1,4 @@
-"""A row of pairs as the model takes it."""
+"""A row of pairs as model input."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from qdpo.model.fast.attention import SpanLike
 
 @dataclass(frozen=True)
 class RowTensors:
-    """One row on the device: what `row_scores` takes."""
+    """One row on the device: the input of `row_scores`."""
 
     token_T: Tensor
     position_T: Tensor

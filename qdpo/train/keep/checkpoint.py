@@ -1,7 +1,7 @@
-"""Saves and restores everything a run needs to go on: adapter, optimizer, loss scale, step. No pickle.
+"""Saves and restores everything a run needs to resume: adapter, optimizer, loss scale, step. No pickle.
 
-A checkpoint is a folder written aside and renamed. Its manifest holds the size and sha256 of every file; a folder
-whose files do not match is set aside, and the one before it is used.
+A checkpoint is written to a temporary folder, which is then renamed. Its manifest holds the size and sha256 of every
+file; a checkpoint whose files do not match is set aside, and the previous checkpoint is used.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class TrainedObjects:
 
 
 def save_checkpoint(folder: Path, trained: TrainedObjects, progress: Progress, *, keep: int) -> Path:
-    """Writes `folder`/step-NNNNNN, reads it back, then removes all but `keep` newest.
+    """Writes `folder`/step-NNNNNN, reads it back, then removes all but the `keep` newest.
 
     Raises: DiskError if it cannot be written, VerificationError if it reads back differently.
     """
@@ -50,19 +50,19 @@ def save_checkpoint(folder: Path, trained: TrainedObjects, progress: Progress, *
     target = folder / f"step-{progress.step:06d}"
     disk.write_folder(target, fill)
     if not _is_whole(target):
-        raise VerificationError(f"The checkpoint {target} does not read back as it was written. Check the disk.")
+        raise VerificationError(f"The checkpoint {target} does not read back as written. Check the disk.")
     prune(folder, keep=keep)
     return target
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Removes all but the `keep` newest checkpoints. A start does so too: a kill may have come before, or inside."""
+    """Removes all but the `keep` newest checkpoints. A start does so too, in case a kill came before or during it."""
     for old in _by_step(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; damaged ones are renamed aside, with a line that says so."""
+    """The newest intact checkpoint; damaged checkpoints are renamed and reported."""
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover)
     for candidate in reversed(_by_step(folder)):
@@ -71,7 +71,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
         aside = candidate.with_name(f"damaged-{candidate.name}")
         shutil.rmtree(aside, ignore_errors=True)
         candidate.rename(aside)
-        say(f"checkpoint {candidate.name} is damaged: set aside as {aside.name}, using the one before")
+        say(f"checkpoint: {candidate.name} is damaged (set aside as {aside.name}); using the previous checkpoint")
     return None
 
 

@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint holds beside tensors."""
+"""The progress of a run: the part of a checkpoint that is not tensors."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Sums over the steps so far, of every start of the run."""
+    """Totals over all steps so far, across every start of the run."""
 
     step: int = 0
     """Steps done."""
@@ -22,5 +22,5 @@ class Progress:
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Progress":
-        """Keys of a newer version are ignored; what an older one did not save has its default."""
+        """Ignores the keys of a newer version; keys that an older version did not save get their defaults."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})

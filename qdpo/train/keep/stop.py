@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run: the first asks for a stop at the next safe point, the second leaves at once."""
+"""Handles Ctrl-C and SIGTERM during a run: the first requests a stop at a safe point, the second exits at once."""
 
 import contextlib
 import signal
@@ -7,15 +7,15 @@ from typing import Any
 
 
 class StopRequest:
-    """`number` is the signal that asked for a stop, or None."""
+    """`number` is the signal that requested a stop, or None."""
 
     def __init__(self) -> None:
         self.number: int | None = None
 
 
 @contextlib.contextmanager
-def listen(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Inside, signals only set a flag. Only the main thread may listen; elsewhere nothing is changed."""
+def catch_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Makes signals set a flag only. Works in the main thread; in other threads nothing changes."""
     request = StopRequest()
 
     def note(number: int, _frame: Any) -> None:
@@ -23,7 +23,7 @@ def listen(say: Callable[[str], None]) -> Iterator[StopRequest]:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         request.number = number
-        say("stopping: this step is finished and saved first (again: leave at once)")
+        say("stopping: after this step is finished and saved (once more: exit at once)")
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

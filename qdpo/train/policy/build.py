@@ -1,4 +1,4 @@
-"""Builds the policy of a run: base, adapter, checked attention path, and the name of its reference."""
+"""Builds a run's policy: base, adapter, verified attention path, and the name of its reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from qdpo.train.step.feed import row_tensors
 
 @dataclass(frozen=True)
 class Loaded:
-    """The policy with its untouched adapter, and the identity of the reference in the cache."""
+    """The policy with its untouched adapter, and the identity of its reference in the cache."""
 
     policy: Policy
     layers: recompute.Layers
@@ -32,11 +32,11 @@ class Loaded:
     reference_is_start: bool
     weights: str
     marks: dict[str, FourBitMark]
-    """What proves of each 4-bit layer that it was made again exactly."""
+    """For each 4-bit layer, the mark that proves it was reproduced exactly."""
 
 
 def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
-    """Two real pairs of about 100 tokens, longer parts cut: enough to show a difference, too few to cost anything."""
+    """Two real pairs truncated to about 100 tokens: enough to show a difference, too few to cost anything."""
     found = sorted(pairs, key=lambda pair: abs(pair.tokens - 100))[:2]
     return [TokenPair(pair.prompt[-64:], pair.chosen[:64], pair.rejected[:64], pair.row) for pair in found]
 
@@ -44,7 +44,7 @@ def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
 def load_policy(
     config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
-    """Loads the base from `folder`, and makes the policy of it."""
+    """Loads the base from `folder` and builds the policy from it."""
     model = base_of(config, folder, device, dtype, say)
     return make_policy(config, model, device=device, dtype=dtype, probe_with=probe_with, say=say)
 
@@ -52,7 +52,7 @@ def load_policy(
 def make_policy(
     config: RunConfig, model: Any, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
 ) -> Loaded:
-    """Attaches the adapter to a base, chooses the attention path by a check on two real pairs, installs fast parts."""
+    """Attaches the adapter to a base, selects the attention path by a check on two real pairs, installs fast parts."""
     weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
     if config.memory.embeddings == "host":
         embeddings_to_host(model)
@@ -62,7 +62,7 @@ def make_policy(
     path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
     probe.check_head(policy, policy.peft, row)
     if config.train.compile:
-        say("compile: kept layers are compiled at their first row, which takes a while; the fast parts are off")
+        say("compile: kept layers are compiled at their first row, which takes a while (fast parts are off)")
     else:
         say(f"fast parts: {install.install(policy.peft, device)}")
     offload = config.memory.offload is True and device.type == "cuda"
@@ -70,7 +70,7 @@ def make_policy(
     layers = recompute.Layers(policy.backbone, host=host, compiled=config.train.compile)
     recomputed = layers.keep(kept_layers(config))
     if recomputed:
-        where = ", their inputs wait in host memory" if offload else ""
+        where = ", with their inputs in host memory" if offload else ""
         say(f"memory: the activations of {recomputed} of {len(layers)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
     name = _reference_name(config, policy, path, weights, dtype, is_start)
@@ -78,12 +78,12 @@ def make_policy(
 
 
 def kept_layers(config: RunConfig) -> int | str:
-    """memory.kept_layers; none where it is still `auto`, as when a run is scored again."""
+    """memory.kept_layers; 0 while it is still `auto`, as when a run is scored again."""
     return 0 if config.memory.kept_layers == "auto" else config.memory.kept_layers
 
 
 def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
-    """The frozen base as the model.* settings ask for it. Raises: ConfigError; OutOfMemoryError if it does not fit."""
+    """The frozen base that the model.* settings describe. Raises: ConfigError; OutOfMemoryError if it does not fit."""
     settings = config.model
     try:
         return load_base(
@@ -120,9 +120,8 @@ def _policy(model: Any, config: RunConfig, device: torch.device) -> Policy:
     head_layer = causal.get_output_embeddings()
     if not isinstance(head_layer, torch.nn.Linear) or not head_layer.weight.is_floating_point():
         raise ConfigError(
-            f"The output head of {type(causal).__name__} is a {type(head_layer).__name__}; a plain linear layer "
-            "in 16 or 32 bit "
-            "is needed. Use a base whose head is not quantised."
+            f"The output head of {type(causal).__name__} is a {type(head_layer).__name__}, but a plain linear layer "
+            "in 16 or 32 bits is needed. Use a base whose head is not quantised."
         )
     return Policy(model, causal.base_model, Head.of(causal), device, "separate", config.memory.head_tile_mib)
 

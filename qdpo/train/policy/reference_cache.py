@@ -1,8 +1,8 @@
-"""The cache of reference log-probs: an SQLite file for each loaded base, a row for each answer.
+"""The cache of reference log-probs: one SQLite file per loaded base, one row per answer.
 
-A value depends on the reference's weights as loaded, on how it is computed, and on the token ids; nothing else. The
-first two are the identity that names the file, the ids are the row's key. Template, truncation, system prompt and
-tokenizer act only through the ids.
+A value depends only on the reference's weights as loaded, the way it is computed, and the token ids. The first two form
+the identity that names the file; the ids are the row's key. Template, truncation, system prompt and tokenizer matter
+only through the ids.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from filelock import FileLock
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DiskError
 
-# Raise it when the rule that turns ids into log-probs changes (shift, mask, precision of the sums).
+# Increase when the rule that turns ids into log-probs changes (shift, mask, precision of the sums).
 SCORING_RULE = 1
 
-# Result codes of SQLite that tell of the disk, of permissions or of another process. All others tell of the content.
+# SQLite result codes for the disk, permissions or another process. All other codes mean damaged content.
 OF_THE_DISK = {
     sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOLFS, sqlite3.SQLITE_AUTH,
 }  # fmt: skip
 UNREADABLE = {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ}
-# Messages quote a damaged schema, which need not be text.
+# Error messages quote a damaged schema, which may not be text.
 ERRORS = (sqlite3.DatabaseError, UnicodeDecodeError)
 WAIT_S = 60
 
@@ -42,7 +42,7 @@ _described: dict[str, dict[str, Any]] = {}
 
 
 def identity(weights: str, adapter: str | None, path: dict[str, Any]) -> str:
-    """Name of a reference: hex digest of its weights' checksum, its start adapter's, and the way of computing."""
+    """Name of a reference: hex digest over the checksums of its weights and start adapter, and the way of computing."""
     parts = {"weights": weights, "adapter": adapter, "rule": SCORING_RULE, **path}
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     _described[name] = parts
@@ -50,7 +50,7 @@ def identity(weights: str, adapter: str | None, path: dict[str, Any]) -> str:
 
 
 def answer_keys(pair: TokenPair) -> tuple[bytes, bytes]:
-    """Keys of the pair's chosen and rejected answer: sha256 of where the answer starts and of all token ids."""
+    """Keys of the pair's chosen and rejected answer: sha256 of the answer's first position and all token ids."""
 
     def key(answer: np.ndarray) -> bytes:
         ids = np.concatenate([[len(pair.prompt)], pair.prompt, answer]).astype("<i4")
@@ -60,35 +60,35 @@ def answer_keys(pair: TokenPair) -> tuple[bytes, bytes]:
 
 
 def is_intact(key: Any, value: Any, crc: Any) -> bool:
-    """Whether a row is as it was stored, under this key: a damaged index can lead to the row of another answer."""
+    """True if a row is as stored under this key: a damaged index can lead to the row of another answer."""
     return isinstance(key, bytes) and isinstance(value, bytes) and _checksum(key, value) == crc
 
 
 def is_damage(error: sqlite3.DatabaseError | UnicodeDecodeError, path: Path) -> bool:
-    """Whether the file's content is at fault, and not its disk or its permissions."""
+    """True if the cause is the file's content, not its disk or its permissions."""
     if isinstance(error, UnicodeDecodeError):
         return True
     code = error.sqlite_errorcode
     if code in UNREADABLE or code & 0xFF not in OF_THE_DISK:
         return True
-    # One flipped bit of the header forbids writing. Also SQLite's answer when the file was renamed under its hands.
+    # One flipped bit in the header forbids writing. SQLite also returns this after the file was renamed while open.
     is_read_only = code & 0xFF == sqlite3.SQLITE_READONLY and code != sqlite3.SQLITE_READONLY_DIRECTORY
     return is_read_only and os.access(path, os.W_OK)
 
 
 class ReferenceCache:
-    """float32 log-probs of every response token, by answer. Safe for several processes; each `put` is one commit.
+    """float32 log-probs of every response token, by answer. Safe for concurrent processes; each `put` is one commit.
 
-    A damaged row counts as absent. A damaged file is set aside as *.corrupt-TIME whenever its damage shows, `say` is
-    told, and a new one is begun; other processes notice that and go on with the new one.
-    Raises: DiskError, from every method, for a file that cannot be read or written.
+    A damaged row counts as absent. When damage to the file shows, the file is renamed *.corrupt-TIME, `say` reports it,
+    and a new file is created; other processes notice and switch to the new file.
+    Raises: DiskError, from every method, if the file cannot be read or written.
     """
 
     def __init__(self, folder: Path, name: str, *, base: str = "", say: Callable[[str], None] = lambda line: None):
-        """`base` is the model's name, kept in the file beside what the identity was made of, for people to read."""
+        """`base` is the model's name, stored in the file with the parts of the identity, for people to read."""
         self.path = folder / "reference" / f"{name}.sqlite"
         command = f"qdpo cache clear {name[:12]} --dir {shlex.quote(str(folder))}"
-        self.way_out = f"`{command}` removes it; then the same command computes it anew."
+        self.way_out = f"Remove it with `{command}`; then the same command computes it again."
         self._about = json.dumps({"base": base, **_described.get(name, {})})
         self._say = say
         self._threads = threading.Lock()
@@ -127,7 +127,7 @@ class ReferenceCache:
             self._disconnect()
 
     def _guarded(self, act: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """What `act` returns on the file that has the name now: the one place where damage and disk errors are met."""
+        """Runs `act` on the current file and returns its result. All handling of damage and disk errors is here."""
         with self._threads:
             try:
                 try:
@@ -139,18 +139,18 @@ class ReferenceCache:
                     return act(self._connected())
             except (*ERRORS, OSError) as error:
                 raise DiskError(
-                    f"Cannot use the reference cache {self.path}: {error}. What was stored before is safe. Free space, "
-                    "fix the permissions, or choose another folder with cache.dir=; then run the same command again."
+                    f"Cannot use the reference cache {self.path}: {error}. Rows stored earlier are safe. Free some "
+                    "space, fix the permissions, or set another `cache.dir`; then run the same command again."
                 ) from error
 
     def _connected(self) -> sqlite3.Connection:
-        """An open file. One that was renamed is left: its journal's name belongs to the file that came after it."""
+        """An open connection. A renamed file is abandoned: its journal's name belongs to the file that replaced it."""
         if self._database is not None and _file_id(self.path) == self._file:
             return self._database
         self._disconnect()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._processes:
-            self.path.touch()  # its time says when it was last used; fails here if it is read-only
+            self.path.touch()  # the time of last use; fails here if the file is read-only
             self._file = _file_id(self.path)
             database = sqlite3.connect(self.path, timeout=WAIT_S, check_same_thread=False)
             try:
@@ -180,7 +180,7 @@ class ReferenceCache:
         self._database = None
 
     def _set_aside(self, error: Exception) -> None:
-        """Renames the damaged file and its journal, unless another process has done so."""
+        """Renames the damaged file and its journal, unless another process has already done so."""
         self._disconnect()
         with self._processes:
             if _file_id(self.path) != self._file:
@@ -190,9 +190,9 @@ class ReferenceCache:
                 seconds += 1
             self.path.rename(aside)
             journal = Path(f"{self.path}-journal")
-            if journal.exists():  # or it would be rolled back into the next file
+            if journal.exists():  # otherwise it would be rolled back into the next file
                 journal.rename(f"{aside}-journal")
-        self._say(f"reference: {self.path} is damaged ({error}); kept as {aside.name}, what it held is computed anew")
+        self._say(f"reference: {self.path} is damaged ({error}); kept as {aside.name}, its values are computed again")
 
 
 def _checksum(key: bytes, value: bytes) -> int:

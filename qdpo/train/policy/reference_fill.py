@@ -1,4 +1,4 @@
-"""The reference of a run: which log-probs are cached, which are still to be computed, and looking them up."""
+"""The reference of a run: finds cached log-probs, computes the missing ones, and looks them up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.step.feed import Reference
 from qdpo.train.step.step import score
 
-# Cached pairs that every run computes again.
+# Cached pairs that every run recomputes as a check.
 CHECKED_PAIRS = 3
-# Largest rms difference of a pair's tokens, in nats, between two computations of one reference. Rows are packed anew in
-# every run, and a GPU chooses its matrix products by the row's length; CPUs gave equal bits, however rows were packed.
+# Largest rms difference of a pair's tokens, in nats, between two computations of one reference. Every run packs its
+# rows again, and a GPU selects its matrix kernels by the row's length; CPUs gave equal bits, however rows were packed.
 # 16-bit compute was seen to be off by 0.03 nats rms a token in all, other shapes by up to 0.23 nats a sequence: four
 # times the former. fp32 rounds 2^16 times finer, which makes 2e-6: ten times that.
 LARGEST_ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.12, torch.float16: 0.12}
@@ -29,10 +29,10 @@ LARGEST_ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.12, torch.float16: 0.
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores pairs with the reference, through the cache. The adapter must still be untouched while it fills.
+    """Scores pairs with the reference, through the cache. The adapter must stay untouched until `fill` has returned.
 
-    What `fill` found or computed stays in memory, no more than the pairs' ids take, so that nothing that happens to the
-    file later can reach the run.
+    Values that `fill` found or computed stay in memory (no more than the pairs' ids take), so later changes to the file
+    cannot affect the run.
     """
 
     loaded: Loaded
@@ -47,24 +47,24 @@ class Scorer:
 
     @property
     def for_loss(self) -> Reference | None:
-        """`reference`, or None if the loss compares with none."""
+        """`reference`, or None if the loss needs no reference."""
         return self.reference if needs_reference(self.loss.name) else None
 
     def fill(self, *groups: Sequence[TokenPair]) -> None:
-        """Computes what the cache lacks, and a few pairs that it holds once more; an interruption loses at most a row.
+        """Computes the pairs missing from the cache, and rechecks a few cached ones. A stop loses at most one row.
 
-        Rows hold pairs of one group, so that held-out pairs are packed here as they are when they are evaluated.
-        Raises: VerificationError if a cached pair is not what this model computes; Interrupted.
+        Rows hold pairs of one group, so that held-out pairs are packed here as in their evaluation.
+        Raises: VerificationError if a cached pair differs from this model's result; Interrupted.
         """
         if self.for_loss is None:
-            self.watcher.say(f"reference: {'+'.join(self.loss.name)} compares with none; no reference pass")
+            self.watcher.say(f"reference: not needed (loss.name={'+'.join(self.loss.name)})")
             return
         cached: list[TokenPair] = []
         missing = [self._look_up(group, cached) for group in groups]
         absent = sum(map(len, missing))
         distinct = len(cached) + absent
         if not absent:
-            self.watcher.say(f"reference: all {distinct} pairs are in the cache; no reference pass")
+            self.watcher.say(f"reference: no pass needed (all {distinct} pairs are in the cache)")
         elif cached:
             self.watcher.say(f"reference: {len(cached)} of {distinct} pairs are in the cache")
         if cached:
@@ -79,18 +79,18 @@ class Scorer:
             self.watcher.advance(len(row.pairs))
             if self.stop.number is not None:
                 raise Interrupted(
-                    "Stopped while scoring the reference; all finished pairs are in the cache. The same "
-                    "command continues.",
+                    "Stopped while scoring the reference; all finished pairs are in the cache. Run the same command "
+                    "to continue.",
                     self.stop.number,
                 )
         self.watcher.finish()
 
     def reference(self, pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probs of the tokens of a pair that `fill` was given."""
+        """Log-probs of the tokens of a pair that was passed to `fill`."""
         return self.known[pair.digest]
 
     def _look_up(self, group: Sequence[TokenPair], cached: list[TokenPair]) -> list[TokenPair]:
-        """The group's pairs that have no usable row, each once; the others become known and are added to `cached`."""
+        """The group's distinct pairs without a usable row; the other pairs are loaded and added to `cached`."""
         missing = []
         for digest, pair in {pair.digest: pair for pair in group}.items():
             if digest in self.known:
@@ -104,7 +104,7 @@ class Scorer:
         return missing
 
     def _check(self, cached: Sequence[TokenPair]) -> None:
-        """Computes some of the cached pairs again. Raises: VerificationError if one differs by more than rounding."""
+        """Recomputes some cached pairs. Raises: VerificationError if a pair differs by more than rounding."""
         draw = np.random.default_rng([self.seed, len(cached)])
         places = draw.choice(len(cached), size=min(CHECKED_PAIRS, len(cached)), replace=False)
         rows = pack_rows([cached[place] for place in sorted(places)], self.tokens_per_row)
@@ -117,7 +117,7 @@ class Scorer:
         largest, bound = apart[worst], LARGEST_ROUNDING[self.loaded.policy.head.weight_VD.dtype]
         if not largest <= bound:
             raise VerificationError(
-                f"The cached reference does not belong to this model: data row {worst.row}, computed again, differs by "
+                f"The cached reference does not belong to this model: data row {worst.row}, recomputed, differs by "
                 f"{largest:.3g} nats a token (rms; rounding explains {bound:g}) from {self.cache.path}. "
                 f"{self.cache.way_out}"
             )
@@ -126,7 +126,7 @@ class Scorer:
         )
 
     def _score(self, row: PairRow) -> list[tuple[TokenPair, np.ndarray, np.ndarray]]:
-        """The reference's log-probs of a row: the very function that scores the policy, with the adapter off."""
+        """The reference's log-probs of a row, by the function that scores the policy, with the adapter off."""
         with torch.no_grad():
             if self.loaded.reference_is_start:
                 logp_N = score(self.loaded.policy, row, metrics=False).logp

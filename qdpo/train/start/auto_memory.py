@@ -1,4 +1,4 @@
-"""Fits a run into its device: values for the memory settings that are `auto`, and the worst row tried before step 0."""
+"""Fits a run into its device: resolves `auto` memory settings, and tries the worst row before step 0."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qdpo.families import shapes
 from qdpo.forecast import choose
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.run.record import MemoryChoice
 from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
@@ -37,7 +37,7 @@ def choose_memory(
     optimizer: str,
     say: Say,
 ) -> MemoryChoice:
-    """A value for each setting of [memory] that may be auto: as given, or as forecast for this device and these pairs.
+    """A value for each [memory] setting that may be auto: as given, or as forecast for this device and these pairs.
 
     Raises: OutOfMemoryError if the forecast says that nothing fits, before anything is loaded.
     """
@@ -45,7 +45,7 @@ def choose_memory(
     try:
         shape = shapes.from_config(model_config.to_dict(), str(config.model.path))
     except ConfigError as error:
-        say(f"memory: no forecast, so nothing is packed or kept unless settings say so. {error}")
+        say(f"memory: nothing is packed or kept unless settings say so. {error}")
         return MemoryChoice(
             tokens_per_row=0 if given.tokens_per_row == "auto" else given.tokens_per_row,
             kept_layers=0 if given.kept_layers == "auto" else given.kept_layers,
@@ -54,8 +54,8 @@ def choose_memory(
         )
     if given.embeddings == "host" and shape.tied:
         raise ConfigError(
-            "memory.embeddings=host has no use for this model: its head is the same table, and must be on the device. "
-            "Leave it at auto."
+            "memory.embeddings=host cannot help this model: its head is the same table, and must be on the device. "
+            "Set `memory.embeddings=auto`."
         )
     cuda = device.type == "cuda"
     run = choose.settings_of(
@@ -70,7 +70,7 @@ def choose_memory(
     if found.peak > limit:
         ways = choose.ways_out(shape, run, lengths, asked, limit=limit, max_tokens=config.data.max_tokens)
         raise OutOfMemoryError(
-            f"This run does not fit: it needs {found.peak / GIB:.1f} GiB at least, and {limit / GIB:.1f} GiB "
+            f"This run does not fit: it needs at least {found.peak / GIB:.1f} GiB, but only {limit / GIB:.1f} GiB "
             f"of {device} can be planned for ({_of_what(free, given.limit_gib)}). Nothing was loaded. "
             f"{choose.advice(ways)}"
         )
@@ -78,14 +78,14 @@ def choose_memory(
     say(
         f"memory: {found.peak / GIB:.1f} GiB forecast of {free / GIB:.1f} GiB free, with rows of {row}, "
         f"{found.run.kept_layers} of {shape.layers} layers kept"
-        + ", inputs of the others on the host" * found.run.offload
+        + ", inputs of the other layers on the host" * found.run.offload
         + ", embedding table on the host" * found.run.host_embeddings
     )
     return memory_of(found)
 
 
 def memory_of(chosen: Choice) -> MemoryChoice:
-    """The forecast's choice as values of settings."""
+    """The forecast's choice as setting values."""
     return MemoryChoice(
         tokens_per_row=chosen.tokens_per_row,
         kept_layers=chosen.run.kept_layers,
@@ -95,7 +95,7 @@ def memory_of(chosen: Choice) -> MemoryChoice:
 
 
 def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: torch.device) -> None:
-    """Stops before a download if not even short pairs can fit; an architecture without a forecast passes.
+    """Refuses a run before the download if even short pairs cannot fit; an architecture without a forecast passes.
 
     Raises: OutOfMemoryError.
     """
@@ -109,15 +109,15 @@ def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: tor
     needed, limit = choose.smallest_fixed_part(shape, run), _limit(config, available(device))
     if needed > limit:
         raise OutOfMemoryError(
-            f"{config.model.path} does not fit: {needed / GIB:.1f} GiB at the least are taken before the first token, "
-            f"and {limit / GIB:.1f} GiB of {device} can be planned for "
+            f"{config.model.path} does not fit: it takes at least {needed / GIB:.1f} GiB before the first token, but "
+            f"only {limit / GIB:.1f} GiB of {device} can be planned for "
             f"({_of_what(available(device), config.memory.limit_gib)}). Its weights were not downloaded. Choose a "
             "smaller model; `qdpo fit --gpu-gib N` lists what fits."
         )
 
 
 def after_failure(config: RunConfig, pairs: Sequence[TokenPair], progress: Progress) -> str:
-    """What to say when a step ran out of memory for good: what was measured, and what may be changed."""
+    """Message for a step that ran out of memory at every level: the measured peak, and settings to change."""
     memory, longest = config.memory, max(pair.tokens for pair in pairs)
     changes = []
     if memory.kept_layers not in (0, "auto"):
@@ -129,7 +129,7 @@ def after_failure(config: RunConfig, pairs: Sequence[TokenPair], progress: Progr
     anew = f"data.max_tokens={config.data.max_tokens * 3 // 4} --fresh"
     return (
         f"The adapter after step {progress.step} is saved. Measured peak {progress.peak_gib:.1f} GiB, longest pair "
-        f"{longest} tokens. Close other programs that hold memory of the card, or continue with "
+        f"{longest} tokens. Close other programs that use the card's memory, or continue with "
         f"{' or '.join([*changes[:2], anew])}."
     )
 
@@ -154,7 +154,7 @@ def _of_what(free: float, limit_gib: float | None) -> str:
 
 
 def available(device: torch.device) -> float:
-    """Free bytes of the device; on the CPU, memory that the system can give without swapping."""
+    """Free bytes of the device; on the CPU, memory available without swapping."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -177,10 +177,10 @@ def try_worst_row(
     optimizer_bytes: int,
     say: Say,
 ) -> int | str:
-    """Forward and backward of the longest row there can be, with room for the optimizer; trains nothing.
+    """Forward and backward pass of the longest possible row, with room for the optimizer; trains nothing.
 
-    An out-of-memory error comes here or never. If `may_lower`, layers are given up one quarter at a time until the row
-    fits. Returns the number of kept layers that fits.
+    An out-of-memory error comes here or never. If `may_lower`, the kept layers are lowered by a quarter at a time until
+    the row fits. Returns the number of kept layers that fits.
     Raises: OutOfMemoryError if it does not fit.
     """
     worst = worst_rows(pairs, tokens_per_row)
@@ -192,14 +192,14 @@ def try_worst_row(
         except torch.cuda.OutOfMemoryError as error:
             loaded.policy.peft.zero_grad(set_to_none=True)
             first_line = str(error).splitlines()[0]
-        give_back_memory(loaded.policy.device)
+        release_memory(loaded.policy.device)
         layers = len(loaded.layers) if kept == "all" else int(kept)
         tokens = max(row.tokens for row in worst)
         if not may_lower or layers == 0:
             raise OutOfMemoryError(
                 f"The longest row, {tokens} tokens, does not fit: {first_line} Nothing was trained. Lower "
                 "data.max_tokens (the longest pair), memory.kept_layers or memory.head_tile_mib, set "
-                "memory.offload=true, or close other programs that hold memory of the card."
+                "memory.offload=true, or close other programs that use the card's memory."
             )
         kept = layers - max(1, layers // 4)
         loaded.layers.keep(kept)
@@ -207,7 +207,7 @@ def try_worst_row(
 
 
 def worst_rows(pairs: Sequence[TokenPair], tokens_per_row: int) -> list[PairRow]:
-    """The fullest row that pairs can make, and the longest pair alone if the row holds no longer one."""
+    """The fullest row that the pairs can make, longest pairs first; the longest pair alone if rows are not packed."""
     longest = sorted(pairs, key=lambda pair: -pair.tokens)
     full: list[TokenPair] = []
     for pair in longest:

@@ -1,4 +1,4 @@
-"""How far a run goes: steps, pairs and warm-up, from epochs, steps or hours."""
+"""The length of a run: steps, pairs and warm-up, from epochs, steps or hours."""
 
 import math
 import time
@@ -14,27 +14,27 @@ from qdpo.model.policy.adapter import Policy
 from qdpo.settings.schema import TrainConfig
 from qdpo.train.step.step import score
 
-# Pairs that are timed for train.hours, and the share of the hours that is planned for: the rest is saving and samples.
+# Pairs timed for train.hours, and the share of the hours that is planned for: the rest is for saving and samples.
 TIMED_PAIRS, PLANNED_SHARE = 8, 0.95
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """Chosen at the first start, recorded and kept: the schedule of a resumed run is the same."""
+    """Chosen at the first start and recorded, so that a resumed run has the same schedule."""
 
     steps: int
     total_pairs: int
     warmup_steps: int
 
     def indices(self, step: int, train: TrainConfig, pairs: int) -> list[int]:
-        """Which of the `pairs` training pairs make up step `step`, from 0."""
+        """Indices of the training pairs, out of `pairs`, that make up step `step` (from 0)."""
         return step_indices(
             step, pairs=pairs, pairs_per_step=train.pairs_per_step, total_pairs=self.total_pairs, seed=train.seed
         )
 
 
 def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> RunLength:
-    """Steps that cover `train.epochs` over `pairs` pairs (or train.steps), but `at_most` that many."""
+    """Steps that cover `train.epochs` over `pairs` pairs (or train.steps), up to `at_most`."""
     total = train.steps * train.pairs_per_step if train.steps else max(1, round(train.epochs * pairs))
     if at_most is not None:
         total = min(total, at_most * train.pairs_per_step)
@@ -45,7 +45,7 @@ def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> Ru
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds a pair, measured: one reference or held-out pass, and one training pass."""
+    """Measured seconds per pair: one reference or held-out pass, and one training pass."""
 
     score_s: float
     step_s: float
@@ -53,7 +53,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a loss asks for besides the training pass."""
+    """The passes that a loss needs in addition to the training pass."""
 
     reference: bool
     """Each pair once with the adapter off."""
@@ -61,12 +61,12 @@ class Passes:
     """Each step is scored before it is trained."""
 
     def pair_s(self, speed: Speed) -> float:
-        """Seconds that a training pair takes in all."""
+        """Total seconds per training pair."""
         return speed.step_s + speed.score_s * (self.reference + self.coupled)
 
 
 def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row: int, seed: int) -> Speed:
-    """Times a few of the run's own pairs, drawn by seed; gradients are thrown away, nothing is trained."""
+    """Times a few of the run's own pairs, drawn by seed; gradients are discarded, nothing is trained."""
     places = np.random.default_rng(seed).permutation(len(pairs))[:TIMED_PAIRS]
     rows = pack_rows([pairs[place] for place in places], tokens_per_row)
     best = Speed(math.inf, math.inf)
@@ -89,9 +89,9 @@ def measure_speed(policy: Policy, pairs: Sequence[TokenPair], *, tokens_per_row:
 def within_hours(
     train: TrainConfig, pairs: int, held_out: int, speed: Speed, passes: Passes, spent_s: float
 ) -> RunLength:
-    """The plan of `train`, shortened to what fits into train.hours; `spent_s` are the seconds already gone.
+    """The plan of `train`, shortened to fit into train.hours; `spent_s` is the time already spent.
 
-    Every training pair is reckoned with its other passes, and three evaluations besides the regular ones.
+    The estimate counts all passes of every training pair, and three evaluations in addition to the regular ones.
     """
     assert train.hours is not None
     evaluation_s = held_out * speed.score_s

@@ -19,7 +19,7 @@ from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
-from qdpo.model.device import choose_device, choose_dtype, repeat_rounding
+from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, record
 from qdpo.run.folder import RunDir
@@ -44,10 +44,10 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every phase of a run needs. `started` is a monotonic clock reading."""
+    """State that every phase of a run needs. `started` is a monotonic clock reading."""
 
     config: RunConfig
-    """The settings, with the memory values that were found."""
+    """The settings, including the memory values that were found."""
     given: RunConfig
     run: RunDir
     watcher: Watcher
@@ -56,7 +56,7 @@ class Job:
     train: PairStore
     held_out: PairStore
     prompts: list[SamplePrompt]
-    """What is completed at evaluations, for reading."""
+    """Prompts that are completed at evaluations, for reading."""
     tokenizer: Any
     base: BaseFolder
     loaded: Loaded
@@ -75,7 +75,7 @@ class Job:
 
 
 def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Job:
-    """Everything up to a loaded policy; the run folder appears once data and settings are known to be usable."""
+    """Opens a run, up to a loaded policy; creates the run folder once data and settings are known to be usable."""
     config, say, started = resolved.config, watcher.say, time.monotonic()
     if run.record.exists():
         identity.check_unchanged(run, resolved)
@@ -85,7 +85,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         adapter.check_adapter_folder(Path(config.adapter.start))
     device = choose_device(config.model.device, say)
     if config.train.deterministic and device.type == "cuda":
-        repeat_rounding()
+        use_deterministic_kernels()
     cache_dir = cache_folder(config)
     pinned = read_record(run).base.commit if run.record.exists() else None
     folder = fetch.locate_base(
@@ -128,12 +128,12 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Where reference log-probs and converted bases are kept."""
+    """The folder that holds reference log-probs and converted bases."""
     return disk.cache_folder(config.cache.dir)
 
 
 def try_worst_row(job: Job) -> None:
-    """Runs the longest row there can be: a lack of memory shows now. Records memory.kept_layers if it was lowered."""
+    """Tries the longest possible row, so that a lack of memory shows now. Records memory.kept_layers if lowered."""
     device = job.loaded.policy.device
     parameters = job.loaded.policy.adapter_parameters().values()
     state_bytes = 8 if job.found.optimizer == "adamw" else 2
@@ -153,7 +153,7 @@ def try_worst_row(job: Job) -> None:
 
 
 def plan_run(job: Job) -> RunLength:
-    """Steps and warm-up: as recorded, or from epochs, steps or hours, and then recorded."""
+    """Steps and warm-up: as recorded; at the first start computed from epochs, steps or hours, and recorded."""
     found, train = job.found, job.config.train
     if found.steps is None:
         plan = plan_steps(train, len(job.train))
@@ -183,9 +183,8 @@ def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
     kept = read_record(run)
     if kept.weights not in (None, loaded.weights):
         raise ConfigError(
-            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the "
-            "model back, or "
-            "start anew with --fresh."
+            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the model "
+            "back, or start again with `--fresh`."
         )
     write_record(run, replace(kept, weights=loaded.weights, four_bit=loaded.marks))
 
@@ -198,11 +197,11 @@ def _first_start(
     tokenizer: Any,
     watcher: Watcher,
 ) -> None:
-    """Prepares the data, then writes the run folder with all that was found, whole or not at all."""
+    """Prepares the data, then writes the run folder with all found values, whole or not at all."""
     config = resolved.config
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ConfigError(
-            f"{run.path} exists and is no run that can be continued. Choose another output.name or remove it."
+            f"{run.path} exists but is not a qdpo run. Choose another `output.name`, or remove the folder."
         )
     say = watcher.say
     dtype = choose_dtype(config.model.dtype, device, say)
@@ -240,7 +239,7 @@ def _first_start(
 
 
 def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
-    """Room for ids (4 bytes a token), the cache (4 bytes a response token, and keys), checkpoints, and some over."""
+    """Checks for room for ids (4 bytes a token), the cache (4 bytes a response token, plus keys) and checkpoints."""
     tokens = sum(pair.tokens for pair in pairs)
     disk.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
     disk.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
@@ -250,7 +249,7 @@ def environment(device: torch.device) -> Environment:
     """Versions and device, for the record."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return Environment(
-        # A clone that was never installed has no metadata.
+        # A clone that is not installed has no metadata.
         packages={"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
         python=platform.python_version(),
         platform=platform.platform(),

@@ -1,4 +1,4 @@
-"""The sums over each answer's tokens that a loss looks at.
+"""The sums over each answer's tokens that a loss uses.
 
 N response tokens · P pairs. c, r: the chosen and the rejected answer; a, b: their log-ratios to the reference. In nats.
 """
@@ -16,7 +16,7 @@ from qdpo.settings.schema import LossConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """All that a loss may look at: per pair, shape (P,). What needs a reference is None without one."""
+    """All inputs of a loss: per pair, shape (P,). Fields that need a reference are None without one."""
 
     c: Tensor
     r: Tensor
@@ -25,11 +25,11 @@ class Pairs:
     reference_c: Tensor | None
     reference_r: Tensor | None
     nll_c: Tensor
-    """−log π of the chosen answer; unlike c it is never weighted by ld_alpha."""
+    """−log π of the chosen answer; unlike c, never weighted by ld_alpha."""
     tokens_c: Tensor
     tokens_r: Tensor
     mean_tokens_c: Tensor
-    """Chosen tokens a pair, averaged over the whole step: the normaliser of a token mean, whatever the packing."""
+    """Chosen tokens per pair, averaged over the whole step: normalises token means independently of packing."""
     wpo_weight: Tensor | None
 
 
@@ -45,10 +45,9 @@ def sum_pairs(
     """Sums the log-probs of N response tokens over each answer.
 
     `lengths` are the tokens of chosen 0, rejected 0, chosen 1, …; shape (2P,). Policy and reference are subtracted
-    token by token, so that equal log-probs give log-ratios of exactly 0. With loss.ld_alpha the tokens beyond the
-    shorter answer's length count that much (LD-DPO, arXiv 2409.06411). `log_square_N` is log Σ_v π(v)² of each token,
-    for WPO.
-    The sums are in float64 whatever the input is.
+    token by token, so that equal log-probs give log-ratios of exactly 0. loss.ld_alpha weights the tokens beyond the
+    shorter answer's length (LD-DPO, arXiv 2409.06411). `log_square_N` is log Σ_v π(v)² of each token, for WPO.
+    The sums are in float64 for every input type.
     """
     logp_N = logp_N.double()
     ratio_N = None if reference_N is None else logp_N - reference_N.double()
@@ -91,7 +90,7 @@ def sum_pairs(
 
 
 def join(parts: Sequence[Pairs]) -> Pairs:
-    """One Pairs of all pairs, in order."""
+    """Concatenates `parts` into one Pairs, in order."""
     columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Pairs)}
     joined: dict[str, Any] = {name: None if part[0] is None else torch.cat(part) for name, part in columns.items()}
     return Pairs(**joined)

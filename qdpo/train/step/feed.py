@@ -1,4 +1,4 @@
-"""Rows of the steps to come, made ready on another thread while the device works on this one."""
+"""Prefetches rows: a thread prepares those of the next step while the device works on the current step."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,20 +24,20 @@ def row_tensors(row: PairRow, device: torch.device) -> RowTensors:
 
 @dataclass(frozen=True)
 class ReadyRow:
-    """A row with all that a step needs of it, still on the host: pinned, where the device is a GPU."""
+    """A row with everything a step needs, still on the host; pinned if the device is a GPU."""
 
     row: PairRow
     tensors: RowTensors
     reference_N: Tensor | None
 
     def on(self, device: torch.device) -> tuple[RowTensors, Tensor | None]:
-        """Row and reference on the device; from pinned memory the copies do not hold up the host."""
+        """Copies row and reference to the device; from pinned memory the copies do not block the host."""
         reference = None if self.reference_N is None else self.reference_N.to(device, non_blocking=True)
         return _moved(self.tensors, device), reference
 
 
 def ready(row: PairRow, reference: Reference | None, *, pin: bool = False) -> ReadyRow:
-    """Lays the row out and looks its reference up. `reference` is None for losses that compare with none."""
+    """Builds the row's tensors and looks up its reference. `reference` is None for losses that need no reference."""
     tensors, reference_N = _on_host(row), None
     if reference is not None:
         reference_N = torch.from_numpy(np.concatenate([part for pair in row.pairs for part in reference(pair)]))
@@ -48,7 +48,7 @@ def ready(row: PairRow, reference: Reference | None, *, pin: bool = False) -> Re
 
 
 class Feed:
-    """Gives the rows of one step after the other; those of the next one are being made ready meanwhile."""
+    """Returns the rows of one step after another, preparing those of the next step meanwhile."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Feed:
         self._next: tuple[int, Future[list[ReadyRow]]] | None = None
 
     def rows(self, step: int, *, last: int) -> list[ReadyRow]:
-        """Rows of `step`; starts on those of the next one, up to step `last`."""
+        """Rows of `step`; starts to prepare those of the next step, up to step `last`."""
         if self._next is not None and self._next[0] == step:
             rows = self._next[1].result()
         else:
@@ -74,7 +74,7 @@ class Feed:
         return rows
 
     def close(self) -> None:
-        """Waits for what is under way and drops it."""
+        """Waits for rows in preparation and discards them."""
         self._worker.shutdown(wait=True, cancel_futures=True)
 
 

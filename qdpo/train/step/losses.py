@@ -1,8 +1,8 @@
-"""Each loss as a pure function of the log-probs of response tokens, with its paper's equation on the line.
+"""Each loss as a pure function of the log-probs of response tokens, with its paper's equation on the same line.
 
 P pairs. c, r: log π(y|x) of the chosen and the rejected answer, summed over its tokens; a, b: their log-ratios to the
 reference, log π(y|x) − log π_ref(y|x). All in nats. A loss returns one value a pair, shape (P,); a step's loss is the
-mean over its pairs. What each loss takes, and what cannot be combined, is in loss_rules.RULES.
+mean over its pairs. loss_rules.RULES holds each loss's settings, and the combinations that are not allowed.
 """
 
 import math
@@ -30,10 +30,10 @@ def pair_losses(p: Pairs, loss: LossConfig) -> Tensor:
 
 
 def loss_slopes(parts: Sequence[Pairs], loss: LossConfig) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Losses of all pairs of `parts` together, shape (P,), and for each part the slopes of their mean.
+    """Losses of all pairs of `parts` together, shape (P,), and for each part the gradient of their mean.
 
-    A slope is d mean loss / d sum, shape (P of the part,), keyed by the field of Pairs. With them a part's gradient can
-    be had later and alone, whatever the loss couples.
+    A slope is d mean loss / d sum, shape (P of the part,), keyed by the field of Pairs. With the slopes, each part's
+    gradient can be computed later and separately, even where the loss couples pairs.
     """
     joined = join(parts)
     leaves = {
@@ -50,7 +50,7 @@ def loss_slopes(parts: Sequence[Pairs], loss: LossConfig) -> tuple[Tensor, list[
 
 
 def rewards(p: Pairs, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    """What is reported as rewards of chosen and rejected, shape (P,): β · log-ratio (DPO, section 4) for any loss.
+    """Rewards of chosen and rejected for reports, shape (P,): β · log-ratio (DPO, section 4) for any loss.
 
     Without a reference: simpo, β · mean log-prob (its eq. 4); orpo, λ · mean log-prob; cpo and sft, β · log-prob.
     """
@@ -82,7 +82,7 @@ def hinge(p: Pairs, loss: LossConfig) -> Tensor:
 
 
 def ipo(p: Pairs, loss: LossConfig) -> Tensor:
-    """IPO on log-ratios per token, as its authors ran it; β is the paper's τ."""
+    """IPO on log-ratios per token, as in its authors' code; β is the paper's τ."""
     delta = _margin(p, loss, normalized=True) / loss.beta
     return (delta - 1 / (2 * loss.beta)) ** 2  # 2310.12036 eq. 17
 
@@ -112,7 +112,7 @@ def discopop(p: Pairs, loss: LossConfig) -> Tensor:
 
 
 def nca_pair(p: Pairs, loss: LossConfig) -> Tensor:
-    """NCA: the chosen answer is told from noise, so that its likelihood does not fall."""
+    """NCA: classifies the chosen answer against noise, so that its likelihood does not fall."""
     chosen, rejected = _ratio_rewards(p, loss)
     return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)  # 2402.05369, NCA with K = 2
 
@@ -124,7 +124,7 @@ def bco_pair(p: Pairs, loss: LossConfig) -> Tensor:
 
 
 def sppo_hard(p: Pairs, loss: LossConfig) -> Tensor:
-    """SPPO with certain labels: log-ratios are drawn to ±1/(2β)."""
+    """SPPO with certain labels: log-ratios are pulled towards ±1/(2β)."""
     a, b = _ratios(p, loss)
     return (a - 0.5 / loss.beta) ** 2 + (b + 0.5 / loss.beta) ** 2  # 2405.00675 eq. 4.7, P = 1 and 0
 
@@ -136,7 +136,7 @@ def apo_zero(p: Pairs, loss: LossConfig) -> Tensor:
 
 
 def apo_down(p: Pairs, loss: LossConfig) -> Tensor:
-    """APO-down: both down, the rejected one further; for chosen answers that are worse than the model's own."""
+    """APO-down: both down, the rejected answer further; for chosen answers worse than the model's own."""
     chosen, rejected = _ratio_rewards(p, loss)
     return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()  # 2408.06266 eq. 8
 
@@ -203,7 +203,7 @@ def _logistic(margin: Tensor, smoothing: float) -> Tensor:
 
 
 def _margin(p: Pairs, loss: LossConfig, *, normalized: bool = False) -> Tensor:
-    """βδ = β (s(a) − s(b)), the scores divided by the answers' tokens where that is asked for."""
+    """βδ = β (s(a) − s(b)), with the scores divided by the answers' tokens if `normalized`."""
     n_c, n_r = (p.tokens_c, p.tokens_r) if normalized else _divisors(p, loss)
     return loss.beta * (_score(_given(p.a), loss) / n_c - _score(_given(p.b), loss) / n_r)
 

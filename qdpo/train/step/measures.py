@@ -1,6 +1,6 @@
-"""What is measured of a step or an evaluation, and over what each measure is a mean.
+"""The metrics of a step or an evaluation, and the denominator of each mean.
 
-N response tokens of a row · P pairs. The page report/screen/metrics.md explains every name to users.
+N response tokens of a row · P pairs. report/screen/metrics.md explains every name to users.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from qdpo.settings.schema import LossConfig
 from qdpo.train.step.answer_sums import Pairs
 from qdpo.train.step.losses import rewards
 
-# Metric name → what its sum is divided by.
+# Metric name → the count that its sum is divided by.
 MEAN_OVER = {
     "loss": "pairs",
     "rewards/chosen": "pairs",
@@ -38,7 +38,7 @@ MEAN_OVER = {
 
 
 def pair_sums(pairs: Pairs, losses_P: Tensor, loss: LossConfig) -> dict[str, Tensor]:
-    """Sums over the pairs of every metric that is a mean over pairs and needs the reference."""
+    """Sums over the pairs, for every metric that is a mean over pairs and needs the reference."""
     chosen_P, rejected_P = rewards(pairs, loss)
     ties = (chosen_P == rejected_P).sum()
     return {
@@ -52,7 +52,7 @@ def pair_sums(pairs: Pairs, losses_P: Tensor, loss: LossConfig) -> dict[str, Ten
 
 
 def token_sums(scores: TokenScores, reference_N: Tensor | None, row: PairRow) -> dict[str, Tensor]:
-    """Sums over the row's response tokens of every other metric; `kl` only with a reference."""
+    """Sums over the row's response tokens, for every other metric; `kl` only with a reference."""
     assert scores.mean_logit is not None and scores.entropy is not None and scores.hit is not None
     chosen_N = to_device(torch.from_numpy(row.sequence_N % 2 == 0), scores.logp.device)
     logp_N = scores.logp.double()

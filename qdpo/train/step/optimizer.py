@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 def choose_optimizer(wanted: str, device: torch.device, say: Callable[[str], None]) -> str:
-    """Name of the optimizer to use on this device; where it is not the one asked for, that is announced."""
+    """Name of the optimizer to use on this device; a change from `wanted` is reported."""
     if wanted == "auto":
         return "paged_adamw8bit" if device.type == "cuda" else "adamw8bit"
     if wanted == "paged_adamw8bit" and device.type == "cpu":
-        say("optimizer: adamw8bit, because on the CPU there is nothing to page to")
+        say("optimizer: adamw8bit (the CPU has nothing to page to)")
         return "adamw8bit"
     return wanted
 
@@ -45,13 +45,13 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, sche
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as flat tensors `parameter|key`, and its scalars, both without pickle."""
+    """The optimizer's state as flat tensors `parameter|key`, and its scalars; neither needs pickle."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, parameter in names.items():
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, Tensor):
-                # 8-bit states share their code tables; safetensors stores no shared memory.
+                # 8-bit states share their code tables, and safetensors does not store shared memory.
                 tensors[f"{name}|{key}"] = value.detach().cpu().clone().contiguous()
             else:
                 scalars[f"{name}|{key}"] = value
@@ -64,11 +64,11 @@ def restore_optimizer(
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
 ) -> None:
-    """Puts a saved state back, on each parameter's device."""
+    """Restores a saved state, on each parameter's device."""
     values: dict[str, Any] = {**tensors, **scalars}
     for place, value in values.items():
         name, _, key = place.rpartition("|")
         parameter = names[name]
-        # torch keeps AdamW's step counter on the CPU; every other tensor lives beside its parameter.
+        # torch keeps AdamW's step counter on the CPU; every other tensor is on its parameter's device.
         stays = key == "step" or not isinstance(value, Tensor)
         optimizer.state[parameter][key] = value if stays else value.to(parameter.device)

@@ -1,4 +1,4 @@
-"""When the memory is suddenly too small for a step: once more, then smaller rows, then a stop that loses nothing."""
+"""Recovers from a step that runs out of memory: retries it, then uses smaller rows, then stops without any loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,34 +7,34 @@ import torch
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.errors import OutOfMemoryError
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.train.step.feed import ReadyRow, ready
 from qdpo.train.step.step import RowTooLarge, StepReport
 
-# How a step's rows are computed, from the usual way to the one that takes least memory.
+# Ways to compute a step's rows, from the usual way to the one that takes the least memory.
 WHOLE, HALVES, SINGLE, SIDED = range(4)
 NAMES = ("whole rows", "rows of half the pairs", "rows of one pair", "one answer at a time")
 ComputeStep = Callable[[Sequence[ReadyRow], bool], StepReport]
 
 
 class Recovery:
-    """Takes steps at the current level; a level that was found necessary stays, from that step on."""
+    """Runs steps at the current level; a lowered level applies from that step on."""
 
     def __init__(
         self, found: dict[str, int], device: torch.device, say: Callable[[str], None],
         record: Callable[[dict[str, int]], None],
     ):  # fmt: skip
-        """`found` maps the first step of each lowered level, as text, to the level; `record` stores it for a resume."""
+        """`found` maps the first step of each lowered level, as text, to the level; `record` stores it for resume."""
         self.found, self._device, self._say, self._record = dict(found), device, say, record
 
     def level(self, step: int) -> int:
-        """The level of a step: the same in a resumed run, so that its splits are replayed."""
+        """The level of a step; the same in a resumed run, which replays the splits."""
         return max((level for first, level in self.found.items() if int(first) <= step), default=WHOLE)
 
-    def take(self, step: int, rows: Sequence[ReadyRow], compute: ComputeStep) -> StepReport:
-        """The step's report. The same gradient at every level, to rounding.
+    def run_step(self, step: int, rows: Sequence[ReadyRow], compute: ComputeStep) -> StepReport:
+        """Runs the step and returns its report. The gradient is the same at every level, up to rounding.
 
-        `compute` takes rows and whether answers go one at a time, and raises RowTooLarge.
+        `compute` receives rows and a flag (one answer at a time), and raises RowTooLarge.
         Raises: OutOfMemoryError if the step does not fit at the last level.
         """
         again = True
@@ -44,15 +44,15 @@ class Recovery:
                 return compute(split(rows, level), level == SIDED)
             except RowTooLarge as error:
                 reason = str(error)
-            give_back_memory(self._device)
+            release_memory(self._device)
             if again:
                 again = False
-                self._say(f"step {step + 1}: out of memory ({reason}); trying once more with the cache emptied")
+                self._say(f"step {step + 1}: trying once more with the cache emptied (out of memory: {reason})")
                 continue
             if level == SIDED:
                 raise OutOfMemoryError(f"Step {step + 1} does not fit even one answer at a time: {reason}")
             self.found[str(step)] = level + 1
-            self._say(f"step {step + 1}: out of memory; from here on {NAMES[level + 1]} at a time, the same gradient")
+            self._say(f"step {step + 1}: from here on {NAMES[level + 1]} at a time, same gradient (out of memory)")
             self._record(self.found)
 
 

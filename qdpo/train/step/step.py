@@ -1,4 +1,4 @@
-"""One optimizer step from rows to a report: score, weigh against the reference, differentiate, update.
+"""One optimizer step from rows to a report: score, compare with the reference, differentiate, update.
 
 Letters: N response tokens of a row · P pairs of a row.
 """
@@ -25,7 +25,7 @@ from qdpo.train.step.measures import counts, means, pair_sums, token_sums
 
 
 def score(policy: Policy, row: PairRow, *, metrics: bool) -> TokenScores:
-    """Scores of the row's response tokens; with `policy.reference()` around it, the reference's."""
+    """Scores of the row's response tokens; inside `policy.reference()`, those of the reference."""
     return _score(policy, row_tensors(row, policy.device), metrics=metrics, squares=False)
 
 
@@ -38,14 +38,14 @@ def _score(policy: Policy, tensors: RowTensors, *, metrics: bool, squares: bool)
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row's pairs, with gradient, and its metrics summed over tokens; both on the device."""
+    """A row's pairs, with gradient, and its metrics summed over tokens, both on the device."""
 
     pairs: Pairs
     sums: dict[str, Tensor]
 
 
 def score_row(policy: Policy, ready: ReadyRow, loss: LossConfig, *, mean_tokens_c: float) -> ScoredRow:
-    """Log-probs of the row's answers beside their reference; `mean_tokens_c`: the step's chosen tokens a pair."""
+    """Log-probs of the row's answers, with their reference; `mean_tokens_c`: the step's chosen tokens per pair."""
     tensors, reference_N = ready.on(policy.device)
     scores = _score(policy, tensors, metrics=True, squares=loss.wpo)
     pairs = sum_pairs(
@@ -60,7 +60,7 @@ class StepReport:
     """One optimizer step, as plain numbers."""
 
     values: dict[str, float]
-    """Metric name → mean over the step, as metrics.MEAN_OVER says."""
+    """Metric name → mean over the step, with the denominator in metrics.MEAN_OVER."""
     grad_norm: float
     """Norm of the adapter's gradient before clipping."""
     tokens: int
@@ -80,13 +80,13 @@ def train_step(
     max_grad_norm: float,
     sided: bool = False,
 ) -> StepReport:
-    """Updates the adapter with the gradient of the mean loss over exactly the rows' pairs, however they are packed.
+    """Updates the adapter with the gradient of the mean loss over the rows' pairs, independently of their packing.
 
-    Losses that couple pairs see the whole step: every row is scored once without gradient, and again with it. `sided`:
-    each row is scored without gradient first, then each answer by itself: the same gradient in the least memory.
-    Raises: NonFiniteError before the update if a loss or the gradient norm is NaN or infinite; with fp16 an infinite
-    gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report says so.
-    RowTooLarge if the device's memory was not enough for the gradient; the adapter is as it was.
+    Losses that couple pairs cover the whole step: every row is scored once without gradient, then again with gradient.
+    `sided`: each row is first scored without gradient, then each answer separately: the same gradient, least memory.
+    Raises: NonFiniteError before the update if a loss or the gradient norm is NaN or infinite. With fp16 an infinite
+    gradient is an overflow of the scaled loss: the update is skipped, the scale is lowered, and the report records it.
+    RowTooLarge if the gradient does not fit in the device's memory; the adapter is unchanged.
     """
     optimizer.zero_grad(set_to_none=True)
     backward = _backward_coupled if couples_pairs(loss.name) else backward_by_row
@@ -97,7 +97,7 @@ def train_step(
         raise RowTooLarge(str(error).splitlines()[0]) from None
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    # The one synchronisation of the step.
+    # The only synchronisation of the step.
     numbers = torch.stack([*totals.values(), norm, *row_losses]).tolist()
     laid_out = [ready.row for ready in rows]
     values = means(dict(zip(totals, numbers, strict=False)), laid_out)
@@ -111,7 +111,7 @@ def train_step(
 
 
 class RowTooLarge(Exception):
-    """A step's gradient did not fit; the step can be tried again with smaller rows."""
+    """A step's gradient did not fit; the step can be retried with smaller rows."""
 
 
 Scale = Callable[[Tensor], Tensor]
@@ -120,7 +120,7 @@ Scale = Callable[[Tensor], Tensor]
 def backward_by_row(
     policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale, *, sided: bool = False
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Adds the step's gradient to the adapter row by row; metrics summed over the step, and each row's loss."""
+    """Adds the step's gradient to the adapter row by row; returns metrics summed over the step, and each row's loss."""
     number = counts([ready.row for ready in rows])
     mean_tokens_c = number["chosen tokens"] / number["pairs"]
     totals: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def backward_by_row(
 def _backward_coupled(
     policy: Policy, rows: Sequence[ReadyRow], loss: LossConfig, scale: Scale, *, sided: bool = False
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The same for a loss of all pairs at once: first its slopes by each log-prob, then the rows with these."""
+    """As backward_by_row, for a loss that couples pairs: first its slopes by each log-prob, then rows with these."""
     number = counts([ready.row for ready in rows])
     mean_tokens_c = number["chosen tokens"] / number["pairs"]
     with torch.no_grad():
@@ -186,9 +186,9 @@ def _backward_row(
 
 
 def sides(row: PairRow) -> Iterator[tuple[PairRow, slice, slice]]:
-    """Each answer of a row by itself: its row, and which response tokens there and in the whole row are its own.
+    """Each answer of a row separately: a row of its own, and its response tokens in that row and in the whole row.
 
-    The other answer is cut to one token, which the answer does not see and whose slope is not used.
+    The other answer is cut to one token, which the answer cannot attend to and whose slope is unused.
     """
     start = 0
     for pair in row.pairs:
@@ -209,6 +209,6 @@ def _name_rows(rows: Sequence[PairRow], losses: Sequence[float], grad_norm: floa
     numbers = sorted(pair.row for row in bad for pair in row.pairs)
     what = "The loss is not finite" if bad is not rows else f"The gradient norm is {grad_norm}"
     return (
-        f"{what} at data rows {', '.join(map(str, numbers[:16]))}. The adapter is as it was before this step. "
+        f"{what} at data rows {', '.join(map(str, numbers[:16]))}. The adapter is unchanged since the previous step. "
         "Look at these rows in the data, lower train.learning_rate, or compute with model.dtype=bf16 or fp32."
     )

@@ -1,4 +1,4 @@
-"""Says what is wrong as soon as the records show it, once each, and stops on the findings asked for."""
+"""Reports problems once each, as soon as the records show them, and stops the run on the requested findings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,25 +9,25 @@ from qdpo.settings.schema import RunConfig
 
 
 class Alarm:
-    """Hears every record of a run; `stops_on` is what train.stop_when names, once that holds."""
+    """Checks every record of a run; `stops_on` is the finding named by train.stop_when, once it holds."""
 
     def __init__(self, terms: Terms, stop_when: Sequence[str], say: Callable[[str], None]):
         self._course, self._stop_when, self._say = Course(terms), set(stop_when), say
         self._said: set[str] = set()
         self.stops_on: Finding | None = None
 
-    def recall(self, records: Sequence[dict[str, Any]]) -> None:
-        """Takes the records of an earlier start; what holds at their end is said (again)."""
+    def replay(self, records: Sequence[dict[str, Any]]) -> None:
+        """Adds the records of an earlier start, and reports (again) the findings that hold at their end."""
         for record in records:
             self._course.add(record)
-        self._look()
+        self._update()
 
-    def hear(self, record: dict[str, Any]) -> None:
-        """Takes one record more."""
+    def check(self, record: dict[str, Any]) -> None:
+        """Adds one record and reports new findings."""
         self._course.add(record)
-        self._look()
+        self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         found = findings(self._course)
         for finding in found:
             if finding.rule not in self._said:
@@ -37,5 +37,5 @@ class Alarm:
 
 
 def terms(config: RunConfig, *, steps: int, held_out: int) -> Terms:
-    """What the rules must know of a run of these settings."""
+    """The facts about a run with these settings that the rules need."""
     return Terms(steps, config.train.pairs_per_step, held_out, config.loss.beta)

@@ -19,7 +19,7 @@ from qdpo.train.step.step import score_row
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean metrics over the pairs, and every pair's margin."""
+    """Mean metrics over the pairs, and each pair's margin."""
 
     values: dict[str, float]
     margins: list[float]
@@ -31,7 +31,7 @@ class Evaluation:
 
     @property
     def perplexities(self) -> dict[str, float]:
-        """exp of the mean negative log-likelihood of a response token: all tokens alike, not all answers."""
+        """exp of the mean negative log-likelihood per response token: every token counts equally, not every answer."""
         return {
             f"perplexity/{side}": math.exp(-self.values[f"logps/{side}_per_token"]) for side in ("chosen", "rejected")
         }
@@ -44,9 +44,9 @@ def evaluate(
     loss: LossConfig,
     advance: Callable[[int], None],
 ) -> Evaluation:
-    """Metrics over all pairs of `rows`, without gradients; `advance` is told the pairs done.
+    """Metrics over all pairs of `rows`, without gradients; `advance` receives the number of pairs done.
 
-    The loss is that of all pairs at once, so that one which couples pairs does not depend on how they are packed.
+    The loss is computed over all pairs at once, so that a loss which couples pairs does not depend on the packing.
     """
     number = counts(rows)
     scored = []
@@ -66,6 +66,6 @@ def evaluate(
 
 
 def reference_offset(evaluation: Evaluation, beta: float) -> tuple[float, float]:
-    """Mean and largest |margin| / β of an untouched adapter, in nats: 0 where reference and policy rows are one."""
+    """Mean and largest |margin| / β of an untouched adapter, in nats; 0 if reference and policy rows are equal."""
     gaps = np.abs(np.array(evaluation.margins)) / beta
     return float(gaps.mean()), float(gaps.max())

@@ -1,4 +1,4 @@
-"""metrics.jsonl as a run writes it."""
+"""Writes a run's metrics.jsonl."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ SCHEMA = 1
 
 
 class Metrics:
-    """The run's metrics.jsonl: one JSON object a line, flushed as it is written."""
+    """The run's metrics.jsonl: one JSON object per line, flushed on every write."""
 
     def __init__(self, path: Path, *, keep_through: int, tracker: Tracker | None = None):
-        """Opens the file for appending, without the records after step `keep_through`, nor a torn last line.
+        """Opens the file for appending, dropping records after step `keep_through` and a partial last line.
 
-        `tracker` gets what it lacks of the records kept, and every record that is written.
+        `tracker` receives the kept records that it lacks, and every record written.
         """
         self.path = path
         lines = [line for line in disk.read_lines(path) if line["step"] <= keep_through]
@@ -34,7 +34,7 @@ class Metrics:
         self.kept = kept
 
     def write(self, record: Record) -> None:
-        """Appends a line. On a full disk lines wait here, and go with the next one that can be written."""
+        """Appends a line. On a full disk, lines wait in memory and are written with the next one."""
         if self._tracker is not None:
             self._tracker.record(record)
         self._waiting += _line({"schema": SCHEMA, **record})
@@ -44,5 +44,5 @@ class Metrics:
 
 
 def _line(record: Record) -> str:
-    """JSON with null for a number that is not finite."""
+    """JSON with null for numbers that are not finite."""
     return json.dumps({name: value if math.isfinite(value) else None for name, value in record.items()}) + "\n"

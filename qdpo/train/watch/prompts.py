@@ -1,4 +1,4 @@
-"""Which prompts are completed for reading: held-out ones, or those of a file; and how one is shown."""
+"""Selects the prompts that are completed for reading (held-out, or from a file) and formats them for display."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.data.tokens.templates import settle_template
 from qdpo.settings.schema import DataConfig, SamplesConfig
 
-# Where the last user turn begins and ends in the prompts of common templates.
+# The markers around the last user turn in the prompts of common templates.
 USER_TURNS = {
     "<|im_start|>user\n": "<|im_end|>",
     "<|start_header_id|>user<|end_header_id|>\n\n": "<|eot_id|>",
@@ -28,13 +28,13 @@ class SamplePrompt:
 
 
 def held_out_prompts(pairs: Sequence[TokenPair], count: int) -> list[SamplePrompt]:
-    """The first `count` distinct prompts of these pairs."""
+    """The first `count` distinct prompts of the pairs."""
     distinct = list({pair.prompt.tobytes(): pair for pair in pairs}.values())
     return [SamplePrompt(pair.row, pair.prompt.tolist()) for pair in distinct[:count]]
 
 
 def prompts_of_file(samples: SamplesConfig, data: DataConfig, tokenizer: Any) -> list[SamplePrompt] | None:
-    """The first prompts of samples.prompts; None if it is not set. Raises: DataError if there are none, or broken."""
+    """The first prompts of samples.prompts; None if it is not set. Raises: DataError if it is empty or broken."""
     if samples.prompts is None:
         return None
     settle_template(tokenizer, data.template)
@@ -43,7 +43,7 @@ def prompts_of_file(samples: SamplesConfig, data: DataConfig, tokenizer: Any) ->
 
 
 def question(prompt: str) -> str:
-    """The last user turn of a rendered prompt, or the prompt's end: for display only."""
+    """The last user turn of a rendered prompt, or the prompt's end; for display only."""
     for begin, end in USER_TURNS.items():
         if begin in prompt:
             prompt = prompt.rsplit(begin, 1)[1].split(end, 1)[0]

@@ -1,4 +1,4 @@
-"""Completions of fixed prompts, with the adapter off once and on at each evaluation, side by side in samples.jsonl."""
+"""Completes fixed prompts, once with the adapter off and at each evaluation with it on, for samples.jsonl."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qdpo.data.layouts.turns import excerpt
-from qdpo.model.device import give_back_memory
+from qdpo.model.device import release_memory
 from qdpo.model.generate.generate import complete
 from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
@@ -20,18 +20,18 @@ from qdpo.train.watch.prompts import SamplePrompt, question
 
 SampleLine = dict[str, Any]
 
-# Tokens of a piece of text that counts as said before when it comes again.
+# Tokens in a piece of text (an n-gram) that counts as repeated when it occurs again.
 PIECE = 4
 
 
 class Samples:
-    """One line a prompt: its text, the answer `before`, the newest one `after`, and all since step 1 in `during`."""
+    """One line per prompt: its text, the answer `before`, the newest one `after`, and all since step 1 in `during`."""
 
     def __init__(
         self, path: Path, policy: Policy, tokenizer: Any, prompts: Sequence[SamplePrompt], config: SamplesConfig,
         watcher: Watcher, *, keep_through: int,
     ):  # fmt: skip
-        """Goes on with the file as it was after step `keep_through`, if it is about the same prompts."""
+        """Resumes the file as it was after step `keep_through`, if it holds the same prompts."""
         self._path, self._policy, self._tokenizer, self._prompts = path, policy, tokenizer, prompts
         self._config, self._watcher = config, watcher
         texts = [str(tokenizer.decode(prompt.ids)) for prompt in prompts]
@@ -40,12 +40,12 @@ class Samples:
         if [line["prompt"] for line in kept] == texts:
             self._lines = [_cut_back(line, keep_through) for line in kept]
         elif kept:
-            watcher.say(f"samples: other prompts than before, so {path.name} begins anew")
+            watcher.say(f"samples: {path.name} starts again (the prompts have changed)")
 
-    def take(self, step: int) -> dict[str, float]:
-        """Completes the prompts greedily, unless that is known already; what an evaluation's record says of it.
+    def complete(self, step: int) -> dict[str, float]:
+        """Completes the prompts greedily (once per step) and returns the metrics for the evaluation's record.
 
-        At step 0 the adapter is off: then, and at no later time, `before` is made.
+        At step 0 the adapter is off; only then is `before` written.
         """
         if not self._prompts:
             return {}
@@ -66,13 +66,13 @@ class Samples:
         }
 
     def write(self) -> None:
-        """Raises: DiskError if the file cannot be written; the one before is whole then."""
+        """Raises: DiskError if the file cannot be written; the previous file stays intact."""
         if self._prompts:
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines)
             disk.write_text(self._path, "".join(lines))
 
     def summary(self) -> AnswerLengths | None:
-        """Median lengths before and after, in tokens, with the end token; None if nothing was completed."""
+        """Median lengths before and after, in tokens, end token included; None if nothing was completed."""
         if not self._prompts or not self._steps():
             return None
         before, after = (
@@ -84,7 +84,7 @@ class Samples:
         return [each["step"] for each in self._lines[0].get("during", [])]
 
     def _answer(self, step: int) -> bool:
-        """Completes all prompts. False, with a line that says so, where even one at a time is too much memory."""
+        """Completes all prompts. Reports and returns False if even one prompt at a time needs too much memory."""
         self._watcher.begin("completing sample prompts", len(self._prompts), "answer")
         answers = None
         for batch in (25, 1):
@@ -92,10 +92,10 @@ class Samples:
                 answers = self._complete(batch, off=step == 0)
                 break
             except torch.cuda.OutOfMemoryError:
-                give_back_memory(self._policy.device)
+                release_memory(self._policy.device)
         self._watcher.finish()
         if answers is None:
-            self._watcher.say("samples: not enough memory to complete even one prompt, so there are none this time")
+            self._watcher.say("samples: none this time (not enough memory to complete even one prompt)")
             return False
         for line, ids in zip(self._lines, answers, strict=True):
             about = self._about(ids)
@@ -125,7 +125,7 @@ class Samples:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """Share of an answer's pieces of PIECE tokens that stood in it before; 0 for answers too short to tell."""
+    """Share of an answer's pieces of PIECE tokens that repeat an earlier one; 0 for answers too short to tell."""
     pieces = [tuple(ids[place : place + PIECE]) for place in range(len(ids) - PIECE + 1)]
     return 1 - len(set(pieces)) / len(pieces) if pieces else 0.0
 
@@ -136,8 +136,8 @@ def _history(line: SampleLine) -> list[SampleLine]:
 
 
 def _cut_back(line: SampleLine, step: int) -> SampleLine:
-    """The line as it was after that step."""
-    if step < 0 or "before_cut" not in line:  # begun anew, or written before answers were taken on the way
+    """The line as it was after step `step`."""
+    if step < 0 or "before_cut" not in line:  # a new file, or one from before answers were sampled during training
         return {"row": line["row"], "prompt": line["prompt"]}
     during = [each for each in line.get("during", []) if each["step"] <= step]
     kept = {name: value for name, value in line.items() if name not in ("during", "after", "after_tokens")}

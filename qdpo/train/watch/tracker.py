@@ -1,4 +1,4 @@
-"""Hands what metrics.jsonl records to a tracker as well, by accelerate; the run does not depend on it."""
+"""Sends the records of metrics.jsonl to a tracker as well, through accelerate; the run does not depend on it."""
 
 import json
 import math
@@ -25,16 +25,16 @@ def check_package(to: str) -> None:
         metadata.distribution(to)
     except metadata.PackageNotFoundError:
         raise ConfigError(
-            f"track.to={to} needs the package {to}, which is not installed: pip install 'qdpo[{to}]'. Or leave "
-            "track.to out: metrics.jsonl holds the same numbers."
+            f"track.to={to} needs the package {to}, which is not installed. Run `pip install 'qdpo[{to}]'`, or leave "
+            "out track.to: metrics.jsonl holds the same numbers."
         ) from None
 
 
 class Tracker:
-    """Every record once, under the names of metrics.jsonl; nothing at all with track.to=none.
+    """Sends every record once, under the names of metrics.jsonl; does nothing with track.to=none.
 
-    track.json in the run folder names the tracker's run, and the last training step and evaluation handed over. It is
-    written before the record is: a kill in between loses one record there, and none is ever there twice.
+    track.json in the run folder names the tracker's run, and the last training step and evaluation sent. It is written
+    before the record is sent: a kill in between loses one record there, and no record is ever sent twice.
     """
 
     def __init__(self, to: str, run: RunDir, settings: Values, say: Callable[[str], None]):
@@ -43,7 +43,7 @@ class Tracker:
         self._handed: dict[str, Any] = {}
 
     def begin(self, kept: Sequence[Record]) -> None:
-        """Opens the tracker, or its run of before, and hands over what it lacks of the records `kept`."""
+        """Opens the tracker, or its earlier run, and sends the `kept` records that it lacks."""
         if self._to == "none":
             return
         path = self._run.tracked
@@ -55,12 +55,12 @@ class Tracker:
             self.record(record)
 
     def record(self, record: Record) -> None:
-        """Hands one record over, unless that was done before the run was stopped."""
+        """Sends one record, unless it was sent before the run was stopped."""
         kind = "eval" if "eval_loss" in record else "train"
         if self._tracker is None or record["step"] <= self._handed[kind]:
             return
         self._handed[kind] = record["step"]
-        with suppress(DiskError):  # said where the run's own files are written
+        with suppress(DiskError):  # reported where the run's own files are written
             disk.write_json(self._run.tracked, self._handed)
         numbers = {
             name: value for name, value in record.items() if name not in ("step", "schema") and math.isfinite(value)
@@ -68,7 +68,7 @@ class Tracker:
         self._guarded(lambda: self._tracker.log(numbers, step=record["step"]))
 
     def close(self) -> None:
-        """Sends what is still waiting."""
+        """Sends the remaining records."""
         if self._tracker is not None:
             self._guarded(lambda: self._tracker.finish())
         self._tracker = None
@@ -76,7 +76,7 @@ class Tracker:
     def _open(self, is_new: bool) -> None:
         from accelerate import PartialState, tracking
 
-        PartialState()  # what accelerate's trackers say is said through it; only that of tensorboard makes it itself
+        PartialState()  # accelerate's trackers log through it; only the tensorboard tracker creates it itself
         name, run_id = self._run.path.name, f"{self._run.path.name}-{self._handed['id']}"
         if self._to == "tensorboard":
             self._tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=self._run.path)
@@ -100,10 +100,10 @@ class Tracker:
     def _guarded(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # of a foreign library and its network: whatever it is, the training goes on
+        except Exception as error:  # from a foreign library and its network: training continues whatever it is
             self._tracker = None
             what = (str(error).splitlines() or [""])[0]
             self._say(
-                f"warning: track.to={self._to} failed ({type(error).__name__}: {what}) and is left alone from here on. "
-                "Training goes on; metrics.jsonl holds every number."
+                f"warning: track.to={self._to} failed ({type(error).__name__}: {what}) and is not used from here on. "
+                "Training continues; metrics.jsonl holds every number."
             )
