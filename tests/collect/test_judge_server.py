@@ -364,4 +364,4 @@ def test_ctrl_c_leaves_at_once_and_does_not_wait_for_the_server(serve: Any, tmp_
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said, _error = process.communicate(timeout=10)
-    assert process.returncode == 130 and b"stopped: 0 pairs lie in pairs.jsonl" in said
+    assert process.returncode == 130 and b"stopped: 0 pairs are in pairs.jsonl" in said

@@ -187,4 +187,4 @@ def test_the_verbs_check_show_convert_and_split(tiny_base, tmp_path):
     assert len(train) == 47 and len(held) == 12
     assert not {json.dumps(row["prompt"]) for row in train} & {json.dumps(row["prompt"]) for row in held}
     refused = qdpo("data", "show", "pairs.jsonl.gz", "model.path=x", cwd=tmp_path)
-    assert refused.returncode == 2 and "Only data.* settings" in refused.stderr
+    assert refused.returncode == 2 and "Give only data.* settings" in refused.stderr
