@@ -29,7 +29,7 @@ def check(
     settings: SettingArguments = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     report: Annotated[
-        Path, typer.Option(help="File to write: every dropped, cut or repaired row, with its file and line.")
+        Path, typer.Option(help="File to write: every dropped, cut or mended row, with its file and line.")
     ] = Path("data_report.jsonl"),
 ) -> None:
     """Read, recognise, render and tokenise a data set as a run would, and report whether it is fit to train on.
