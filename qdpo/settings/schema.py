@@ -156,7 +156,7 @@ class LossConfig(Section):
     ld_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411). Default: 1."""
     wpo: bool = False
-    """Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827, eq. 2)."""
+    """Weight each pair by how likely the policy is to write it (WPO, arXiv 2406.11827, eq. 2)."""
     length_normalized: bool = False
     """Divide each answer's log-ratio by its number of tokens."""
     discopop_tau: Annotated[float, Field(gt=0, lt=1)] = 0.05
