@@ -1,31 +1,31 @@
-"""Every way a run can end badly, and the exit code of each.
+"""The errors that a user may see, and the exit code of each.
 
 QdpoError
 ├── ConfigError          2   a setting, a preset, a file name, a changed setting on resume
 ├── DataError            3   preference data that cannot be used
-├── NonFiniteError       4   a loss or gradient that is not a number
+├── NonFiniteError       4   a loss or gradient that is NaN or infinite
 ├── OutOfMemoryError     5   the card or the host has too little memory
 ├── DiskError            6   no space, read-only, gone
-├── VerificationError    7   a check of our own failed: reference cache, adapter, export
+├── VerificationError    7   a self-check failed: reference cache, adapter, export
 ├── StoppedByFinding     8   a finding named in train.stop_when, after saving
-├── ServerError          9   a server that was asked gives no usable answer
+├── ServerError          9   a server, such as a judge's, gives no usable answer
 ├── Interrupted        130   Ctrl-C (130) or SIGTERM (143), after saving
-└── ShapeError           1   our own bug: tensors that do not belong together
+└── ShapeError           1   a bug in qdpo: tensors whose shapes do not match
 
-Messages have three parts: what is wrong with which value, where it came from, what to do next.
+A message has three parts: the value and what is wrong with it, where it came from, and what to do next.
 """
 
 from collections.abc import Sequence
 
 
 class QdpoError(Exception):
-    """Base of everything a user may see; `exit_code` is the process's exit status."""
+    """Base class of all errors that a user may see; `exit_code` is the process's exit status."""
 
     exit_code = 1
 
 
 class ConfigError(QdpoError):
-    """One or several wrong settings, reported together."""
+    """One or more invalid settings, reported together."""
 
     exit_code = 2
 
@@ -51,7 +51,7 @@ class NonFiniteError(QdpoError):
 
 
 class OutOfMemoryError(QdpoError):
-    """The step does not fit into the memory of the device."""
+    """The step does not fit in the device's memory."""
 
     exit_code = 5
 
@@ -63,19 +63,19 @@ class DiskError(QdpoError):
 
 
 class VerificationError(QdpoError):
-    """A self-check failed, so that a result cannot be trusted."""
+    """A self-check failed, so the result cannot be trusted."""
 
     exit_code = 7
 
 
 class StoppedByFinding(QdpoError):
-    """The run shows what train.stop_when named; everything needed to continue is on disk."""
+    """A finding named in train.stop_when holds; everything needed to continue is on disk."""
 
     exit_code = 8
 
 
 class ServerError(QdpoError):
-    """A server that qdpo asks, such as a judge's, gives no usable answer, after all retries."""
+    """A server that qdpo calls, such as a judge's, gave no usable answer after all retries."""
 
     exit_code = 9
 
@@ -89,4 +89,4 @@ class Interrupted(QdpoError):
 
 
 class ShapeError(QdpoError):
-    """Tensors that do not belong together reached a function: a bug of qdpo, not of the user."""
+    """A function received tensors whose shapes do not match: a bug in qdpo, not the user's mistake."""

@@ -11,35 +11,42 @@ import typer
 from qdpo.cli.common import SettingArguments, quiet_libraries
 from qdpo.errors import ConfigError, ServerError
 
-Files = Annotated[list[Path], typer.Argument(metavar="CANDIDATES…", help="Prompts with answers, one a line (.jsonl).")]
+Files = Annotated[
+    list[Path], typer.Argument(metavar="CANDIDATES…", help="Files with a prompt and its answers a line (.jsonl).")
+]
 
 
 def sample(
     prompts: Annotated[
         str,
-        typer.Argument(metavar="PROMPTS", help="A text with a prompt a line, or data: a file, a folder, a hub id."),
+        typer.Argument(
+            metavar="PROMPTS", help="A text file with a prompt a line, or data: a file, a folder, a hub id."
+        ),
     ],
     settings: SettingArguments = None,
-    out: Annotated[Path, typer.Option(help="The file of candidates; the same command again goes on with it.")] = Path(
+    out: Annotated[Path, typer.Option(help="The file of candidates to write; the same command resumes it.")] = Path(
         "candidates.jsonl"
     ),
     adapter: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="A finished run: its trained model answers, not the base.")
+        Path | None,
+        typer.Option(metavar="RUN", help="A finished run, whose trained model answers instead of the base."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=2, max=9, help="Different answers to each prompt.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0.05, max=5.0, help="1: as the model is. Higher: bolder.")] = 0.8,
+    n: Annotated[int, typer.Option("--n", min=2, max=9, help="Number of different answers to each prompt.")] = 4,
+    temperature: Annotated[
+        float, typer.Option(min=0.05, max=5.0, help="1: the model's own probabilities. Higher: bolder.")
+    ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens of this sum.")
+        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens up to this total probability.")
     ] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Another number draws other answers.")] = 0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts used, from the front.")] = None,
-    column: Annotated[str | None, typer.Option(help="The column with the prompts. Default: by its name.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the answers.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the start.")] = None,
+    column: Annotated[str | None, typer.Option(help="The column with the prompts. Default: found by its name.")] = None,
 ) -> None:
-    """Draw several answers to each prompt from your own model, for `qdpo label` or `qdpo judge` to choose between.
+    """Draw several answers to each prompt from your own model; then `qdpo label` or `qdpo judge` chooses between them.
 
-    Every finished prompt is on disk at once. Each answer has a random stream of its own, so it does not depend on what
-    else is in the batch.
+    Each prompt is saved as soon as its answers are finished. Each answer has its own random stream, so it does not
+    depend on what else is in the batch.
 
     Example: qdpo sample prompts.txt preset=7b-24gb --out candidates.jsonl
     """
@@ -67,18 +74,21 @@ def sample(
 
 def label(
     candidates: Files,
-    out: Annotated[Path, typer.Option(help="The pairs; beside them lies the journal of decisions.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: the system chooses a free one.")] = 0,
+    out: Annotated[Path, typer.Option(help="The file of pairs to write; the journal of decisions is next to it.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page. 0: any free port.")] = 0,
     blind: Annotated[bool, typer.Option("--blind", help="Hide which model wrote an answer.")] = False,
     agreement: Annotated[
-        bool, typer.Option("--agreement", help="Ask 5 % of the picks again, and report how often you agree.")
+        bool,
+        typer.Option(
+            "--agreement", help="Ask about 5 % of the picks again, and report how often you agree with yourself."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order in which answers are shown.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the order in which answers are shown.")] = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Choose between answers on a page of this machine, by keyboard; the same command again goes on where it stopped.
+    """Choose between answers by keyboard on a local web page; the same command resumes where it stopped.
 
-    Every decision is on disk before the page says so. Ctrl-C ends it. Candidates of several files are put together.
+    Every decision is on disk before the page confirms it. Ctrl-C ends it. Candidates from several files are merged.
 
     Example: qdpo label candidates.jsonl --out pairs.jsonl
     """
@@ -95,7 +105,7 @@ def label(
                 typer.echo(note)
             typer.echo(f"{len(found.items):,} prompts. The page, until Ctrl-C: {server.address}")
             if open_ and not webbrowser.open(server.address):
-                typer.echo("No browser could be opened; open the address yourself.")
+                typer.echo("No browser could be opened. Open the address yourself.")
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
@@ -105,45 +115,50 @@ def label(
 
 
 def judge(
-    candidates: Annotated[list[Path], typer.Argument(metavar="CANDIDATES.jsonl…", help="What `qdpo sample` wrote.")],
+    candidates: Annotated[
+        list[Path], typer.Argument(metavar="CANDIDATES.jsonl…", help="Files that `qdpo sample` wrote.")
+    ],
     by: Annotated[
         str, typer.Option(help="length[:longer], regex:PATTERN, reward-model:PATH or openai:URL; see above.")
     ],
-    out: Annotated[Path, typer.Option(help="The pairs, PAIRS.jsonl; the same file that `qdpo label` goes on with.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Decide about this many prompts at most.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="The file of pairs to write, PAIRS.jsonl; `qdpo label` can continue the same file.")
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Judge this many prompts at most.")] = None,
     margin: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Smaller differences are left open. Share of the length, default 0.1; of rewards, default 0."
+            min=0.0, help="Leave smaller differences open. A share of the length, default 0.1; in rewards, default 0."
         ),
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Reward model: nf4 (default), fp4 or none.")] = None,
     device: Annotated[str | None, typer.Option(help="Reward model: auto (default), cuda or cpu.")] = None,
-    judge_model: Annotated[str | None, typer.Option(help="Server: the model's name there.")] = None,
-    rubric: Annotated[Path | None, typer.Option(help="Server: a text that says what makes an answer better.")] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Server: the model's name on the server.")] = None,
+    rubric: Annotated[Path | None, typer.Option(help="Server: a text file that says which answer is better.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, max=64, help="Server: prompts at a time. Default: 4.")] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.1, help="Server: longest wait for one reply, in seconds. Default: 120.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Server: longest reply, thoughts counted. Default: 2048.")
+        int | None, typer.Option(min=1, help="Server: longest reply, in tokens, thoughts included. Default: 2048.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the summary.")] = False,
 ) -> None:
-    """Decide by a rule or a model which answers are better; what it cannot tell is left to a person (`qdpo label`).
+    """Decide by a rule or a model which answers are better; undecided prompts are left to a person (`qdpo label`).
 
-    Decisions that exist are kept, and each new one is on disk at once: the same command goes on where it was stopped.
+    Existing decisions are kept, and each new one is saved at once: the same command resumes where it stopped.
 
-    length: the shorter answer wins (length:longer: the longer), in tokens or else in characters; an answer that was cut
-    at the length limit loses; all cut, or lengths closer than --margin: left open.
+    length: the shorter answer wins (length:longer: the longer), in tokens if known, else in characters. An answer that
+    was cut at the length limit loses. If all are cut, or lengths are closer than --margin, the prompt is left open.
 
-    regex:PATTERN: an answer in which the pattern is found beats one in which it is not (regex:!PATTERN: the other way).
+    regex:PATTERN: an answer that contains the pattern beats one that does not (regex:!PATTERN: the other way round).
 
     reward-model:PATH: a folder or hub id of a classifier with one label; the highest reward beats the lowest.
 
-    openai:URL: a chat model on any OpenAI-compatible server compares two answers at a time, in both orders; only where
-    both agree it counts. Best and worst of n answers take about 1.5 n comparisons. The key is read from QDPO_JUDGE_KEY,
-    or for OpenAI itself from OPENAI_API_KEY. An answer may try to talk its judge into liking it: look at samples.
+    openai:URL: a chat model on any OpenAI-compatible server compares two answers at a time, in both orders; a
+    comparison counts only if both orders agree. Finding the best and worst of n answers takes about 1.5 n comparisons.
+    The key is read from QDPO_JUDGE_KEY, or for OpenAI itself from OPENAI_API_KEY. An answer may try to manipulate the
+    judge (prompt injection), so read samples of its decisions.
 
     Example: qdpo judge candidates.jsonl --by length --out pairs.jsonl
 
@@ -168,9 +183,9 @@ def judge(
         made = make_judge(by, options, collected.items, terminal.say)
         try:
             found = judge_candidates(made, decisions, collected.items, terminal, limit=limit)
-        except KeyboardInterrupt:  # typer would exit without a word
+        except KeyboardInterrupt:  # typer would exit without a message
             pairs = sum(1 for _pair in decisions.pairs())
-            terminal.say(f"stopped: {pairs:,} pairs lie in {out}, and the same command goes on")
+            terminal.say(f"stopped: {pairs:,} pairs are in {out}; the same command resumes")
             raise typer.Exit(130) from None
     if json_:
         typer.echo(json.dumps(found.to_json(), ensure_ascii=False))

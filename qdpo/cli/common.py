@@ -1,4 +1,4 @@
-"""What several verbs share: arguments with one meaning, quiet libraries, the run that this process works on."""
+"""Shared by several verbs: arguments with one meaning, quiet libraries, the run that this process works on."""
 
 import logging
 import os
@@ -18,23 +18,25 @@ SettingArguments = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
 PlaceArguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value …]", help="model.device, memory.* and cache.dir may differ from the run's."),
+    typer.Argument(
+        metavar="[key=value …]", help="Only model.device, memory.* and cache.dir may differ from the run's."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option(min=0, help="Draws the answers where the temperature is above 0.")]
-# For verbs that take settings: words such as --train.seed=1 are settings, not options.
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of the answers, for a temperature above 0.")]
+# For verbs that take settings: arguments such as --train.seed=1 are settings, not options.
 EXTRA = {"ignore_unknown_options": True}
-# The folder of the run that this process works on, once it is known: its debug.log takes tracebacks.
+# The folder of the run that this process works on, once known: tracebacks are written to its debug.log.
 run_folder: list[Path] = []
 
 
 def quiet_libraries() -> None:
-    """No telemetry, and no library noise on the screen, unless the user's environment asks for them."""
+    """Turn off telemetry and library output on the screen, unless the user's environment asks for them."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # On CPUs, two caches keep a compiled bf16 product and its buffers for each shape met, 1,024 of them each: oneDNN's
-    # own and that of torch's binding. With rows of all lengths they grew without end.
+    # On CPUs, two caches (oneDNN's own and the one of torch's binding) each keep a compiled bf16 product and its
+    # buffers for up to 1,024 shapes. With rows of all lengths they grew without bound.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -29,12 +29,12 @@ def check(
     settings: SettingArguments = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     report: Annotated[
-        Path, typer.Option(help="Where every dropped, cut or mended row is named by file and line.")
+        Path, typer.Option(help="File to write: every dropped, cut or mended row, with its file and line.")
     ] = Path("data_report.jsonl"),
 ) -> None:
-    """Read, recognise, render and tokenise a data set as a run would, and say whether it is fit to train on.
+    """Read, recognise, render and tokenise a data set as a run would, and report whether it is fit to train on.
 
-    Only the model's tokenizer is needed. Exit code 3 where a run would stop.
+    Needs only the model's tokenizer. Exits with code 3 if a run would stop.
 
     Example: qdpo data check pairs.jsonl model.path=Qwen/Qwen2.5-7B-Instruct data.max_tokens=2048
     """
@@ -58,7 +58,7 @@ def check(
         for pair in checked.shown:
             print_token_pair(pair, checked.tokenizer, console)
         print_verdict(checked.report, console)
-        console.print(f"every row that was not taken as it is: {report}", markup=False)
+        console.print(f"every row that was dropped or changed: {report}", markup=False)
     if not checked.report.fit:
         raise typer.Exit(DataError.exit_code)
 
@@ -69,7 +69,7 @@ def show(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
     row: Annotated[int | None, typer.Option(help="The row to show, counted from 1. Default: the first three.")] = None,
 ) -> None:
-    """Show rows as the pairs that they make: prompt, chosen and rejected, or why a row is not used.
+    """Show rows as the pairs they become: prompt, chosen and rejected, or the reason why a row is not used.
 
     Example: qdpo data show pairs.jsonl --row 17
     """
@@ -110,10 +110,10 @@ def split(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
     fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,
-    seed: Annotated[int, typer.Option(help="Another number holds out other prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed: which prompts are held out.")] = 0,
     force: Force = False,
 ) -> None:
-    """Split a data set by prompt, so that no prompt stands on both sides; the rows are written as plain pairs.
+    """Split a data set by prompt, so that no prompt is in both files; the rows are written as plain pairs.
 
     Example: qdpo data split pairs.jsonl split --fraction 0.1
     """
@@ -125,7 +125,7 @@ def split(
 
 
 def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Origin]":
-    """The tokenizer of the model to be trained, and that model's name; peft is needed only for adapter.start.
+    """The tokenizer of the model to train, and the model's name; peft is needed only for adapter.start.
 
     Raises: ConfigError if there is no tokenizer, or adapter.start is not an adapter.
     """
@@ -148,5 +148,5 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
 def _data(path: str, settings: list[str] | None) -> RunConfig:
     given = [setting for setting in settings or [] if not setting.removeprefix("--").startswith("data.")]
     if given:
-        raise ConfigError(f"{given[0]} means nothing here. Only data.* settings do: no model is involved.")
+        raise ConfigError(f"{given[0]} has no effect here: no model is involved. Give only data.* settings.")
     return layered.resolve(["model.path=none-needed", *(settings or []), f"data.path={path}"]).config

@@ -14,11 +14,13 @@ def plan(
     settings: SettingArguments = None,
     gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
     card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
-    like: Annotated[str | None, typer.Option(help="The family whose layers an unknown architecture has.")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="GiB of it that other programs use. Default: 0.7.")] = None,
+    like: Annotated[
+        str | None, typer.Option(help="For an unknown architecture: the family whose layers it has.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Forecast a run's memory by cause, its time, and whether it fits; loads and downloads nothing.
+    """Forecast a run's memory by cause, its time, and whether it fits, without loading or downloading a model.
 
     Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
     """
@@ -35,12 +37,12 @@ def plan(
 def fit(
     gpu_gib: Annotated[float, typer.Option(help="Memory of the card, in GiB.")],
     card: Annotated[str | None, typer.Option(help="The card by name, for the estimate of time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="What other programs hold of it. Default: 0.7.")] = None,
+    others_gib: Annotated[float | None, typer.Option(help="GiB of it that other programs use. Default: 0.7.")] = None,
     longest: Annotated[int, typer.Option(help="Longest pair, in tokens of prompt and both answers.")] = 2000,
-    mean: Annotated[float, typer.Option(help="Mean pair, in tokens.")] = 600,
+    mean: Annotated[float, typer.Option(help="Mean length of a pair, in tokens.")] = 600,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """Which models from 1B to 32B a card can train, how long their pairs may be, and how fast it may go.
+    """List the models from 1B to 32B that a card can train, how long their pairs may be, and how fast it may go.
 
     Example: qdpo fit --gpu-gib 8
     """
@@ -59,23 +61,25 @@ def fit(
 
 def bench(
     settings: SettingArguments = None,
-    limit_gib: Annotated[float | None, typer.Option(help="Stand for a card with this memory, in GiB.")] = None,
+    limit_gib: Annotated[float | None, typer.Option(help="Simulate a card with this memory, in GiB.")] = None,
     others_gib: Annotated[
-        float | None, typer.Option(help="What other programs would hold of it. Default: 0.7.")
+        float | None, typer.Option(help="GiB of it that other programs would use. Default: 0.7.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps, after one to warm up.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps, after one warm-up step.")] = 5,
     longest: Annotated[int | None, typer.Option(help="Longest pair in tokens. Default: 2 x data.max_tokens.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    write: Annotated[bool, typer.Option("--write", help="Put the figures into the preset's [measured] table.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the figures into the preset's [measured] table.")
+    ] = False,
 ) -> None:
-    """Run the real step on random weights of the model's shape, under a memory cap: speed, and peak against forecast.
+    """Run the real step on random weights of the model's shape under a memory cap; report speed, and peak vs forecast.
 
     Example: qdpo bench preset=7b-24gb --limit-gib 24
     """
     quiet_libraries()
     resolved = layered.resolve(settings or [])
     if write and resolved.preset is None:
-        raise ConfigError("--write puts figures into a preset's file; give preset=NAME.")
+        raise ConfigError("--write writes the figures into a preset's file, but no preset is given. Add preset=NAME.")
     from qdpo.measure.bench import print_measured, run_bench, write_measured
 
     say = lambda line: typer.echo(line, err=json_)  # noqa: E731

@@ -16,9 +16,9 @@ CacheDir = Annotated[
 
 
 def doctor() -> None:
-    """Say what this machine has and lacks: versions, card, 4-bit layers, memory, disk, hub; and which presets fit.
+    """Check this machine: versions, card, 4-bit layers, memory, disk, hub; and list which presets fit.
 
-    Exit code 1 if something keeps runs from working. The hub is asked for one page, unless HF_HUB_OFFLINE is set.
+    Exits with code 1 if something prevents runs. Requests one page from the hub, unless HF_HUB_OFFLINE is set.
     """
     quiet_libraries()
     from qdpo.machine.doctor import run_checks
@@ -30,12 +30,12 @@ def doctor() -> None:
         typer.echo(f"{'':4}  {name:<10}  {_preset_here(name, machine.device, machine.free_gib)}")
     bad = sum(check.mark == "bad" for check in checks)
     if bad:
-        typer.echo(f"{bad} of {len(checks)} checks failed; each says what to do.")
+        typer.echo(f"{bad} of {len(checks)} checks failed. Each line says what to do.")
         raise typer.Exit(1)
 
 
 def _preset_here(name: str, device: str, free_gib: float) -> str:
-    """What the preset can do with the memory that is free now."""
+    """Line on whether the preset fits in the memory that is free now."""
     from qdpo.forecast.memory import GIB
     from qdpo.forecast.plan import make_plan
 
@@ -45,7 +45,7 @@ def _preset_here(name: str, device: str, free_gib: float) -> str:
     try:
         plan = make_plan(resolved, gpu_gib=free_gib, others_gib=0.0, read_data=False)
     except ConfigError:
-        return f"does not fit: {free_gib:.1f} GiB are free, less than its weights take"
+        return f"does not fit: {free_gib:.1f} GiB are free, less than its weights need"
     peak, longest = plan.chosen.peak / GIB, plan.known.lengths.longest
     if not plan.fits:
         return f"does not fit: forecast {peak:.1f} GiB with pairs of {longest:,} tokens, {free_gib:.1f} are free"
@@ -54,7 +54,7 @@ def _preset_here(name: str, device: str, free_gib: float) -> str:
 
 @cache.command()
 def ls(folder: CacheDir = None) -> None:
-    """List references with what they belong to, converted models, and files set aside as damaged."""
+    """List references with the data and model they belong to, converted models, and files set aside as damaged."""
     from qdpo.machine.caches import list_lines
 
     typer.echo("\n".join(list_lines(folder)))
@@ -71,12 +71,14 @@ def verify(folder: CacheDir = None) -> None:
 
 @cache.command()
 def clear(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME…]", help="References, or how they begin.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME…]", help="References, by name or its beginning.")
+    ] = None,
     corrupt: Annotated[bool, typer.Option("--corrupt", help="Remove files that were set aside as damaged.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove all, converted models too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything, including converted models.")] = False,
     folder: CacheDir = None,
 ) -> None:
-    """Remove references, and say what was freed; the next run that needs one computes it anew."""
+    """Remove references and report the space freed; the next run that needs a reference computes it again."""
     from qdpo.machine.caches import clear_lines
 
     for line in clear_lines(folder, names or [], corrupt=corrupt, everything=everything):

@@ -1,4 +1,4 @@
-"""The command line: the verbs in the order of their help, and a QdpoError as one message and an exit code."""
+"""The command line: verbs in the order of the help; a QdpoError becomes one message and an exit code."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def _main(
 
 
 def main() -> None:
-    """Console entry: exit codes are those of `errors`; 130 for an interruption before anything was saved."""
+    """Console entry point. Exit codes are those of `errors`; 130 for an interruption before anything was saved."""
     try:
         app()
     except QdpoError as error:
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"qdpo: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("qdpo: stopped. What was saved before is intact; the same command continues.", file=sys.stderr)
+        print("qdpo: stopped. What was saved before is intact; the same command resumes.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         _show_traceback()

@@ -1,4 +1,4 @@
-"""The verbs that look at what training did: report, runs, eval, compare, chat, metrics."""
+"""The verbs that review training: report, runs, eval, compare, chat, metrics."""
 
 import json
 import sys
@@ -13,7 +13,8 @@ from qdpo.cli.common import MaxNewTokens, PlaceArguments, Run, Seed, quiet_libra
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="Run folders, finished or not.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page. Default: RUN/report.html; for several runs ./report.html.")
+        Path | None,
+        typer.Option("--out", help="The page to write. Default: RUN/report.html; for several runs ./report.html."),
     ] = None,
 ) -> None:
     """Write a page that says whether a run worked, with curves, samples and settings; several runs are compared.
@@ -56,17 +57,17 @@ def compare(
     settings: PlaceArguments = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A text with a prompt a line, or .jsonl with `prompt` as text or messages."),
+        typer.Option(help="A text file with a prompt a line, or .jsonl with `prompt` as text or messages."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Most prompts used.")] = 20,
+    n: Annotated[int, typer.Option("--n", min=1, help="Maximum number of prompts.")] = 20,
     max_new_tokens: MaxNewTokens = 160,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. 1: as the models are.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. 1: the models' own probabilities.")] = 0.0,
     seed: Seed = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Base against tuned on the same prompts: both answers, their length, repetition and log-probs, and the KL.
+    """Compare base and tuned model on the same prompts: answers, lengths, repetition, log-probs, and the KL.
 
-    The default prompts are the run's held-out ones. The base is the bare one, also where the run continued an adapter.
+    The default prompts are the run's held-out ones. The base is the bare model, even if the run continued an adapter.
 
     Example: qdpo compare runs/demo --prompts questions.txt
     """
@@ -93,13 +94,13 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.7,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens of this sum.")
+        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens up to this total probability.")
     ] = 0.95,
     seed: Seed = 0,
 ) -> None:
-    """Talk to the base and to the tuned model at once; both draw with the same random numbers.
+    """Chat with the base and the tuned model at once; both sample with the same random numbers.
 
-    Each keeps its own conversation. Also reads from a pipe: one line, one message.
+    Each keeps its own conversation. Also reads from a pipe, one message a line.
 
     Example: qdpo chat runs/demo
     """

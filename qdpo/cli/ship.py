@@ -30,21 +30,23 @@ def merge(
     out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="A new folder. Default: RUN/merged.")] = None,
     base: Annotated[
         BaseOption,
-        typer.Option(help="The 4-bit weights that were trained on, dequantised; or those in the base's files."),
+        typer.Option(
+            help="Merge into the dequantised 4-bit weights of the training, or into the base's original files."
+        ),
     ] = BaseOption.dequantized,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Default: as the base's files if these have 16 bits, else what the run used.")
+        Dtype | None, typer.Option(help="Default: that of the base's files if it has 16 bits, else the run's.")
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Compare the files, reloaded, with the trained model.")] = True,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare a merge into the other base, too.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Merge nothing: compare OUT, which exists, again.")] = False,
+    verify: Annotated[bool, typer.Option(help="Reload the files and compare them with the trained model.")] = True,
+    compare: Annotated[bool, typer.Option("--compare", help="Also compare a merge into the other base.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Merge nothing; only compare an existing OUT again.")] = False,
     data: Annotated[
         str | None, typer.Option(help="Pairs to compare on, as data.path. Default: the run's held-out pairs.")
     ] = None,
     pairs: Annotated[int, typer.Option(min=1, help="Compare on this many pairs at most.")] = 32,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base, and prove that the merged files are the model that was trained.
+    """Merge a run's adapter into its base, and prove that the merged files equal the model that was trained.
 
     Example: qdpo merge runs/7b-24gb-1a2b3c
     """
@@ -54,7 +56,7 @@ def merge(
     from qdpo.run.folder import RunDir
 
     if not verify and (compare or check):
-        raise ConfigError("--no-verify leaves nothing for --compare or --check to do. Leave one of them out.")
+        raise ConfigError("--compare and --check need the verification that --no-verify turns off. Leave one out.")
     run, terminal = RunDir(run_folder), Terminal(stderr=json_)
     folder = out or run.merged
     options = MergeOptions(base.value, dtype.value if dtype else None, verify, compare, data, pairs)
@@ -83,20 +85,20 @@ def merge(
 
 def export(
     run_folder: Run,
-    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Where to write. Default: in RUN/export.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Output path. Default: in RUN/export.")] = None,
     to: Annotated[str, typer.Option(help="peft, gguf-adapter, gguf, ollama or vllm.")] = "",
     quant: Annotated[str | None, typer.Option(help="Type in the GGUF: f32, f16, bf16 (default), q8_0.")] = None,
     merged: Annotated[Path | None, typer.Option(help="The merged model's folder. Default: RUN/merged.")] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="For ollama and vllm: serve base and adapter, unmerged.")
     ] = False,
-    name: Annotated[str | None, typer.Option(help="What servers call the model. Default: the run's name.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there already.")] = False,
+    name: Annotated[str | None, typer.Option(help="The model's name for servers. Default: the run's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
-    """Write what was trained for other programs, and check that it is the same.
+    """Write the trained model for other programs, and check that it is the same model.
 
-    peft: the adapter as every loader reads it. gguf-adapter: for llama.cpp's --lora. gguf: the merged model for
-    llama.cpp. ollama: a folder with a Modelfile. vllm: the command that serves it.
+    peft: the adapter, as every loader reads it. gguf-adapter: the adapter for llama.cpp's --lora. gguf: the merged
+    model for llama.cpp. ollama: a folder with a Modelfile. vllm: the command that serves the model.
 
     Example: qdpo export runs/demo --to gguf --quant q8_0
     """
@@ -122,14 +124,16 @@ def export(
 
 def push(
     run_folder: Run,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: owner/name, or name under your account.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Hub repository: owner/name, or name under your account.")
+    ],
     merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged instead of the adapter.")] = False,
     public: Annotated[bool, typer.Option("--public", help="Anyone may see it. Default: only you.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Upload the adapter or the merged model with its card to the Hugging Face hub; private unless told otherwise.
+    """Upload the adapter or the merged model with its card to the Hugging Face hub; private by default.
 
-    Shows every file first and asks. No path of this machine leaves it.
+    Lists every file first and asks. No path of this machine is uploaded.
 
     Example: qdpo push runs/demo my-name/my-adapter
     """

@@ -23,10 +23,11 @@ def run(
         bool, typer.Option("--dry-run", help="Print the resolved settings with their origins, and stop.")
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start anew; an earlier run of the same settings is kept aside.")
+        bool,
+        typer.Option("--fresh", help="Start again from scratch; an earlier run of the same settings is moved aside."),
     ] = False,
 ) -> None:
-    """Train a LoRA adapter on preference pairs; the same command again continues or shows the result.
+    """Train a LoRA adapter on preference pairs; the same command again resumes the run or shows its result.
 
     Example: qdpo run preset=7b-24gb data.path=pairs.jsonl
 
@@ -51,7 +52,7 @@ def run(
     terminal = Terminal()
     if is_finished(folder):
         identity.check_unchanged(folder, resolved)
-        terminal.say(f"{folder.path} is finished; --fresh would start anew")
+        terminal.say(f"{folder.path} is finished; --fresh would start again")
         result = read_result(folder)
     else:
         result = _train(resolved, terminal)
@@ -82,18 +83,18 @@ def _train(resolved: layered.Resolved, terminal: "Terminal") -> "Result":
 
 @contextlib.contextmanager
 def _left_at_once() -> Iterator[None]:
-    """A second Ctrl-C: typer would exit without a word."""
+    """Report a second Ctrl-C; typer would exit without a message."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("qdpo: left at once. What was saved before is intact; the same command continues.", err=True)
+        typer.echo("qdpo: stopped at once. What was saved before is intact; the same command resumes.", err=True)
         raise typer.Exit(130) from None
 
 
 def sweep(settings: SettingArguments = None) -> None:
-    """Train once for each combination of the values that commas part, one run after the other, and compare them.
+    """Train once for each combination of comma-separated values, one run after the other, and compare the runs.
 
-    Each is an ordinary run in output.dir; the same command continues where it was stopped, and shows what is finished.
+    Each is an ordinary run in output.dir. The same command resumes where it stopped, and shows the finished runs.
 
     Example: qdpo sweep preset=7b-24gb loss.beta=0.05,0.1,0.3 train.learning_rate=5e-6,1e-5
     """
@@ -111,7 +112,7 @@ def sweep(settings: SettingArguments = None) -> None:
 
 
 def _overlaid(runs: list[Path], out: Path) -> str:
-    """Writes the page that compares the runs; a line for the user."""
+    """Write the page that compares the runs; return a line for the user."""
     from qdpo.report.page.page import write_report
 
     try:

@@ -1,4 +1,4 @@
-"""The model that answers: the one that training would start from, or a finished run's."""
+"""The model that generates answers: the one that training would start from, or a finished run's."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from qdpo.train.policy.build import base_of
 
 @dataclass(frozen=True)
 class Sampler:
-    """A loaded model, how prompts are written for it, and what its answers are said to come from."""
+    """A loaded model, the settings that render prompts for it, and the origin recorded for its answers."""
 
     model: Any
     tokenizer: Any
@@ -33,9 +33,9 @@ class Sampler:
 
 
 def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
-    """The base that the settings name, in 4 bits unless they say otherwise, with adapter.start on where it is given.
+    """Load the base that the settings name (4-bit by default), with adapter.start on top if given.
 
-    Raises: ConfigError for settings, a model or an adapter that cannot be used; OutOfMemoryError if it does not fit.
+    Raises: ConfigError for unusable settings, model or adapter; OutOfMemoryError if the model does not fit.
     """
     given = any(argument.removeprefix("--").startswith("data.path=") for argument in arguments)
     config = layered.resolve(arguments if given else [*arguments, "data.path=none-needed"]).config
@@ -62,7 +62,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
 
 
 def run_sampler(run: Path, arguments: list[str], watcher: Watcher) -> Sampler:
-    """The model that a finished run has trained. Raises: ConfigError if `run` is none."""
+    """Load the model that a finished run has trained. Raises: ConfigError if `run` is not a finished run."""
     opened = reopen(run, arguments, watcher)
     policy, tokenizer = tuned(opened, watcher)
     adapter = file_record(opened.run.adapter / WEIGHTS).sha256

@@ -1,8 +1,8 @@
-"""The candidates file: one prompt a line, with several answers to choose between and where each came from.
+"""The candidates file: one prompt a line, with several answers to choose between and the origin of each.
 
-`qdpo sample` writes it. Written by hand or by another tool, a line needs no more than a `prompt` (text or messages) and
-`answers` (texts, or objects with a `text`). Prompts and answers are known by what they say, so that decisions survive
-more lines, another order of lines, and files put together.
+`qdpo sample` writes it. If written by hand or by another tool, a line needs only a `prompt` (text or messages) and
+`answers` (texts, or objects with a `text`). Prompts and answers are identified by their content, so decisions survive
+added lines, reordered lines and merged files.
 """
 
 import json
@@ -19,27 +19,27 @@ from qdpo.data.read.files import missing_file
 from qdpo.errors import DataError
 
 ID_LETTERS = 16
-"""Hex digits of SHA-256 that name a prompt or an answer: among a million, two alike once in 37 million tries."""
+"""Hex digits of SHA-256 in the id of a prompt or an answer: a million ids collide with a chance of 1 in 37 million."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; tokens, cut and seed are known where qdpo drew it."""
+    """One answer; tokens, cut and seed are known if qdpo drew it."""
 
     text: str
     origin: Origin | None = None
     tokens: int | None = None
     cut: bool = False
-    """True where it ends at the length limit and not by itself."""
+    """True if the answer was cut at the length limit."""
     seed: int | None = None
 
     @cached_property
     def id(self) -> str:
-        """Known by its text."""
+        """Identifies the answer by its text."""
         return sha256(self.text.encode()).hexdigest()[:ID_LETTERS]
 
     def to_json(self) -> dict[str, Any]:
-        """What is known of it, as plain values."""
+        """The known fields, as plain values."""
         found: dict[str, Any] = {"text": self.text}
         found |= {"tokens": self.tokens} if self.tokens is not None else {}
         found |= {"cut": True} if self.cut else {}
@@ -56,11 +56,11 @@ class Candidates:
     place: str
     """File and line, for messages."""
     drawn: Mapping[str, Any] = field(default_factory=dict)
-    """How `qdpo sample` drew them."""
+    """The sampling parameters of `qdpo sample`."""
 
     @cached_property
     def id(self) -> str:
-        """Known by the prompt; a text is the same as one user turn that holds it."""
+        """Identifies the prompt by its content; a text equals a single user turn with that text."""
         text = json.dumps(self.turns, sort_keys=True, ensure_ascii=False)
         return sha256(text.encode()).hexdigest()[:ID_LETTERS]
 
@@ -70,28 +70,28 @@ class Candidates:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
     def to_json(self) -> dict[str, Any]:
-        """The line of the file."""
+        """The candidates as a line of the file, as plain values."""
         answers = [answer.to_json() for answer in self.answers]
         return {"prompt": self.prompt, "answers": answers} | ({"drawn": dict(self.drawn)} if self.drawn else {})
 
     def answer(self, id_: str) -> Answer | None:
-        """The answer of that id, if it is among these."""
+        """The answer with that id; None if there is none."""
         return next((answer for answer in self.answers if answer.id == id_), None)
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Prompts with at least two answers to choose between, in the order of the files, and what was left aside."""
+    """Prompts with at least two different answers, in the order of the files, and notes on what was left out."""
 
     items: list[Candidates]
     notes: list[str]
-    """For the user to read."""
+    """Lines for the user."""
 
 
 def read_candidates(paths: Sequence[Path]) -> Collected:
-    """All prompts of these files. Lines with the same prompt, in one file or in several, become one.
+    """Read all prompts of these files. Lines with the same prompt, in one file or several, are merged.
 
-    Raises: DataError naming file and line of what cannot be read, and where no prompt has two answers.
+    Raises: DataError, with file and line, for lines that cannot be read; DataError if no prompt has two answers.
     """
     first: dict[str, Candidates] = {}
     answers: dict[str, dict[str, Answer]] = {}
@@ -105,20 +105,20 @@ def read_candidates(paths: Sequence[Path]) -> Collected:
                 empty += 1
     merged = [replace(item, answers=tuple(answers.get(id_, {}).values())) for id_, item in first.items()]
     items = [item for item in merged if len(item.answers) > 1]
-    notes = [f"{empty:,} empty answers are left aside"] if empty else []
+    notes = [f"{empty:,} empty answers are left out"] if empty else []
     if alone := len(merged) - len(items):
-        notes.append(f"{alone:,} prompts have fewer than two different answers, and nothing to choose between")
+        notes.append(f"{alone:,} prompts are left out (fewer than two different answers)")
     if not items:
         shown = ", ".join(map(str, paths))
         raise DataError(
-            f"{shown} holds no prompt with two different answers. `qdpo sample` draws them; a higher --temperature or "
-            "--n makes them differ."
+            f"{shown} has no prompt with two different answers. Draw more with `qdpo sample` at a higher --temperature "
+            "or --n."
         )
     return Collected(items, notes)
 
 
 def read_lines(path: Path) -> list[Candidates]:
-    """The file's lines as they stand. Raises: DataError naming file and line of what cannot be read."""
+    """The file's lines, unmerged. Raises: DataError, with file and line, for a line that cannot be read."""
     if not path.is_file():
         raise missing_file(path, "candidates")
     found = []
@@ -136,12 +136,12 @@ def _read_line(line: str, place: str) -> Candidates:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not JSON ({error}): {excerpt(line)!r}. Mend or remove the line.") from None
+        raise DataError(f"{place} is not JSON ({error}): {excerpt(line)!r}. Fix or remove the line.") from None
     if not isinstance(value, Mapping) or not isinstance(value.get("answers"), list) or "prompt" not in value:
         keys = f"the columns {', '.join(value)}" if isinstance(value, Mapping) else type(value).__name__
         pairs = isinstance(value, Mapping) and {"chosen", "rejected"} <= set(value)
-        way_out = "It holds pairs already: train on it." if pairs else "`qdpo sample` writes such files."
-        raise DataError(f"{place} holds {keys}, where a `prompt` and a list of `answers` belong. {way_out}")
+        way_out = "These are pairs already: train on them." if pairs else "`qdpo sample` writes such files."
+        raise DataError(f"{place} has {keys} instead of a `prompt` and a list of `answers`. {way_out}")
     try:
         prompt = value["prompt"]
         prompt = read_text(prompt, "prompt") if isinstance(prompt, str) else read_turns(prompt, "prompt")
@@ -149,7 +149,7 @@ def _read_line(line: str, place: str) -> Candidates:
             raise RowProblem("null_field", "prompt is empty")
         answers = [_read_answer(answer, f"answers[{n}]") for n, answer in enumerate(value["answers"])]
     except RowProblem as problem:
-        raise DataError(f"{place} cannot be used: {problem.detail}. Mend or remove the line.") from None
+        raise DataError(f"{place} cannot be used: {problem.detail}. Fix or remove the line.") from None
     drawn = value.get("drawn")
     return Candidates(prompt, tuple(answers), place, drawn if isinstance(drawn, Mapping) else {})
 

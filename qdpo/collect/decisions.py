@@ -1,7 +1,7 @@
-"""Decisions about candidates: an append-only journal that loses nothing, and the pairs that they make.
+"""Decisions about candidates: an append-only journal, and the file of pairs that follows from it.
 
-Beside PAIRS.jsonl lies PAIRS.decisions.jsonl, one decision a line, each on disk before anyone is told that it is taken.
-The pairs follow from it alone: after a crash they are made again.
+The journal PAIRS.decisions.jsonl is next to PAIRS.jsonl, with one decision a line; a decision is on disk before it is
+confirmed. The pairs follow from the journal alone: after a crash they are written again.
 """
 
 import json
@@ -21,8 +21,8 @@ from qdpo.errors import ConfigError, DataError
 from qdpo.run import disk
 
 DecisionKind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
-"""pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left it to a person ·
-undo: the prompt is as it was before its last decision."""
+"""pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left the prompt to a
+person · undo: reverts the prompt's last decision."""
 MAKES_PAIR = ("pick", "edit")
 
 
@@ -33,68 +33,69 @@ class Decision:
     prompt: str
     kind: DecisionKind
     by: str = "person"
-    """Who took it: person, or the name of a judge."""
+    """Who decided: person, or the name of a judge."""
     best: str | None = None
     worst: str | None = None
     text: str | None = None
-    """What a person wrote in the place of the answer `worst`."""
+    """The text that a person wrote to replace the answer `worst`."""
     note: str = ""
-    """The person's note, or why a judge left it open."""
+    """The person's note, or the judge's reason to leave the prompt open."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """A judge's score of each answer, by id."""
     shown: tuple[str, ...] = ()
-    """Ids in the order in which they were shown."""
+    """Ids of the answers in the order shown."""
     seconds: float | None = None
-    """From showing to deciding."""
+    """Time from showing the prompt to the decision."""
     again: bool = False
-    """A prompt asked a second time, to see whether the person agrees with themself: it changes nothing."""
+    """True if the prompt was asked a second time, to measure self-agreement; such a decision changes no pair."""
     at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def to_json(self) -> dict[str, Any]:
-        """What is set, as plain values."""
+        """The fields that are set, as plain values."""
         unset: tuple[object, ...] = (None, "", (), {})
         return {name: value for name, value in vars(self).items() if value not in unset and value is not False}
 
 
 class Decisions:
-    """The decisions about some candidates, and the file of pairs that they make; of one process at a time."""
+    """The decisions about some candidates, and the resulting file of pairs; used by one process at a time."""
 
     def __init__(self, out: Path, items: list[Candidates]):
-        """Goes on with what is there. Use `opened`, which also holds the lock.
+        """Resume from the existing files. Use `opened`, which also holds the lock.
 
-        Raises: DataError if `out` is not of these candidates or not made by qdpo; DiskError if it cannot be written.
+        Raises: DataError if `out` belongs to other candidates or was not made by qdpo; DiskError if it cannot be
+        written.
         """
         self.out, self.journal = out, journal_of(out)
         self.items = {item.id: item for item in items}
         self.history: list[Decision] = []
-        """Every decision in the order of taking, undone ones too."""
+        """All decisions in the order they were made, including undone ones."""
         self._standing: dict[str, list[Decision]] = {}
         self._entries = Counter[str]()
         self._lags = False
-        """True after a failure between the two files: then the next decision writes all pairs."""
+        """True after a failure between writing the two files: the next decision then rewrites all pairs."""
         self._read()
         pairs = "".join(map(_line, self.pairs()))
         if not out.exists() or out.read_text(encoding="utf-8") != pairs:
             disk.write_text(out, pairs)
 
     def current(self, prompt: str) -> Decision | None:
-        """The decision that stands for this prompt."""
+        """The decision in force for this prompt; None if there is none."""
         taken = self._standing.get(prompt)
         return taken[-1] if taken else None
 
     def count(self, prompt: str) -> int:
-        """How many entries the journal holds about this prompt: two views of it are the same when it is."""
+        """Number of journal entries about this prompt: a view is up to date while the number is unchanged."""
         return self._entries[prompt]
 
     def is_settled(self, prompt: str) -> bool:
-        """True where nobody needs to look at the prompt any more."""
+        """True if the prompt is decided and not left open by a judge."""
         current = self.current(prompt)
         return current is not None and current.kind != "open"
 
     def add(self, decision: Decision) -> None:
-        """Takes a decision: when this returns, journal and pairs are on disk.
+        """Record a decision; journal and pairs are on disk when this returns.
 
-        Raises: DataError for ids that are not among the candidates; DiskError (what the journal took stands).
+        Raises: DataError for ids that are not among the candidates; DiskError (what is in the journal stays valid).
         """
         self._check(decision, "this decision")
         before, was_decided = self.current(decision.prompt), self._is_decided(decision.prompt)
@@ -110,9 +111,9 @@ class Decisions:
         self._lags = False
 
     def pairs(self) -> Iterator[dict[str, Any]]:
-        """The pairs of the decisions that stand, in the order in which their prompts were first decided.
+        """The pairs of the decisions in force, in the order in which their prompts were first decided.
 
-        What a judge left open was not decided by that. So a new pair is a line more, and not the whole file again.
+        An open entry of a judge does not count as a decision. In this order a new pair only appends a line to the file.
         """
         for taken in self._standing.values():
             if taken and (pair := self._pair(taken[-1])):
@@ -123,7 +124,7 @@ class Decisions:
             return None
         item = self.items[decision.prompt]
         worst = item.answer(str(decision.worst))
-        assert worst is not None  # checked when the decision was read or taken
+        assert worst is not None  # checked when the decision was read or added
         if decision.kind == "edit":
             rewritten = replace(worst.origin, edited=True) if worst.origin else None
             best: Answer | None = Answer(str(decision.text), rewritten)
@@ -147,7 +148,7 @@ class Decisions:
                 taken.pop()
         elif not decision.again:
             if not self._is_decided(decision.prompt):
-                self._standing[decision.prompt] = self._standing.pop(decision.prompt)  # the last place
+                self._standing[decision.prompt] = self._standing.pop(decision.prompt)  # move to the end
             taken.append(decision)
 
     def _is_decided(self, prompt: str) -> bool:
@@ -157,65 +158,65 @@ class Decisions:
         if not self.journal.exists():
             if self.out.exists() and self.out.stat().st_size:
                 raise DataError(
-                    f"{self.out} exists, but not its journal {self.journal.name}, so its pairs are not of `qdpo label` "
+                    f"{self.out} exists without its journal {self.journal.name}, so its pairs are not of `qdpo label` "
                     "or `qdpo judge`. Give another --out."
                 )
             return
-        disk.cut_torn_line(self.journal)  # nobody was told of it
+        disk.cut_torn_line(self.journal)  # it was never confirmed
         for number, line in enumerate(self.journal.read_text(encoding="utf-8").split("\n")[:-1], 1):
             where = f"{self.journal} line {number}"
             try:
                 value = json.loads(line)
                 decision = Decision(**value | {"shown": tuple(value.get("shown", ()))})
             except (ValueError, TypeError) as error:
-                raise DataError(f"{where} is not a decision ({error}). Mend or remove the line.") from None
+                raise DataError(f"{where} is not a decision ({error}). Fix or remove the line.") from None
             self._check(decision, where)
             self._apply(decision)
 
     def _check(self, decision: Decision, where: str) -> None:
         item = self.items.get(decision.prompt)
         if decision.kind not in get_args(DecisionKind):
-            raise DataError(f"{where} is of the unknown kind {decision.kind!r}.")
+            raise DataError(f"{where} has the unknown kind {decision.kind!r}.")
         if item is None:
             raise DataError(
                 f"{where} is about a prompt that is not among the candidates: {self.out} belongs to another "
-                "candidates file. Give that one too, or another --out."
+                "candidates file. Give that file too, or another --out."
             )
         needed = {"pick": (decision.best, decision.worst), "edit": (decision.worst,)}.get(decision.kind, ())
         for answer in needed:
             if answer is None or item.answer(answer) is None:
                 raise DataError(
-                    f"{where} names an answer that is not among those of {item.place}. If they were drawn anew, give "
-                    "another --out."
+                    f"{where} names an answer that is not among those of {item.place}. If answers were drawn again, "
+                    "give another --out."
                 )
         if decision.kind == "pick" and decision.best == decision.worst:
-            raise DataError(f"{where} names one answer as best and as worst.")
+            raise DataError(f"{where} names the same answer as best and as worst.")
         if decision.kind == "edit" and not (decision.text or "").strip():
-            raise DataError(f"{where} puts nothing in the place of an answer. Write one, or skip the prompt.")
+            raise DataError(f"{where} replaces an answer with an empty text. Write an answer, or skip the prompt.")
         if (
             decision.kind == "edit"
             and (replaced := item.answer(str(decision.worst)))
             and decision.text == replaced.text
         ):
-            raise DataError(f"{where} puts the same text in the place of an answer. Change it, or skip the prompt.")
+            raise DataError(f"{where} replaces an answer with the same text. Change the text, or skip the prompt.")
 
 
 @contextmanager
 def opened(out: Path, items: list[Candidates]) -> Iterator[Decisions]:
-    """The decisions that make `out`, held by this process alone. Raises: ConfigError if another one holds them."""
+    """The decisions behind `out`, locked by this process. Raises: ConfigError if another process holds the lock."""
     with held(out):
         yield Decisions(out, items)
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Inside, no other process writes this file. Raises: ConfigError if one does already; DiskError."""
+    """Lock the file against other qdpo processes. Raises: ConfigError if another process holds the lock; DiskError."""
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ConfigError(f"Another qdpo works on {out}. Wait for it or stop it, or give another --out.") from None
+        raise ConfigError(f"Another qdpo process works on {out}. Wait for it, or give another --out.") from None
     except OSError as error:
         raise disk.disk_error(error, out) from error
     try:
@@ -225,7 +226,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def journal_of(out: Path) -> Path:
-    """Where the decisions lie that make these pairs."""
+    """Path of the journal of decisions behind these pairs."""
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.decisions.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Several answers to each prompt from one's own model, written as candidates; goes on where it was stopped."""
+"""Draws several answers to each prompt from your own model and writes them as candidates; resumes where it stopped."""
 
 import gc
 import json
@@ -24,16 +24,16 @@ from qdpo.settings.layered import shipped_folder
 from qdpo.train.start import auto_memory
 
 MEMORY_SHARE = 0.8
-"""Of what is free after loading: the rest is for what generation itself computes."""
+"""Share of the memory free after loading; the rest is for the computation itself."""
 MOST_AT_ONCE = {"cuda": 128, "cpu": 32}
-"""Answers in a batch: a larger one waits longer for its longest answer, and a stop loses more. Unmeasured estimates."""
+"""Answers in a batch: a larger batch waits longer for its longest answer, and a stop loses more. Not measured."""
 ROUNDS = 3
-"""How often a prompt is asked at most: answers that are empty, or said already, are drawn anew."""
+"""Most rounds for a prompt: answers that are empty or repeat another answer are drawn again."""
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How answers are drawn."""
+    """Parameters of the sampling."""
 
     n: int = 4
     temperature: float = 0.8
@@ -44,13 +44,13 @@ class SamplingParameters:
 
 @dataclass(kw_only=True)
 class Sampled:
-    """What was done: prompts in the file at the end and before, and what became of the draws of this call."""
+    """Result of a call: prompts in the file at the end and before, and the counts of this call's draws."""
 
     prompts: int = 0
     before: int = 0
     answers: int = 0
     repeated: int = 0
-    """Draws that said what another answer to the prompt says."""
+    """Draws that repeat another answer to the prompt."""
     empty: int = 0
     cut: int = 0
     """Answers that end at the length limit."""
@@ -58,36 +58,36 @@ class Sampled:
     """Prompts with fewer different answers than were asked for."""
 
     def lines(self) -> list[str]:
-        """For the user to read."""
+        """Lines for the user."""
         if self.prompts == self.before:
             return [f"nothing to do: all {self.prompts:,} prompts are answered"]
         cut = f", {self.cut:,} of them cut at --max-new-tokens" if self.cut else ""
         found = [f"{self.answers:,} answers to {self.prompts - self.before:,} prompts{cut}"]
         if self.repeated or self.empty:
-            found.append(f"{self.repeated:,} draws said what was said before, {self.empty:,} were empty: left out")
+            found.append(f"left out: {self.repeated:,} repeated answers, {self.empty:,} empty answers")
         if self.short:
             found.append(
-                f"{self.short:,} prompts have fewer different answers than --n asks for; a higher --temperature makes "
-                "them differ"
+                f"{self.short:,} prompts have fewer different answers than --n; a higher --temperature makes answers "
+                "differ"
             )
         return found
 
 
 @dataclass
 class _Work:
-    """One prompt on its way; answers are those found so far."""
+    """A prompt in progress, with the answers found so far."""
 
     prompt: Candidates
     ids: list[int]
     answers: list[Answer] = field(default_factory=list)
     draws: int = 0
-    """Numbers given out so far."""
+    """Draws numbered so far."""
     waiting: int = 0
     rounds: int = 0
 
 
 def read_prompts(path: str, column: str | None, limit: int | None, watcher: Watcher) -> list[Prompt]:
-    """The first `limit` distinct prompts of a file or data set. Raises: DataError, naming a line where it can."""
+    """The first `limit` distinct prompts of a file or data set. Raises: DataError, with the line if it is known."""
     found = prompts_of(path, column=column, shipped=shipped_folder())
     distinct: dict[str, Prompt] = {}
     for prompt in found:
@@ -100,9 +100,10 @@ def read_prompts(path: str, column: str | None, limit: int | None, watcher: Watc
 def sample(
     sampler: Sampler, prompts: Sequence[Prompt], out: Path, drawing: SamplingParameters, watcher: Watcher
 ) -> Sampled:
-    """Writes a line to `out` for each prompt that has none yet, as soon as its answers are drawn.
+    """Write a line to `out` for each prompt that has none yet, as soon as its answers are drawn.
 
-    Raises: ConfigError if `out` was drawn otherwise; DataError for a prompt that does not fit the model; DiskError.
+    Raises: ConfigError if `out` was drawn with other settings; DataError for a prompt that is too long for the model;
+    DiskError.
     """
     with held(out):
         ids = encode_prompts(prompts, sampler.tokenizer, sampler.data)
@@ -123,7 +124,7 @@ def sample(
 def _answer(
     sampler: Sampler, works: list[_Work], out: Path, drawing: SamplingParameters, watcher: Watcher, counts: Sampled
 ) -> None:
-    """Longest prompts first: what does not fit shows at the start, and the time left is overstated, if anything."""
+    """Draw the answers, longest prompts first: out-of-memory errors come early, and time left is not underestimated."""
     works = sorted(works, key=lambda work: -len(work.ids))
     batch = _at_once(sampler, len(works[0].ids), drawing)
     watcher.say(f"answers: {drawing.n} to each of {len(works):,} prompts, {batch} at a time")
@@ -154,7 +155,7 @@ def _answer(
 
 
 def _ask(work: _Work, drawing: SamplingParameters) -> list[tuple[_Work, Draw]]:
-    """The draws that the prompt still needs; none when it has all its answers, or was asked often enough."""
+    """The draws that the prompt still needs; empty if it has all its answers or has used all its rounds."""
     missing = drawing.n - len(work.answers)
     if work.rounds == ROUNDS or not missing:
         return []
@@ -183,7 +184,7 @@ def _write(work: _Work, out: Path, drawing: SamplingParameters, counts: Sampled)
 
 
 def _try(sampler: Sampler, draws: list[Draw], drawing: SamplingParameters) -> list[Drawn] | None:
-    """None where the batch does not fit. Raises: OutOfMemoryError if it is a single answer."""
+    """Draw a batch; None if it does not fit. Raises: OutOfMemoryError if the batch is a single answer."""
     try:
         return draw(
             sampler.model, sampler.tokenizer, draws, max_new_tokens=drawing.max_new_tokens,
@@ -193,7 +194,7 @@ def _try(sampler: Sampler, draws: list[Draw], drawing: SamplingParameters) -> li
         if len(draws) > 1:
             return None
         raise OutOfMemoryError(
-            f"One answer of {drawing.max_new_tokens} tokens to a prompt of {len(draws[0].prompt)} does not fit into "
+            f"One answer of {drawing.max_new_tokens} tokens to a prompt of {len(draws[0].prompt)} does not fit in "
             "memory. Give a smaller --max-new-tokens, or shorter prompts."
         ) from error
 
@@ -206,7 +207,7 @@ def _at_once(sampler: Sampler, longest: int, drawing: SamplingParameters) -> int
 
 
 def _written(prompt: Prompt, sampler: Sampler) -> str | list[dict[str, Any]]:
-    """The prompt as the model read it, its system message too: as messages where they are rendered as such."""
+    """The prompt as the model read it, including its system message; as messages if the model uses a chat template."""
     if not prompt.is_chat and not uses_chat_template(sampler.tokenizer, sampler.data.template):
         return str(prompt.turns[0]["content"])
     system = [{"role": "system", "content": sampler.data.system}]
@@ -214,7 +215,7 @@ def _written(prompt: Prompt, sampler: Sampler) -> str | list[dict[str, Any]]:
 
 
 def _seed(seed: int, prompt: str, number: int) -> int:
-    """The seed of one answer's random stream: the same for this prompt in any file and at any place."""
+    """Seed of one answer's random stream; independent of the file and of the prompt's place in it."""
     return int(sha256(f"{seed} {prompt} {number}".encode()).hexdigest()[:12], 16)
 
 
@@ -223,36 +224,36 @@ def _check_lengths(sampler: Sampler, prompts: Sequence[Prompt], ids: Sequence[li
     for prompt, tokens in zip(prompts, ids, strict=True):
         if allowed is not None and len(tokens) + new > allowed:
             raise DataError(
-                f"The prompt in {prompt.origin} has {len(tokens):,} tokens; with {new:,} more (--max-new-tokens) that "
-                f"is beyond the model's {allowed:,} positions. Shorten the prompt or the answers."
+                f"The prompt in {prompt.origin} has {len(tokens):,} tokens; with {new:,} more (--max-new-tokens) it "
+                f"exceeds the model's {allowed:,} positions. Shorten the prompt or the answers."
             )
 
 
 def _done(out: Path, drawn: dict[str, Any], sampler: Sampler, watcher: Watcher) -> set[str]:
-    """Ids of the prompts that `out` holds. Raises: ConfigError where its answers are drawn by other means."""
+    """Ids of the prompts in `out`. Raises: ConfigError if its answers come from other settings or another model."""
     if not out.exists() or not out.stat().st_size:
         return set()
     if disk.cut_torn_line(out):
-        watcher.say(f"the last line of {out} was torn off by a crash; its prompt is answered again")
+        watcher.say(f"the last line of {out} is incomplete (after a crash); its prompt is answered again")
     lines = read_lines(out)
     for line in lines:
         for name, value in drawn.items():
             if line.drawn.get(name) != value:
                 raise ConfigError(
-                    f"{line.place} was drawn with {name}={line.drawn.get(name)}, and this call says {name}={value}. "
-                    "Give the same settings to go on with the file, or another --out."
+                    f"{line.place} was drawn with {name}={line.drawn.get(name)}, but this command has {name}={value}. "
+                    "Give the same settings to resume the file, or another --out."
                 )
         if any(answer.origin != sampler.origin for answer in line.answers):
             then = next(answer.origin for answer in line.answers if answer.origin != sampler.origin)
             raise ConfigError(
-                f"{line.place} holds answers of {then.name if then else 'an unknown model'}, and not of "
+                f"{line.place} has answers of {then.name if then else 'an unknown model'}, not of "
                 f"{sampler.origin.name} as it is loaded now. Give another --out."
             )
     return {line.id for line in lines}
 
 
 def _put_in_order(out: Path, asked: Sequence[Candidates]) -> None:
-    """In the order of the prompts, those of earlier calls with other prompts first."""
+    """Sort the file by the order of the prompts, with prompts of earlier calls that are not among them first."""
     place = {prompt.id: number for number, prompt in enumerate(asked)}
     lines = sorted(read_lines(out), key=lambda line: place.get(line.id, -1))
     disk.write_text(out, "".join(json.dumps(line.to_json(), ensure_ascii=False) + "\n" for line in lines))

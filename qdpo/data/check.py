@@ -1,4 +1,4 @@
-"""`qdpo data check`: the very preparation of a run, without a model."""
+"""`qdpo data check`: prepares data exactly as a run does, without a model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Checked:
-    """The report, and some pairs with the tokenizer that reads them."""
+    """The report, and some pairs to show with their tokenizer."""
 
     report: DataReport
     shown: list[TokenPair]
@@ -28,10 +28,10 @@ class Checked:
 
 
 def check_data(config: RunConfig, tokenizer: Any, policy: Origin, watcher: Watcher, report_path: Path) -> Checked:
-    """Reads data.path as a run would, writes the row report to `report_path`, and judges.
+    """Read data.path as a run would, write the row report to `report_path`, and assess the data.
 
-    `policy` is the model to be trained, by whose name the on-policy answers are counted.
-    Raises: DataError where not a single pair is usable.
+    `policy` is the model to be trained; on-policy answers are counted by its name.
+    Raises: DataError if no pair is usable.
     """
     cache = disk.cache_folder(config.cache.dir)
     found = prepare.read_data(config.data, tokenizer, watcher, scratch=cache)
@@ -44,7 +44,7 @@ def check_data(config: RunConfig, tokenizer: Any, policy: Origin, watcher: Watch
     pairs = found.prepared.pairs
     if not len(pairs):
         error = sieve.nothing_usable(found.prepared)
-        raise DataError(f"{error} {report_path} names each.")
+        raise DataError(f"{error} {report_path} lists every row.")
     report = make_report(
         found.prepared,
         found.layouts,

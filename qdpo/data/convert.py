@@ -1,4 +1,4 @@
-"""Data sets as text, no tokenizer involved: rows shown, written as plain pairs, or split by prompt."""
+"""Shows rows, writes them as plain pairs, or splits them by prompt; as text, without a tokenizer."""
 
 import json
 from collections import Counter
@@ -30,7 +30,7 @@ def pairs_of_rows(config: RunConfig, wanted: set[int], watcher: Watcher) -> list
 
 
 def convert_data(config: RunConfig, out: Path, watcher: Watcher, *, force: bool) -> str:
-    """Writes every usable pair as messages, row by row; returns a line of counts. Raises DataError if there is none."""
+    """Write every usable pair as messages, row by row; return a line of counts. Raises: DataError if there is none."""
     _refuse_existing([out], force)
     dropped: Counter[str] = Counter()
     kept = 0
@@ -48,7 +48,7 @@ def convert_data(config: RunConfig, out: Path, watcher: Watcher, *, force: bool)
 
 
 def split_data(config: RunConfig, folder: Path, watcher: Watcher, *, fraction: float, seed: int, force: bool) -> str:
-    """Writes train.jsonl and held_out.jsonl; no prompt stands in both. Raises DataError where one would be empty."""
+    """Write train.jsonl and held_out.jsonl; no prompt is in both. Raises: DataError if one would be empty."""
     files = {name: folder / f"{name}.jsonl" for name in ("train", "held_out")}
     _refuse_existing(list(files.values()), force)
     dropped: Counter[str] = Counter()
@@ -57,7 +57,7 @@ def split_data(config: RunConfig, folder: Path, watcher: Watcher, *, fraction: f
     if not held:
         raise DataError(
             f"{config.data.path} has {len(keys)} usable pairs with {len(set(keys))} different prompts, which cannot be "
-            "split: a prompt may stand on one side only."
+            "split: all pairs of a prompt stay on one side."
         )
     for name, path in files.items():
 
@@ -117,4 +117,4 @@ def _counted(dropped: Counter[str]) -> str:
 def _refuse_existing(paths: list[Path], force: bool) -> None:
     for path in paths:
         if path.exists() and not force:
-            raise ConfigError(f"{path} exists. Choose another name, or give --force to replace it.")
+            raise ConfigError(f"{path} exists. Choose another name, or replace it with --force.")

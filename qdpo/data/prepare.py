@@ -1,4 +1,4 @@
-"""From settings to prepared pairs in the run folder: read, recognise, render, tokenise once, split, report."""
+"""Prepares the pairs of a run in its folder: read, recognise, render, tokenise once, split, report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Token ids of all pairs, and what must be recorded about where they came from."""
+    """Token ids of all pairs, and the record of where they came from."""
 
     train: PairStore
     held_out: PairStore
@@ -40,7 +40,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class ReadData:
-    """The pairs of one or several sources, and how they were understood."""
+    """The pairs of one or several sources, and how they were read."""
 
     sources: list[Source]
     layouts: list[Layout]
@@ -49,16 +49,16 @@ class ReadData:
 
     @property
     def name(self) -> str:
-        """The sources in the order of data.path."""
+        """Names of the sources, in the order of data.path."""
         return " + ".join(source.name for source in self.sources)
 
 
 def prepare_data(
     config: DataConfig, tokenizer: Any, *, seed: int, watcher: Watcher, scratch: Path | None = None
 ) -> PreparedData:
-    """Reads and tokenises the training and held-out pairs; ids wait in a temporary file in `scratch`.
+    """Read and tokenise the training and held-out pairs; ids are kept in a temporary file in `scratch`.
 
-    Raises: DataError, also where more than data.max_drop_fraction of the pairs cannot be used.
+    Raises: DataError, also if more than data.max_drop_fraction of the pairs cannot be used.
     """
     say = watcher.say
     main = read_data(config, tokenizer, watcher, scratch=scratch)
@@ -86,7 +86,7 @@ def prepare_data(
     if config.weights is not None:
         train = train.select(split.weighted_places(train, source_of[list(places)], config.weights, seed))
         if not len(train):
-            raise DataError(f"data.weights={'+'.join(map(str, config.weights))} leaves no training pair. Raise them.")
+            raise DataError(f"data.weights={'+'.join(map(str, config.weights))} leaves no training pairs. Raise it.")
     dropped = sum(note.action == "dropped" for note in notes)
     about = DataRecord(
         source=main.name, revision=first.revision, license=first.license, train_pairs=len(train),
@@ -98,7 +98,7 @@ def prepare_data(
 
 
 def read_data(config: DataConfig, tokenizer: Any, watcher: Watcher, *, scratch: Path | None = None) -> ReadData:
-    """All usable pairs of data.path, nothing held out. They may be none; see the notes."""
+    """All usable pairs of data.path, with none held out. There may be none; the notes say why."""
     return _read(config, str(config.path), config.split, config.limit, tokenizer, watcher, scratch)
 
 
@@ -118,15 +118,15 @@ def read_pairs(config: DataConfig, tokenizer: Any, watcher: Watcher) -> tuple[st
 
 
 def check_ids(pairs: Sequence[TokenPair], vocab_size: int, tokenizer: Any) -> None:
-    """Raises: DataError where a pair holds an id for which the model has no embedding."""
+    """Raises: DataError if a pair has a token id without an embedding in the model."""
     for found in pairs:
         top = max(int(ids.max()) for ids in (found.prompt, found.chosen, found.rejected))
         if top >= vocab_size:
             raise DataError(
-                f"Row {found.row} holds the token {tokenizer.convert_ids_to_tokens(top)!r} with the id {top}, but the "
-                f"model has embeddings for the ids below {vocab_size} only: the token was added to the tokenizer and "
-                "never to the model. Put the model's own tokenizer into its folder, or choose a data.template that "
-                "does without the token."
+                f"Row {found.row} has the token {tokenizer.convert_ids_to_tokens(top)!r} with the id {top}, but the "
+                f"model has embeddings only for ids below {vocab_size}: the token was added to the tokenizer, but not "
+                "to the model. Put the model's own tokenizer into its folder, or choose a data.template without the "
+                "token."
             )
 
 
@@ -138,7 +138,7 @@ def limits_of(config: DataConfig) -> Limits:
 def open_sources(
     config: DataConfig, path: str, chosen_split: str | None, watcher: Watcher
 ) -> list[tuple[Source, Layout, int]]:
-    """Each source that `path` names with its layout and number of rows; every row of a file is read once."""
+    """Each source in `path`, with its layout and number of rows; reads every row of a file once."""
     columns = {name: value for name, value in config.columns.model_dump().items() if value is not None}
     found = []
     for one in source.split_paths(path):
@@ -225,7 +225,7 @@ def _refuse(config: DataConfig, found: ReadData) -> None:
     if report.drop_fraction(found.prepared) > config.max_drop_fraction:
         raise DataError(
             f"{found.name}: {report.too_many_dropped(found.prepared, config.max_drop_fraction)}. `qdpo data check` "
-            "lists every one; if they may go, set data.max_drop_fraction higher."
+            "lists them all. If they may be dropped, raise data.max_drop_fraction."
         )
 
 
@@ -235,20 +235,22 @@ def _without_overlap(config: DataConfig, train: PairStore, held_out: PairStore, 
         return held_out
     if not config.drop_overlap:
         say(
-            f"warning: {len(shared)} held-out prompts are also among the training prompts, so held-out figures "
-            "flatter; data.drop_overlap=true leaves them out"
+            f"warning: {len(shared)} held-out prompts are also trained on, so held-out figures are too good "
+            "(hold-out leakage); data.drop_overlap=true leaves them out"
         )
         return held_out
     gone = set(shared)
     left = held_out.select([place for place in range(len(held_out)) if place not in gone])
     say(f"{len(shared)} held-out pairs left out: their prompts are trained on")
     if not len(left):
-        raise DataError("Every held-out prompt is trained on too, and data.drop_overlap=true leaves none. Give others.")
+        raise DataError(
+            "All held-out prompts are also trained on, so data.drop_overlap=true leaves none. Give other pairs."
+        )
     return left
 
 
 def store(run: RunDir, prepared: PreparedData) -> None:
-    """Writes prepared/ and data_report.jsonl. The ids are never rendered again: a template may print today's date."""
+    """Write prepared/ and data_report.jsonl. Pairs are never rendered again: a template may print today's date."""
 
     def fill(folder: Path) -> None:
         sieve.save_pairs(folder / run.train_pairs.name, prepared.train)

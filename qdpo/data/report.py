@@ -1,4 +1,4 @@
-"""What became of the rows of a data set: counts, lengths, biases, a verdict, and the report file."""
+"""The data report: counts of used and dropped rows, lengths, biases, a verdict, and the report file."""
 
 import json
 from collections import Counter
@@ -18,11 +18,11 @@ from qdpo.data.tokens.sieve import Prepared
 from qdpo.data.tokens.store import TokenPair
 
 LENGTH_BIAS = 0.9
-"""From this share of longer chosen answers on, length alone tells the answers apart."""
+"""Share of longer chosen answers from which length alone tells the answers apart."""
 FEW_PAIRS = 200
 MUCH_CUT = 0.1
 NOT_COUNTED = {"tie"}
-"""Reasons that say nothing about the quality of the data: these rows were never preferences."""
+"""Reasons that do not count against the quality of the data: these rows never were preferences."""
 TRIED_TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 SIDES = ("prompt", "chosen", "rejected")
 BINS = 16
@@ -30,25 +30,25 @@ FACTS = {
     "thinking_stripped": "the chat template leaves out the thoughts of earlier answers in {count:,} pairs, as it will "
     "when the model is served (first: {example})",
     "text_before_answer": "the chat template puts text before {count:,} answers, which is trained on: {example!r}",
-    "prompt_kept": "with an answer behind them, the chat template writes {count:,} prompts otherwise ({example}); each "
-    "was kept as it is when the model is asked",
-    "thinking_kept": "{count:,} answers hold a thought that the chat template would rewrite; they are trained on as "
-    "they stand in the data (first: {example})",
+    "prompt_kept": "the chat template writes {count:,} prompts differently once an answer follows ({example}); the "
+    "form used at inference was kept",
+    "thinking_kept": "{count:,} answers have a thought that the chat template would rewrite; they are trained on "
+    "unchanged (first: {example})",
     "system_folded": "the chat template does not take system messages ({example}): {count:,} were put before the first "
     "question (data.refused_system=drop leaves them out)",
-    "system_left_out": "the chat template does not take system messages ({example}): {count:,} were left out, as "
-    "data.refused_system=drop says",
+    "system_left_out": "the chat template does not take system messages ({example}): {count:,} were left out "
+    "(data.refused_system=drop)",
     "system_unfoldable": "the chat template does not take system messages ({example}): {count:,} were left out, as "
-    "an answer follows them and no question that could begin with them. The data report names these rows "
+    "they are followed by an answer, not by a question to put them before. The data report names these rows "
     "(system_unfoldable); begin them with a question, or remove them",
-    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought: it counts as "
-    "prompt, as at inference with enable_thinking=false",
+    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought; it counts as part "
+    "of the prompt, as at inference with enable_thinking=false",
 }
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source of data.path, and how its rows are laid out."""
+    """One source of data.path, and its layout."""
 
     name: str
     license: str | None
@@ -58,7 +58,7 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class LengthReport:
-    """Lengths in tokens; `histogram` counts them in bins of equal ratio from 1 to the longest."""
+    """Lengths in tokens; `histogram` has logarithmic bins from 1 to the longest."""
 
     median: float
     mean: float
@@ -79,27 +79,27 @@ class DataReport:
     dropped: dict[str, int]
     mended: dict[str, int]
     drop_fraction: float
-    """Share of the pairs that cannot be used, ties left aside."""
+    """Share of the pairs that cannot be used, not counting ties."""
     lengths: dict[str, LengthReport]
     what_if: list[dict[str, int]]
-    """For each data.max_tokens: pairs that stay whole, are cut, or are dropped for their length."""
+    """For each data.max_tokens: number of pairs that stay whole, are cut, or are dropped for their length."""
     longest: dict[str, int]
     chosen_longer: float
     length_correlation: float
-    """Pearson's r between the length of an answer and its being the chosen one."""
+    """Pearson's r between an answer's length and whether it is the chosen one."""
     scores_disagree: int
     overlap: int | None
     origins: dict[str, int]
-    """Answers by who wrote them; empty where no row says."""
+    """Number of answers by author; empty if no row names one."""
     on_policy: float | None
-    """Share of the answers that the model to be trained wrote; None where no row says who wrote them."""
+    """Share of the answers that the model to be trained wrote; None if no row names an author."""
     warnings: list[str]
-    """In order of damage."""
+    """Most harmful first."""
     fit: bool
 
 
 def write_report(path: Path, notes: Sequence[RowNote]) -> None:
-    """Adds one JSON object a line for each row that was dropped, cut or mended, with its file and line."""
+    """Append a JSON line for each row that was dropped, cut or mended, with its file and line."""
     lines = []
     for note in notes:
         entry = asdict(note)
@@ -110,7 +110,7 @@ def write_report(path: Path, notes: Sequence[RowNote]) -> None:
 
 
 def summary_lines(prepared: Prepared, layouts: Sequence[Layout], sources: Sequence[Source]) -> list[str]:
-    """The data set in a few lines: how it was understood, what is used, what is not and why, and how long it is."""
+    """The data set in a few lines: layout, rows used, rows dropped and why, and lengths."""
     lines = []
     for source, layout in zip(sources, layouts, strict=True):
         lines.append(f"data: {source.name}" + (f" (licence: {source.license})" if source.license else ""))
@@ -149,7 +149,7 @@ def counted(reasons: Counter[str]) -> str:
 
 
 def mended_counts(prepared: Prepared) -> Counter[str]:
-    """Rows that were put right, by what was done."""
+    """Number of mended rows, by what was done."""
     return Counter(note.reason for note in prepared.notes if note.action == "mended")
 
 
@@ -165,13 +165,13 @@ def chosen_longer(prepared: Prepared) -> float:
 
 
 def drop_fraction(prepared: Prepared) -> float:
-    """Share of the pairs that cannot be used, ties left aside."""
+    """Share of the pairs that cannot be used, not counting ties."""
     dropped = sum(count for reason, count in prepared.dropped.items() if reason not in NOT_COUNTED)
     return dropped / max(1, prepared.outcomes)
 
 
 def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
-    """What is questionable in usable data, in order of damage."""
+    """Warnings about usable data, most harmful first."""
     warnings, pairs = [], max(1, len(prepared.pairs))
     scores = next((layout.scores for layout in layouts if layout.form == "pairs" and layout.scores), None)
     if prepared.scores_disagree and scores:
@@ -180,29 +180,29 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
         warnings.append(f"{scores[0]} is below {scores[1]} in {share:.0%} of the pairs{advice}")
     if contradictions := prepared.dropped["contradiction"]:
         warnings.append(
-            f"{contradictions:,} pairs contradict another one (the same answers with the labels swapped) and are left "
-            "out: the labels are noisy"
+            f"{contradictions:,} pairs contradict another pair (same answers, labels swapped) and are left out: the "
+            "labels are noisy"
         )
     warnings += [_fact(name, prepared.facts[name]) for name in FACTS if name in prepared.facts]
     if len(prepared.pairs) and chosen_longer(prepared) >= LENGTH_BIAS:
-        warnings.append("length alone tells chosen from rejected here, so the model may only learn to write more")
+        warnings.append("length alone tells chosen from rejected, so the model may only learn to write longer answers")
     if prepared.chosen_cut:
         warnings.append(
-            f"{prepared.chosen_cut:,} chosen answers ended at the length limit when they were drawn: they teach to "
-            "stop in mid-sentence. Draw with a higher --max-new-tokens, or choose others"
+            f"{prepared.chosen_cut:,} chosen answers were cut at the length limit when they were drawn: they teach the "
+            "model to stop in mid-sentence. Draw with a higher --max-new-tokens, or choose other answers"
         )
     cut = sum(note.action == "cut" for note in prepared.notes)
     if cut > MUCH_CUT * pairs:
         warnings.append(f"answers are cut at their end in {cut:,} pairs; a higher data.max_tokens keeps them whole")
     if spelt := mended_counts(prepared)["special_token_text"]:
-        warnings.append(f"{spelt:,} pairs hold the text of a special token; it is trained on as ordinary text")
+        warnings.append(f"{spelt:,} pairs contain the text of a special token; it is trained on as ordinary text")
     if prepared.merged:
         warnings.append(
-            f"{prepared.merged:,} answers would share a token with their prompt; they are tokenised by themselves, as "
-            "at inference"
+            f"{prepared.merged:,} answers would share a token with their prompt; they are tokenised separately, as at "
+            "inference"
         )
     if len(prepared.pairs) < FEW_PAIRS:
-        warnings.append(f"{len(prepared.pairs):,} pairs are few: a model is changed noticeably from some hundreds on")
+        warnings.append(f"{len(prepared.pairs):,} pairs are few: a noticeable change takes some hundreds")
     return warnings
 
 
@@ -217,13 +217,15 @@ def make_report(
     policy: Origin,
     template_notes: Sequence[str],
 ) -> DataReport:
-    """All that can be said of a data set. `overlap` counts held-out pairs whose prompt is trained on.
+    """The full report on a data set. `overlap` counts held-out pairs whose prompt is trained on.
 
-    `policy` is the model to be trained; the identity of its weights is not known without loading them.
+    `policy` is the model to be trained; the checksum of its weights is unknown, since they are not loaded.
     """
     share, warnings = drop_fraction(prepared), data_warnings(prepared, layouts)
     if overlap:
-        warnings.insert(0, f"{overlap:,} held-out prompts are also trained on, so held-out figures flatter")
+        warnings.insert(
+            0, f"{overlap:,} held-out prompts are also trained on, so held-out figures are too good (hold-out leakage)"
+        )
     if share > max_drop_fraction:
         warnings.insert(0, too_many_dropped(prepared, max_drop_fraction))
     lengths, usable = prepared.pairs.lengths, len(prepared.pairs)
@@ -271,14 +273,14 @@ def _on_policy(origins: Counter[Origin | None], policy: Origin) -> float | None:
 
 
 def too_many_dropped(prepared: Prepared, allowed: float) -> str:
-    """The sentence for a data set of which too much cannot be used."""
+    """The sentence for a data set with too many unusable pairs."""
     reasons = Counter({reason: n for reason, n in prepared.dropped.items() if reason not in NOT_COUNTED})
     worst = reasons.most_common(1)[0][0]
     first = next(note for note in prepared.notes if note.reason == worst)
     where = f"{first.place.file}, line {first.place.line}" if first.place else f"row {first.row}"
     return (
         f"{drop_fraction(prepared):.0%} of the pairs cannot be used ({counted(reasons)}), more than "
-        f"data.max_drop_fraction={allowed:g} allows. {where}, for one: {first.detail}"
+        f"data.max_drop_fraction={allowed:g} allows. For example {where}: {first.detail}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which pairs are held out: by prompt, so that none leaks; and how often the others are trained on."""
+"""Splits pairs into training and held-out by prompt, so that no prompt leaks; and applies the sources' weights."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def held_out_places(pairs: Sequence[TokenPair], fraction: float, limit: int | No
 
     Prompts are ranked by a hash of seed and ids, and the first of them are held out: up to `fraction` of the pairs and
     up to `limit`. The order of the pairs does not matter, and a data set that grows keeps most of its split.
-    Raises: DataError where one side would be empty.
+    Raises: DataError if one side would be empty.
     """
     keys = [_rank(pair, seed) for pair in pairs]
     held = chosen_prompts(keys, fraction, limit)
@@ -23,14 +23,14 @@ def held_out_places(pairs: Sequence[TokenPair], fraction: float, limit: int | No
         bound = "" if limit is None else f", at most {limit} of them held out"
         raise DataError(
             f"{len(keys)} pairs with {len(set(keys))} different prompts cannot be split into training and held-out "
-            f"pairs (data.eval_fraction={fraction}{bound}): a prompt may stand on one side only. Give more prompts, or "
-            "a separate data.eval_path."
+            f"pairs (data.eval_fraction={fraction}{bound}): all pairs of a prompt stay on one side. Give more prompts, "
+            "or a separate data.eval_path."
         )
     return [place for place, key in enumerate(keys) if key in held]
 
 
 def chosen_prompts(keys: Sequence[bytes], fraction: float, limit: int | None) -> set[bytes]:
-    """The prompts to hold out, one key for each pair; empty where one side would be. The smallest keys come first."""
+    """Keys of the prompts to hold out, smallest first, given each pair's key; empty if one side would be empty."""
     sizes = Counter(keys)
     most = len(keys) - 1 if limit is None else min(limit, len(keys) - 1)
     target = min(max(1, round(fraction * len(keys))), most)
@@ -39,7 +39,7 @@ def chosen_prompts(keys: Sequence[bytes], fraction: float, limit: int | None) ->
         if held_pairs + sizes[key] <= target:
             held_out.add(key)
             held_pairs += sizes[key]
-    if not held_out:  # every prompt has more pairs than the share: the one with the fewest
+    if not held_out:  # every prompt has more pairs than the target: take the prompt with the fewest
         held_out = {key for key in sorted(sorted(sizes), key=sizes.__getitem__)[:1] if sizes[key] <= most}
     return held_out
 
@@ -47,7 +47,7 @@ def chosen_prompts(keys: Sequence[bytes], fraction: float, limit: int | None) ->
 def weighted_places(
     pairs: Sequence[TokenPair], source_of: np.ndarray, weights: Sequence[float], seed: int
 ) -> list[int]:
-    """Places of the pairs as often as the weight of their source says: 2 is twice, 0.5 is half of the prompts."""
+    """Places of the pairs, repeated by the weight of their source: 2 is twice, 0.5 is half of the prompts."""
     places = []
     for place, pair in enumerate(pairs):
         weight = weights[int(source_of[place])]

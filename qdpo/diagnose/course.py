@@ -1,4 +1,4 @@
-"""The records of a run so far, and the means over them that rules look at. No torch and no other room of qdpo."""
+"""The records of a run so far, and the means over them that rules use. Imports neither torch nor other rooms."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 # One line of metrics.jsonl: the step and the metrics by name.
 Record = dict[str, float]
 
-# Pairs that a mean over recent steps should hold: below that, accuracy is mostly noise.
+# Minimum number of pairs in a mean over recent steps: with fewer, accuracy is mostly noise.
 WINDOW_PAIRS = 32
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the rules must know of a run besides its records."""
+    """Facts that the rules need about a run besides its records."""
 
     steps: int
-    """Planned."""
+    """Planned steps."""
     pairs_per_step: int
     held_out: int
     """Held-out pairs."""
@@ -25,7 +25,7 @@ class Terms:
 
 @dataclass
 class Course:
-    """The records of a run so far, in the order in which they were written."""
+    """The records of a run so far, in the order they were written."""
 
     terms: Terms
     steps: list[Record] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Course:
 
     @property
     def window(self) -> int:
-        """Steps that make up a mean over recent steps."""
+        """Number of steps in a mean over recent steps."""
         return max(3, math.ceil(WINDOW_PAIRS / self.terms.pairs_per_step))
 
     @property
@@ -54,20 +54,20 @@ class Course:
         return self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] > 0 else None
 
     def recent(self, name: str, steps: int | None = None) -> float | None:
-        """Mean over the last steps; None before there are enough of them."""
+        """Mean over the last steps; None while there are too few."""
         last = self.steps[-(steps or self.window) :]
         return mean(last, name) if len(last) >= self.window else None
 
     @property
     def first_accuracy(self) -> float:
-        """Of the held-out pairs; an untouched adapter that is its own reference has 0.5 by definition."""
+        """Accuracy on held-out pairs at the start; 0.5 by definition if the untouched adapter is its own reference."""
         return float(self.first["eval_rewards/accuracies"]) if self.first else 0.5
 
     def noise(self, pairs: float) -> float:
-        """Standard error of an accuracy over so many pairs, where half of them are right."""
+        """Standard error of an accuracy over that many pairs, if half of them are right."""
         return 0.5 / math.sqrt(max(1.0, pairs))
 
 
 def mean(records: Sequence[Record], name: str) -> float:
-    """Of a metric over records that have it."""
+    """Mean of a metric over records that have it."""
     return sum(float(record[name]) for record in records) / len(records)

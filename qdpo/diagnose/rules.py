@@ -1,6 +1,6 @@
-"""What is wrong with a run, in plain words: rules over its records, each with threshold, evidence and advice.
+"""Diagnoses a run in plain words: rules over its records, each with threshold, evidence and advice.
 
-No torch and no other room of qdpo: the settings name these rules, the loop stops on them, the report repeats them.
+Imports neither torch nor other rooms of qdpo: settings name these rules, the loop stops on them, the report shows them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ class Finding:
 
     rule: str
     evidence: str
-    """What was measured, beside its bound."""
+    """The measurement, with its bound."""
     advice: str
 
     @property
@@ -27,35 +27,35 @@ class Finding:
 
 @dataclass(frozen=True)
 class Symptom:
-    """A way to go wrong."""
+    """A rule: one way in which a run can go wrong."""
 
     threshold: str
-    """When it holds, for users."""
+    """Condition of the rule, for users."""
     advice: str
     holds: Callable[[Course], str | None]
-    """The evidence, if it holds."""
+    """Returns the evidence if the rule holds, else None."""
     is_failure: bool = False
-    """The run did not do what it was for."""
+    """True if the run has failed its purpose."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A rule that held at some time of the run."""
+    """A rule that held at some time during the run."""
 
     finding: Finding
     first_step: int
     lasting: bool
-    """Whether it still holds at the end of the records."""
+    """True if it still holds at the end of the records."""
 
 
 def findings(course: Course) -> list[Finding]:
-    """The rules that hold now, gravest first."""
+    """The rules that hold now, most severe first."""
     found = ((name, rule.advice, rule.holds(course)) for name, rule in RULES.items())
     return [Finding(name, evidence, advice) for name, advice, evidence in found if evidence]
 
 
 def diagnose(records: Sequence[Record], terms: Terms) -> list[Finding]:
-    """What is wrong at the end of these records."""
+    """Findings at the end of these records."""
     course = Course(terms)
     for record in records:
         course.add(record)
@@ -63,7 +63,7 @@ def diagnose(records: Sequence[Record], terms: Terms) -> list[Finding]:
 
 
 def follow(records: Sequence[Record], terms: Terms, looks: int = 200) -> list[Seen]:
-    """What was wrong at any time, looked at after each evaluation and about `looks` more times."""
+    """Findings at any time of the run, checked after each evaluation and about `looks` more times."""
     course, seen = Course(terms), dict[str, Seen]()
     every = max(1, len(records) // looks)
     for number, record in enumerate(records, 1):
@@ -82,81 +82,81 @@ def follow(records: Sequence[Record], terms: Terms, looks: int = 200) -> list[Se
 RULES = {
     "unmoved": Symptom(
         f"every margin is exactly 0 for the first {signs.UNMOVED_STEPS} steps",
-        "The adapter learns nothing. Usual causes: a rate too small to change a weight (train.learning_rate), "
-        "adapter.targets that no answer passes through, or a layer without a backward pass.",
+        "The adapter learns nothing. Usual causes: a learning rate too small to change any weight "
+        "(train.learning_rate), adapter.targets that no answer passes through, or a layer without a backward pass.",
         signs.unmoved,
         is_failure=True,
     ),
     "reversed": Symptom(
         "accuracy is three standard errors below its start",
-        "Labels are swapped in one of the two sets, or the columns are (data.columns.chosen, data.columns.rejected).",
+        "The labels of one of the two sets are swapped, or its columns (data.columns.chosen, data.columns.rejected).",
         signs.swapped,
         is_failure=True,
     ),
     "stuck": Symptom(
         "half of the run is over, and held-out accuracy is within two standard errors of its start",
-        "The rate is too low, the run too short, or the labels are noise: read twenty pairs and say which answer you "
-        "would choose.",
+        "The learning rate is too low, the run too short, or the labels are noise: read twenty pairs and say which "
+        "answer you would choose.",
         signs.stuck,
         is_failure=True,
     ),
     "overfit": Symptom(
-        "held-out loss rises by a quarter of what it had fallen while training loss falls, or held-out accuracy is "
-        "that of chance where training accuracy is 90 %",
-        "The run memorises its pairs: take fewer epochs, a lower rate, a larger beta, or more pairs.",
+        "held-out loss rises by a quarter of its earlier fall while training loss falls, or held-out accuracy is at "
+        "chance while training accuracy is 90 %",
+        "The run memorises its pairs: use fewer epochs, a lower learning rate, a larger beta, or more pairs.",
         signs.overfit,
     ),
     "saturated": Symptom(
         f"accuracy reaches {signs.SATURATED:.0%} in the first {signs.EARLY_SHARE:.0%} of the run, or all held-out "
         "pairs are right at a tenth of the first loss",
         "Something trivial tells the answers apart (a marker, a style, the length), held-out pairs are among the "
-        "training pairs, or the rate is too high or beta too small.",
+        "training pairs, or the learning rate is too high or beta too small.",
         signs.saturated,
     ),
     "displacement": Symptom(
         f"chosen answers lose {signs.DISPLACED:g} nats a token",
-        "The model is leaving the text you asked for: lower the rate, raise beta, or add a term that holds chosen "
-        "answers (loss.name=sigmoid+sft, dpop). `qdpo metrics displacement` says more.",
+        "The model is drifting away from the answers you chose: lower the learning rate, raise beta, or add a term "
+        "that keeps chosen answers likely (loss.name=sigmoid+sft, dpop). `qdpo metrics displacement` says more.",
         signs.displacement,
     ),
     "runaway": Symptom(
-        f"margin / beta passes {signs.RUNAWAY:g} nats a token",
-        "Margins this wide cost the quality of the text: lower the rate, raise beta, or take fewer steps.",
+        f"margin / beta exceeds {signs.RUNAWAY:g} nats a token",
+        "Margins this wide harm the quality of the text: lower the learning rate, raise beta, or use fewer steps.",
         signs.runaway,
     ),
     "weak_beta": Symptom(
         f"half of the run is over, {signs.SORTED:.0%} of the pairs are ordered, and their margin is below "
         f"{signs.WEAK_MARGIN:g}",
-        "The loss goes on pulling pairs that are long in order, so nothing but the number of steps bounds the drift: "
-        "raise beta.",
+        "The loss keeps pulling pairs that are already ordered, so only the number of steps bounds the drift: raise "
+        "beta.",
         signs.weak_beta,
     ),
     "drift": Symptom(
-        f"kl passes {signs.DRIFTED:g} nats a token",
-        "The policy has left its reference: lower the rate, or raise beta.",
+        f"kl exceeds {signs.DRIFTED:g} nats a token",
+        "The policy is far from its reference: lower the learning rate, or raise beta.",
         signs.drift,
     ),
     "repetition": Symptom(
         f"sampled answers repeat {signs.REPEATING:.0%} of themselves, and {signs.REPEATING_MORE:.0%} more than before",
-        "The adapter has damaged the model: lower the rate or stop earlier, and read the samples.",
+        "The adapter has damaged the model: lower the learning rate or stop earlier, and read the samples.",
         signs.repetition,
     ),
     "length": Symptom(
-        f"sampled answers grow to {signs.LONGER:g} times, or shrink to {signs.SHORTER:g} times, beyond what chosen "
-        "answers are",
-        "The preference may be one for length: balance it in the data, or see loss.length_normalized and "
-        "loss.ld_alpha.",
+        f"sampled answers grow to {signs.LONGER:g} times, or shrink to {signs.SHORTER:g} times, beyond the length of "
+        "chosen answers",
+        "The model may have learnt a preference for length: balance lengths in the data, or see "
+        "loss.length_normalized and loss.ld_alpha.",
         signs.length,
     ),
     "spikes": Symptom(
-        f"{signs.SPIKES} of {signs.SPIKE_STEPS} gradients are {signs.SPIKE:g} times those before, or one "
+        f"{signs.SPIKES} of {signs.SPIKE_STEPS} gradients are {signs.SPIKE:g} times those before, or one is "
         f"{signs.SPIKE**2:g} times",
-        "Lower the rate or lengthen the warm-up (train.warmup_steps); look for broken rows.",
+        "Lower the learning rate or lengthen the warm-up (train.warmup_steps); look for broken rows.",
         signs.spikes,
     ),
     "overflow": Symptom(
         "more than 5 of 20 updates are skipped",
-        "Compute in bf16 or fp32 (model.dtype), or lower the rate.",
+        "Compute in bf16 or fp32 (model.dtype), or lower the learning rate.",
         signs.overflow,
     ),
 }

@@ -1,4 +1,4 @@
-"""What each rule looks for in the records: functions that return the evidence beside its bound, or None."""
+"""The conditions of the rules: functions over the records that return the evidence with its bound, or None."""
 
 import math
 import statistics
@@ -6,22 +6,22 @@ from collections.abc import Iterator
 
 from qdpo.diagnose.course import Course, mean
 
-# Steps without any effect after which that is said.
+# Number of steps without any effect after which the rule holds.
 UNMOVED_STEPS = 10
-# Nats a token. Half a nat leaves each token of a chosen answer 61 % of its probability.
+# Nats a token. After a loss of half a nat, each token of a chosen answer keeps 61 % of its probability.
 DISPLACED = 0.5
-# Nats a token between chosen and rejected. With 46 tokens an answer and beta 0.1 the demo wrote readable answers at a
-# margin of 3.1, which is 0.7, and repetitions at 7.7, which is 1.7 (report/screen/metrics.md).
+# Nats a token between chosen and rejected. With 46 tokens an answer and beta 0.1, the demo wrote readable answers at a
+# margin of 3.1 (0.7 nats a token), and repetitions at 7.7 (1.7 nats a token); see report/screen/metrics.md.
 RUNAWAY = 1.2
-# The proxy `kl`, nats a token. It was 1.4 at the end of a healthy demo, and 10^6 at a hundred times its rate.
+# The proxy `kl`, nats a token. It was 1.4 at the end of a healthy demo, and 10^6 at a hundred times its learning rate.
 DRIFTED = 10.0
-# Below this margin a sigmoid loss still pulls with 95 % of its first force.
+# Below this margin, a sigmoid loss still pulls with 95 % of its initial strength.
 WEAK_MARGIN, SORTED = 0.1, 0.9
 SATURATED, EARLY_SHARE = 0.99, 0.1
 SPIKE, SPIKES, SPIKE_STEPS = 10.0, 3, 100
 LONGER, SHORTER = 1.5, 0.5
 REPEATING, REPEATING_MORE = 0.4, 0.25
-# Windows, at most, where the rest of the run so far is meant: a look costs the same however long the run is.
+# Maximum number of windows for means over much of the run, so that a check costs the same however long the run is.
 MANY_WINDOWS = 20
 
 
@@ -56,7 +56,7 @@ def stuck(course: Course) -> str | None:
 
 
 def _by_chance(course: Course, pairs: float) -> float:
-    """The accuracy up to which chance explains it. Above 1, these are too few pairs to say anything."""
+    """The highest accuracy that chance explains. Above 1, there are too few pairs to say anything."""
     return course.first_accuracy + 2 * course.noise(pairs)
 
 
@@ -89,13 +89,13 @@ def saturated(course: Course) -> str | None:
     for end in range(course.window, len(shares) + 1):
         if sum(shares[end - course.window : end]) / course.window >= SATURATED:
             step = course.steps[end - 1]["step"]
-            return f"accuracy was {SATURATED:.0%} or more by step {step} of {course.terms.steps} already"
+            return f"accuracy was already {SATURATED:.0%} or more by step {step} of {course.terms.steps}"
     first, latest = course.first, course.latest
     if first and latest and latest["eval_rewards/accuracies"] >= 0.995:
         if 0 < first["eval_loss"] and latest["eval_loss"] < 0.1 * first["eval_loss"]:
             return (
                 f"every held-out pair is ordered as labelled and their loss is {latest['eval_loss']:.4f}, under a "
-                f"tenth of its {first['eval_loss']:.4f} at the start: better than real preferences allow"
+                f"tenth of the {first['eval_loss']:.4f} at the start: better than real preferences allow"
             )
     return None
 
@@ -130,7 +130,7 @@ def runaway(course: Course) -> str | None:
     gap, whose = max(gaps, default=(0.0, ""))
     if gap <= RUNAWAY:
         return None
-    return f"the two answers of {whose} pairs lie {gap:.2f} nats a token apart (bound: {RUNAWAY:g})"
+    return f"the two answers of {whose} pairs are {gap:.2f} nats a token apart (bound: {RUNAWAY:g})"
 
 
 def weak_beta(course: Course) -> str | None:
@@ -142,8 +142,8 @@ def weak_beta(course: Course) -> str | None:
         return None
     return (
         f"{share:.0%} of recent training pairs are ordered as labelled, {margin / course.terms.beta:.1f} nats apart, "
-        f"yet at beta {course.terms.beta:g} that is a margin of {margin:.3g} (bound: {WEAK_MARGIN:g}), which the loss "
-        "hardly notices"
+        f"but at beta {course.terms.beta:g} that is a margin of {margin:.3g} (bound: {WEAK_MARGIN:g}), which hardly "
+        "lowers the loss"
     )
 
 
@@ -161,8 +161,8 @@ def repetition(course: Course) -> str | None:
     if after is None or before is None or after < REPEATING or after - before < REPEATING_MORE:
         return None
     return (
-        f"{after:.0%} of a sampled answer repeats what it said before, {before:.0%} with the adapter off (bounds: "
-        f"{REPEATING:.0%}, and {REPEATING_MORE:.0%} more)"
+        f"{after:.0%} of a sampled answer repeats earlier parts of it, {before:.0%} with the adapter off (bounds: "
+        f"{REPEATING:.0%}, and {REPEATING_MORE:.0%} more than with the adapter off)"
     )
 
 
@@ -201,7 +201,7 @@ def overflow(course: Course) -> str | None:
 
 
 def _accuracies(course: Course) -> Iterator[tuple[float, float, str]]:
-    """Share of pairs ordered as labelled, over how many pairs, and whose: held-out ones first."""
+    """Share of pairs ordered as labelled, number of pairs, and which pairs; held-out pairs first."""
     if course.latest and len(course.steps) >= course.window:
         yield course.latest["eval_rewards/accuracies"], course.terms.held_out, "held-out"
     steps = max(course.window, min(len(course.steps) // 3, MANY_WINDOWS * course.window))
@@ -219,5 +219,5 @@ def _train_accuracy(course: Course) -> float:
 
 
 def _sampled(course: Course, name: str) -> tuple[float | None, float | None]:
-    """A measure of the sampled answers with the adapter off, and now."""
+    """A metric of the sampled answers with the adapter off, and now."""
     return (course.first or {}).get(name), (course.latest or {}).get(name)

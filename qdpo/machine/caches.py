@@ -1,4 +1,4 @@
-"""What lies in the cache folder: listing, checking and clearing it. No torch."""
+"""Lists, checks and clears the cache folder, without torch."""
 
 import difflib
 import json
@@ -18,22 +18,22 @@ from qdpo.train.policy.reference_cache import ERRORS, is_damage, is_intact
 
 PLACES = ("reference", "bases")
 SHOWN_DIGITS = 12
-"""Of a reference's name: enough to tell one from the other, and to name it."""
+"""Digits of a reference's name that are shown: enough to identify it."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The paths of a cache folder, by what they are; other files are not ours."""
+    """The paths in a cache folder, by kind; other files do not belong to qdpo."""
 
     folder: Path
     references: list[Path]
     bases: list[Path]
-    """Converted bases, and what a broken conversion left."""
+    """Converted bases, and leftovers of interrupted conversions."""
     corrupt: list[Path]
 
 
 def contents(given: Path | None) -> Contents:
-    """What is in the folder given, else in the default one. Raises: DiskError if it cannot be read."""
+    """Contents of the given folder, else of the default one. Raises: DiskError if it cannot be read."""
     folder = cache_folder(given)
     with _disk_errors(folder):
         inside = {name: sorted(place.iterdir()) if (place := folder / name).is_dir() else [] for name in PLACES}
@@ -58,7 +58,7 @@ def list_lines(given: Path | None) -> list[str]:
         _table(("set aside as damaged", "size"), corrupt),
     ]
     if not any(tables):
-        return [f"{found.folder} holds no reference log-probs and no converted models."]
+        return [f"{found.folder} has no reference log-probs and no converted models."]
     return [str(found.folder), *(line for table in tables if table for line in ("", *table))]
 
 
@@ -74,20 +74,20 @@ def verify_lines(given: Path | None) -> Iterator[str]:
     if damaged:
         names = " ".join(damaged)
         raise VerificationError(
-            f"Damaged in {found.folder}: {names}. A run computes damaged rows again and sets unreadable files aside; "
-            f"`qdpo cache clear {names} --dir {shlex.quote(str(found.folder))}` removes them now."
+            f"Damaged in {found.folder}: {names}. A run computes damaged rows again and sets unreadable files aside. "
+            f"To remove them now: `qdpo cache clear {names} --dir {shlex.quote(str(found.folder))}`."
         )
     yield f"{len(found.references)} references in {found.folder}, all intact"
 
 
 def clear_lines(given: Path | None, names: Sequence[str], *, corrupt: bool, everything: bool) -> Iterator[str]:
-    """Removes the references named, the files set aside, or everything; a line for each that is gone.
+    """Remove the named references, the files set aside, or everything; yield a line for each.
 
-    Raises: ConfigError before anything is removed if a name fits no reference or several, or nothing was asked for.
+    Raises: ConfigError, before anything is removed, if a name matches no reference or several, or nothing is named.
     """
     found = contents(given)
     if not (names or corrupt or everything):
-        raise ConfigError("Nothing to clear was named. Give a NAME that `qdpo cache ls` lists, --corrupt, or --all.")
+        raise ConfigError("Nothing to clear is named. Give a NAME from `qdpo cache ls`, --corrupt, or --all.")
     doomed = found.references if everything else list(dict.fromkeys(_named(name, found) for name in names))
     whole = [(f"reference {path.stem[:SHOWN_DIGITS]}", [path, *_companions(path)]) for path in doomed]
     if corrupt or everything:
@@ -112,7 +112,9 @@ def _named(name: str, found: Contents) -> Path:
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise ConfigError(f"{name!r} fits {len(fits)} references: {', '.join(p.stem for p in fits)}. Give more digits.")
+        raise ConfigError(
+            f"{name!r} matches {len(fits)} references: {', '.join(p.stem for p in fits)}. Give more digits."
+        )
     near = difflib.get_close_matches(name, known + [stem[: len(name)] for stem in known], n=1, cutoff=0.3)
     full = next((stem for stem in known if near and stem.startswith(near[0])), None)
     hint = f"Did you mean {full[:SHOWN_DIGITS]!r}?" if full else "`qdpo cache ls` lists them."
@@ -125,12 +127,12 @@ def _companions(path: Path) -> list[Path]:
 
 
 def _check_inside(folder: Path, paths: Sequence[Path]) -> None:
-    """Raises: ConfigError for a path that a link has taken out of the cache folder."""
+    """Raises: ConfigError for a path that a link leads out of the cache folder."""
     for path in paths:
         if not path.parent.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(
-                f"{path.parent} is a link to {path.parent.resolve()}, outside the cache folder, where nothing is "
-                "deleted. Remove its files yourself."
+                f"{path.parent} is a link to {path.parent.resolve()}, outside the cache folder, so nothing is deleted "
+                "there. Remove its files yourself."
             )
 
 
@@ -142,7 +144,7 @@ def _remove(path: Path) -> None:
 
 
 def _about(path: Path) -> tuple[str, ...]:
-    """A reference's line in the list."""
+    """A reference's row in the list."""
     answers, about = "unreadable", dict[str, Any]()
     try:
         with _opened(path) as database:
@@ -160,7 +162,7 @@ def _about(path: Path) -> tuple[str, ...]:
 
 
 def _faults(path: Path) -> tuple[int, list[str]]:
-    """Number of rows, and what is wrong with the file."""
+    """Number of rows, and the file's faults."""
     answers = damaged = 0
     try:
         with _opened(path) as database:
@@ -178,7 +180,7 @@ def _faults(path: Path) -> tuple[int, list[str]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """An existing file; opened for writing, because what a killed process left must be rolled back."""
+    """Open an existing file, for writing, since an unfinished transaction of a killed process must be rolled back."""
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=60)) as database:
         database.text_factory = lambda raw: raw.decode(errors="replace")
         yield database
@@ -190,7 +192,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.OperationalError) as error:
         raise DiskError(
-            f"Cannot use {path}: {error}. Fix its permissions, or name another folder with --dir."
+            f"Cannot use {path}: {error}. Fix its permissions, or give another folder with --dir."
         ) from error
 
 

@@ -1,16 +1,16 @@
-"""debug.log: the traceback of whatever ended a command, without tokens and without the name of the home folder."""
+"""Writes debug.log: tracebacks of errors that ended a command, without access tokens or the home folder's name."""
 
 import datetime
 import re
 import traceback
 from pathlib import Path
 
-# Tokens of the Hub, of GitHub, and in an Authorization header.
+# Access tokens of the Hub, of GitHub, and in an Authorization header.
 SECRETS = re.compile(r"\b(hf_|ghp_|gho_|github_pat_)\w{8,}|(?<=Bearer )\S+")
 
 
 def note(folder: Path, error: BaseException, words: list[str]) -> Path | None:
-    """Appends the error's traceback and the command's words to `folder`/debug.log; None if that cannot be written."""
+    """Append the error's traceback and the command to `folder`/debug.log; None if it cannot be written."""
     path = folder / "debug.log"
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     text = "".join(traceback.format_exception(error))

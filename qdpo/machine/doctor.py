@@ -1,4 +1,4 @@
-"""What this machine is and lacks for training: one line a check, each with what to do."""
+"""Checks whether this machine can train: a line for each check, with the remedy if it fails."""
 
 import os
 import platform
@@ -18,14 +18,14 @@ from qdpo.run import disk
 
 GIB = 2**30
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-# A run writes checkpoints and token ids: less than this is used up by the first of a 7B model.
+# A run writes checkpoints and token ids: with less free space, a 7B model's first checkpoint would fill the disk.
 LEAST_DISK_GIB = 2.0
 HUB_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `bad` is what keeps a run from working here, `note` what may surprise."""
+    """The result of a check, one line: `bad` prevents runs, `note` may surprise."""
 
     mark: Literal["ok", "note", "bad"]
     name: str
@@ -38,15 +38,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the presets are held against."""
+    """The device and memory that the presets are compared with."""
 
     device: Literal["cuda", "cpu"]
     free_gib: float
-    """Of the card, or of the host without one."""
+    """Free memory of the card, or of the host if there is none."""
 
 
 def run_checks() -> tuple[list[Check], Machine]:
-    """All checks. Loads torch, multiplies a small quantised matrix on the device, and asks the hub for one page."""
+    """Run all checks. Loads torch, quantises a small matrix on the device, and requests one page from the hub."""
     card, machine = _card()
     parts: list[Callable[[], Iterator[Check]]] = [_python, _memory, _disk, _wsl, _hub, _report]
     first, *rest = (list(part()) for part in parts)
@@ -63,7 +63,7 @@ def _python() -> Iterator[Check]:
     yield Check("ok", "python", f"{platform.python_version()} on {platform.platform()}")
     yield Check("ok", "packages", ", ".join(versions))
     if missing:
-        yield Check("bad", "packages", f"missing: {', '.join(missing)}. Type: pip install --upgrade qdpo")
+        yield Check("bad", "packages", f"missing: {', '.join(missing)}. Run: pip install --upgrade qdpo")
 
 
 def _card() -> tuple[list[Check], Machine]:
@@ -75,11 +75,11 @@ def _card() -> tuple[list[Check], Machine]:
         cpu = Machine("cpu", free_host)
         if driver and torch.version.cuda is None:
             text = f"the driver lists {driver}, but torch {torch.__version__} is a CPU build: install one with CUDA"
-            return [Check("bad", "card", f"{text} (pytorch.org/get-started says how)")], cpu
+            return [Check("bad", "card", f"{text} (see pytorch.org/get-started)")], cpu
         if driver:
             text = f"the driver lists {driver}, but torch {torch.__version__} cannot use it: update the driver"
             return [Check("bad", "card", text)], cpu
-        return [Check("note", "card", "none: `qdpo run preset=demo` works, 7B models need a CUDA card")], cpu
+        return [Check("note", "card", "none: `qdpo run preset=demo` works, but 7B models need a CUDA card")], cpu
     index = max(range(torch.cuda.device_count()), key=lambda one: torch.cuda.mem_get_info(one)[0])
     free, total = (size / GIB for size in torch.cuda.mem_get_info(index))
     about = torch.cuda.get_device_properties(index)
@@ -90,7 +90,7 @@ def _card() -> tuple[list[Check], Machine]:
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         found.append(Check("note", "bf16", "not on this card: runs compute in fp16 with loss scaling"))
     if free < 0.8 * total:
-        found.append(Check("note", "card", f"other programs hold {total - free:.1f} GiB: close them for longer pairs"))
+        found.append(Check("note", "card", f"other programs use {total - free:.1f} GiB: close them for longer pairs"))
     return found, Machine("cuda", free)
 
 
@@ -105,7 +105,7 @@ def _driver() -> str:
 
 
 def _quantised(machine: Machine) -> Iterator[Check]:
-    """A matrix through NF4 and back, by the library that every run uses."""
+    """Check an NF4 round trip of a matrix with the library that every run uses."""
     import torch
 
     from qdpo.model.base.quant import round_trip_error
@@ -132,9 +132,9 @@ def _disk() -> Iterator[Check]:
         writable = os.access(existing, os.W_OK)
         text = f"{what}: {free:.1f} GiB free in {existing.absolute()}"
         if not writable:
-            yield Check("bad", "disk", f"{text}, which cannot be written: name another with output.dir or cache.dir")
+            yield Check("bad", "disk", f"{text}, which is not writable: set another with output.dir or cache.dir")
         elif free < LEAST_DISK_GIB:
-            yield Check("bad", "disk", f"{text}; {LEAST_DISK_GIB:g} are needed. Free some, or name another disk")
+            yield Check("bad", "disk", f"{text}; {LEAST_DISK_GIB:g} are needed. Free space, or use another disk")
         else:
             yield Check("ok", "disk", text)
 
@@ -142,9 +142,9 @@ def _disk() -> Iterator[Check]:
 def _wsl() -> Iterator[Check]:
     if "microsoft" not in platform.release().lower():
         return
-    yield Check("note", "WSL", "it sees half of Windows' memory unless .wslconfig says memory=…")
+    yield Check("note", "WSL", "it gets half of Windows' memory unless .wslconfig sets memory=…")
     if Path.cwd().is_relative_to("/mnt"):
-        yield Check("note", "WSL", f"{Path.cwd()} is a Windows disk, slow from here: keep runs under your home folder")
+        yield Check("note", "WSL", f"{Path.cwd()} is on a Windows disk, which is slow: keep runs in your home folder")
 
 
 def _hub() -> Iterator[Check]:
@@ -158,10 +158,10 @@ def _hub() -> Iterator[Check]:
         with urllib.request.urlopen(request, timeout=HUB_WAIT_S):
             pass
     except urllib.error.HTTPError:
-        pass  # it answered
+        pass  # an answer, even if an error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        yield Check("note", "hub", f"{constants.ENDPOINT} does not answer ({reason}): use local folders or the demo")
+        yield Check("note", "hub", f"{constants.ENDPOINT} is not reachable ({reason}): use local folders or the demo")
         return
     yield Check("ok", "hub", f"{constants.ENDPOINT} answers")
 
@@ -170,4 +170,4 @@ def _report() -> Iterator[Check]:
     try:
         yield Check("ok", "report", f"matplotlib {metadata.version('matplotlib')}")
     except metadata.PackageNotFoundError:
-        yield Check("note", "report", "no matplotlib: `qdpo report` needs it. Type: pip install 'qdpo[report]'")
+        yield Check("note", "report", "no matplotlib: `qdpo report` needs it. Run: pip install 'qdpo[report]'")

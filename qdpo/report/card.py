@@ -1,4 +1,4 @@
-"""The model card beside a finished adapter: what it is, from what, how it was trained, what it scored."""
+"""The model card of a finished adapter: its base and data, the training settings, and its scores."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from qdpo.settings import layered
 from qdpo.settings.loss_rules import RULES, needs_reference
 from qdpo.settings.schema import LossConfig
 
-# Of the names that the hub knows, those that open models carry.
+# The hub's licence names that are in use for open models.
 LICENSES = {
     "afl-3.0", "apache-2.0", "artistic-2.0", "bigscience-openrail-m", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "cc-by-sa-4.0", "cc0-1.0", "gemma", "gpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2",
@@ -20,17 +20,17 @@ LICENSES = {
 
 
 def write_card(finished: FinishedRun) -> None:
-    """Writes README.md into the run folder and its adapter folder, from run.json and result.json."""
+    """Write README.md into the run folder and its adapter folder, from run.json and result.json."""
     run, text = finished.run, card_text(finished)
     disk.write_text(run.card, text)
     disk.write_text(run.adapter / "README.md", text)
 
 
 def card_text(finished: FinishedRun, *, repo: str | None = None, is_merged: bool = False) -> str:
-    """The card in the hub's format. Paths of this machine are left out.
+    """The card in the hub's format, without paths of this machine.
 
-    `repo` is where the card is pushed to; such a card does not even name local files. `is_merged`: it describes the
-    merged model, not the adapter.
+    `repo` is the repository that the card is pushed to; such a card does not even name local files. `is_merged`: the
+    card describes the merged model, not the adapter.
     """
     record = finished.record
     base, data, found, config = record.base, record.data, record.found.settings(), finished.config()
@@ -104,7 +104,7 @@ Chosen answers often become less likely in absolute terms while margins rise: mo
 
 
 def _loss_settings(loss: LossConfig) -> list[str]:
-    """The settings of [loss] that act: its names, its beta if it has one, and what is not at its default."""
+    """The settings of [loss] with an effect: names, beta if used, and settings that are not at their defaults."""
     default, given = LossConfig().model_dump(), loss.model_dump()
     return [
         f"loss.{field}"
@@ -116,7 +116,7 @@ def _loss_settings(loss: LossConfig) -> list[str]:
 
 
 def _license_lines(name: str) -> list[str]:
-    """Front matter for a licence; the hub has a closed list of names, and takes any other only as "other"."""
+    """Front matter for a licence; the hub has a closed list of names, and takes any other licence as "other"."""
     if name in LICENSES:
         return [f"license: {name}"]
     return ["license: other", f"license_name: {json.dumps(name)}"]
@@ -128,7 +128,7 @@ def _versions(environment: Environment) -> str:
 
 
 def _usage(base: str | None, repo: str | None, is_merged: bool) -> str:
-    """Python that loads what the card describes; `base` is None unless the hub has it."""
+    """Python code that loads the model that the card describes; `base` is None unless the hub has it."""
     if is_merged:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
@@ -142,7 +142,7 @@ def _usage(base: str | None, repo: str | None, is_merged: bool) -> str:
 
 
 def public_name(name: str, source: str, *, hide: bool = False) -> str:
-    """A name that tells nothing of this machine: hub ids and pypi: sources whole, local paths by their last part.
+    """A name that reveals nothing about this machine: hub ids and pypi: sources in full, the last part of local paths.
 
     With `hide`, local paths are not named at all.
     """

@@ -1,4 +1,4 @@
-"""`qdpo chat`: one message, two answers, written as they come; commands begin with a slash."""
+"""`qdpo chat`: two streamed answers to each message; commands begin with a slash."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,14 +14,14 @@ from qdpo.settings.schema import DataConfig
 
 SIDES = ("base", "tuned")
 HELP = (
-    "/both, /base, /tuned: who answers · /reset: forget the conversation · /system TEXT: set the system message "
-    "(and reset) · /quit. Ctrl-C stops an answer, twice leaves."
+    "/both, /base, /tuned: choose who answers · /reset: forget the conversation · /system TEXT: set the system message "
+    "(and reset) · /quit. Ctrl-C stops an answer; pressed twice, it quits."
 )
 
 
 @dataclass(kw_only=True)
 class Chat:
-    """Two conversations with one policy: with its adapter off, and on. Each keeps what it has said itself."""
+    """Two conversations with one policy, with the adapter off and on. Each keeps its own answers."""
 
     policy: Policy
     tokenizer: Any
@@ -31,13 +31,13 @@ class Chat:
     top_p: float
     seed: int
     asked: tuple[str, ...] = SIDES
-    """Who answers."""
+    """The sides that answer."""
     system: str | None = None
     said: dict[str, list[Message]] = field(default_factory=lambda: {side: [] for side in SIDES})
     turns: int = 0
 
     def command(self, line: str) -> str | None:
-        """Carries out a slash command; returns what to tell the user, or None for /quit."""
+        """Run a slash command; return a line for the user, or None for /quit."""
         name, _, rest = line.partition(" ")
         if name == "/quit":
             return None
@@ -49,12 +49,12 @@ class Chat:
                 self.system = rest.strip() or None
             self.said = {side: [] for side in SIDES}
             return "new conversation" + (f", system message: {self.system}" if self.system else "")
-        return HELP if name == "/help" else f"there is no {name}. {HELP}"
+        return HELP if name == "/help" else f"unknown command {name}. {HELP}"
 
     def answer(self, side: str, question: str, write: Callable[[str], None]) -> None:
-        """One side's answer, piece by piece; it stays in the conversation, also where it was interrupted.
+        """Write one side's answer, piece by piece; it stays in the conversation even if it is interrupted.
 
-        Raises: DataError if the chat template refuses the conversation, which is then as before.
+        Raises: DataError if the chat template refuses the conversation, which then stays unchanged.
         """
         turns = [*self.said[side], {"role": "user", "content": question}]
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -78,9 +78,9 @@ class Chat:
 
 
 def talk(chat: Chat, source: IO[str], out: IO[str]) -> None:
-    """Reads messages until /quit or the end of `source`, and writes the answers to `out`.
+    """Read messages until /quit or the end of `source`, and write the answers to `out`.
 
-    Ctrl-C stops the answers to a message; a second one before the next message leaves, by KeyboardInterrupt.
+    Ctrl-C stops the answers to a message; a second Ctrl-C before the next message quits with KeyboardInterrupt.
     """
     live = source.isatty() and out.isatty()
 
@@ -112,7 +112,7 @@ def talk(chat: Chat, source: IO[str], out: IO[str]) -> None:
             if was_stopped:
                 raise
             was_stopped = True
-            write("\n(stopped; Ctrl-C again leaves)\n")
+            write("\n(stopped; Ctrl-C again quits)\n")
 
 
 def _turn(chat: Chat, question: str, write: Callable[[str], None]) -> None:
@@ -127,5 +127,5 @@ def _turn(chat: Chat, question: str, write: Callable[[str], None]) -> None:
 
 
 def _plain(text: str) -> str:
-    """Without control characters, by which an answer could steer the terminal."""
+    """The text without control characters, with which an answer could control the terminal."""
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")

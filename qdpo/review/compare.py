@@ -1,4 +1,4 @@
-"""Base against tuned on the same prompts: both answers, how likely each is to both models, and how far they are apart.
+"""Compares base and tuned model on the same prompts: answers, their log-probs under both models, and the KL.
 
 N response tokens of a row.
 """
@@ -27,13 +27,13 @@ from qdpo.run.watcher import Watcher
 from qdpo.train.step.feed import row_tensors
 from qdpo.train.watch.samples import repetition
 
-# Means and medians of the summary are of these.
+# The measures whose means and medians are in the summary.
 MEASURES = ("tokens", "repeated", "base_logp", "tuned_logp")
 
 
 @dataclass(frozen=True)
 class CompletionParameters:
-    """How answers are drawn; greedy at temperature 0."""
+    """Parameters of the answers' generation; greedy at temperature 0."""
 
     max_new_tokens: int = 160
     temperature: float = 0.0
@@ -42,22 +42,22 @@ class CompletionParameters:
 
 @dataclass(frozen=True)
 class MeasuredAnswer:
-    """One model's answer. Log-probs are a token's mean, in nats."""
+    """One model's answer. Log-probs are means per token, in nats."""
 
     text: str
     tokens: int
-    """With the end token."""
+    """Number of tokens, including the end token."""
     ended: bool
-    """False where it was cut at the most new tokens."""
+    """False if the answer was cut at max_new_tokens."""
     repeated: float
-    """Share of its 4-grams of tokens that stood in it before."""
+    """Share of its 4-grams of tokens that occur earlier in it."""
     base_logp: float
     tuned_logp: float
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Both answers to one prompt, and KL(tuned ‖ base) along the tuned one, in nats."""
+    """Both answers to a prompt, and KL(tuned ‖ base) along the tuned answer, in nats."""
 
     prompt: str
     base: MeasuredAnswer
@@ -70,7 +70,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Middle:
-    """The middle of numbers, two ways."""
+    """Mean and median of numbers."""
 
     mean: float
     median: float
@@ -78,7 +78,7 @@ class Middle:
 
 @dataclass(frozen=True)
 class SideSummary:
-    """One model's answers: each of MEASURES, and the share that was cut at the length limit."""
+    """One model's answers: each of MEASURES, and the share of answers cut at the length limit."""
 
     measures: dict[str, Middle]
     cut: float
@@ -95,7 +95,7 @@ class ComparisonSummary:
     kl: Middle
 
     def to_json(self) -> dict[str, object]:
-        """Measures beside `cut`, as --json prints them."""
+        """Plain values as --json prints them, with the measures next to `cut`."""
         sides = {
             name: {**{key: asdict(middle) for key, middle in side.measures.items()}, "cut": side.cut}
             for name, side in (("base", self.base), ("tuned", self.tuned))
@@ -137,7 +137,7 @@ def compare_run(
     count: int,
     drawing: CompletionParameters,
 ) -> Comparison:
-    """Compares on the first `count` prompts of a file, or of the run's held-out pairs.
+    """Compare both models on the first `count` prompts of a file, or of the run's held-out pairs.
 
     Raises: ConfigError if `folder` is not a finished run; DataError for prompts that cannot be used.
     """
@@ -158,8 +158,8 @@ def _prompts(opened: Reopened, tokenizer: Any, path: Path | None, count: int) ->
     for prompt, tokens in zip(read, ids, strict=True):
         if len(tokens) >= data.max_tokens:
             raise DataError(
-                f"The prompt in {prompt.origin} has {len(tokens)} tokens, and the run was trained on at most "
-                f"{data.max_tokens} of prompt and answer (data.max_tokens). Shorten it."
+                f"The prompt in {prompt.origin} has {len(tokens)} tokens, but the run was trained on at most "
+                f"{data.max_tokens} tokens of prompt and answer (data.max_tokens). Shorten the prompt."
             )
     return str(path), ids
 
@@ -173,7 +173,7 @@ def compare(
     *,
     tokens_per_row: int = 0,
 ) -> list[Compared]:
-    """Answers by the base and by the tuned model, then both scored by both in rows of that many tokens."""
+    """Generate answers with base and tuned model, then score both with both models, `tokens_per_row` tokens a row."""
     watcher.begin("answering", 2 * len(prompts), "answer")
     with policy.reference():
         before = complete(policy.peft, tokenizer, prompts, **asdict(drawing))
@@ -196,14 +196,17 @@ def compare(
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of one pair, with the base's answer as chosen and the tuned one as rejected; log-probs by (answer, model)."""
+    """Scores of a pair of the base's answer (as chosen) and the tuned answer (as rejected).
+
+    Log-probs are by (answer, model).
+    """
 
     logps: dict[tuple[str, str], np.ndarray]
     kl: np.ndarray
 
 
 def _scores(policy: Policy, row: PairRow) -> list[_Scores]:
-    """Scores both models give a row: one forward pass each, and the prompt in it once for both answers."""
+    """Both models' scores of a row: one forward pass each, with each prompt once for both answers."""
     tensors = row_tensors(row, policy.device)
     layout = (tensors.token_T, tensors.position_T, tensors.source_N, tensors.spans)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Opens a finished run again: its settings, its base as it was loaded, and its trained adapter."""
+"""Reopens a finished run: its settings, its base as it was loaded, and its trained adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,13 @@ from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.start.open_run import cache_folder
 
-# Settings that may differ from the run's: where to compute, how, and where the cache lies.
+# Settings that may differ from the run's: the device, memory settings, and the cache folder.
 PLACES = ("model.device", "memory.", "cache.dir")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reopened:
-    """A finished run's settings with those given above them, and where its base lies."""
+    """A finished run, its settings with overrides, and the folder of its base."""
 
     finished: FinishedRun
     config: RunConfig
@@ -47,9 +47,9 @@ class Reopened:
 
 
 def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: tuple[str, ...] = PLACES) -> Reopened:
-    """Reads a finished run; of `arguments` only settings that begin with one of `may_change` are taken.
+    """Read a finished run; `arguments` may only contain settings that begin with one of `may_change`.
 
-    Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
+    Raises: ConfigError if `folder` is not a finished run, or a setting is given that would change the model.
     """
     finished = finished_run(folder)
     record = finished.record
@@ -58,7 +58,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
         settled = {"tokens_per_row": record.found.tokens_per_row, "embeddings": record.found.embeddings}
         config = config.model_copy(update={"memory": config.memory.model_copy(update=settled)})
     if config.memory.tokens_per_row == "auto":
-        raise ConfigError("memory.tokens_per_row=auto belongs to training. Give a number, or leave it out.")
+        raise ConfigError("memory.tokens_per_row=auto works only in training. Give a number, or leave it out.")
     device = choose_device(config.model.device, watcher.say)
     revision = record.base.commit or config.model.revision
     place = fetch.locate_base(
@@ -68,7 +68,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
 
 
 def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher: Watcher) -> Loaded:
-    """The run's base with the adapter that `config` names; warns where the base's weights are others than then."""
+    """Load the run's base with the adapter in `config`; warn if the base's weights differ from the training's."""
     watcher.begin("loading the model", 1, "model")
     record = opened.finished.record
     loaded = load_policy(
@@ -82,9 +82,9 @@ def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher:
 
 
 def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
-    """The policy with the run's trained adapter, which `policy.reference()` switches off, and the tokenizer.
+    """The policy with the run's trained adapter, which `policy.reference()` turns off, and the tokenizer.
 
-    The adapter comes from the run folder alone: a run that continued another adapter does not need that one again.
+    The adapter comes from the run folder alone: a run that continued another adapter no longer needs that adapter.
     """
     tokenizer = load_tokenizer(opened.place.folder)
     settle_template(tokenizer, opened.config.data.template)
@@ -95,7 +95,7 @@ def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
 
 
 def _settings(finished: FinishedRun, arguments: list[str], may_change: tuple[str, ...]) -> RunConfig:
-    """The run's settings with `arguments` above them."""
+    """The run's settings, overridden by `arguments`."""
     given = {argument.removeprefix("--").partition("=")[0] for argument in arguments}
     fixed = [name for name in sorted(given) if not name.startswith(may_change)]
     if fixed:

@@ -1,4 +1,4 @@
-"""Scores a trained run again: its own held-out pairs, or any other pairs."""
+"""Scores a trained run again, on its own held-out pairs or on other pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Rescored:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A finished run, and the pairs of `source` that it is measured on."""
+    """A finished run, and the pairs of `source` to score it on."""
 
     opened: Reopened
     source: str
@@ -39,9 +39,9 @@ class Chosen:
 
 
 def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
-    """Evaluates the run's adapter. Without data.path its own held-out pairs are scored, else every usable pair given.
+    """Evaluate the run's adapter on all usable pairs of data.path, or without it on the run's own held-out pairs.
 
-    Raises: ConfigError if `folder` is not a finished run, or a setting is given that would make it another model.
+    Raises: ConfigError if `folder` is not a finished run, or a setting is given that would change the model.
     """
     chosen = choose(folder, arguments, watcher)
     opened, pairs = chosen.opened, chosen.pairs

@@ -1,4 +1,4 @@
-"""The sentence that answers a value which a setting does not take."""
+"""The error message for a value that a setting does not accept."""
 
 import difflib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 
 def explain(name: str, value: Any, origin: str, field: FieldInfo) -> str:
-    """What the setting of that field takes, and why, for a value that it does not take."""
+    """Return the error message for a value that the field does not accept: allowed values, and the help text."""
     value = "+".join(map(str, value)) if isinstance(value, list) else value
     choices = list(_literal_choices(field.annotation))
     help_text = (field.description or "").split("\n")[0]

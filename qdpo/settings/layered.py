@@ -1,6 +1,6 @@
-"""Layers defaults ← preset ← file ← key=value, remembers where each value came from, refuses unknown names.
+"""Layers defaults ← preset ← file ← key=value, records the origin of each value, and refuses unknown names.
 
-Only the standard library and pydantic are imported, so that a wrong setting is answered in a fraction of a second.
+Imports only the standard library and pydantic, so that a wrong setting is reported in a fraction of a second.
 """
 
 import difflib
@@ -19,12 +19,12 @@ from qdpo.settings.bad_value import explain
 from qdpo.settings.loss_rules import RENAMED
 from qdpo.settings.schema import RunConfig, Section, problems_across
 
-# What a setting may hold, and settings by full name.
+# The types of a setting's value, and settings by full name.
 Value = str | int | float | bool | None | list[str] | list[float]
 Values = dict[str, Value]
 
-# Settings that go when a later layer sets another: what describes one source or one loss, and the two ways to say how
-# long.
+# Settings that are dropped when a later layer sets the key: those that describe one source or one loss, and the other
+# way to give the length of the run.
 BELONG_TO = {
     "data.path": (
         "data.revision",
@@ -41,26 +41,26 @@ BELONG_TO = {
     "train.steps": ("train.hours",),
     "train.hours": ("train.steps",),
 }
-# Settings whose text may hold a comma that means nothing but itself.
+# Settings whose text may contain literal commas.
 FREE_TEXT = ("data.system", "data.columns.", "output.", "cache.dir", "samples.prompts", "adapter.start")
-# Tables of a preset file that describe it, and set nothing.
+# Entries of a preset file that describe it and are not settings.
 DESCRIPTIVE = {"about", "card", "measured"}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete configuration and where each value came from."""
+    """A complete configuration, with the origin of each value."""
 
     config: RunConfig
     origins: dict[str, str]
-    """Setting name → origin, for settings that are not at their default."""
+    """Setting name → origin, for settings that some layer gives."""
     preset: str | None
     notes: list[str]
-    """What was read otherwise than it was written; for the user to see."""
+    """Lines for the user about values that were read as something else, such as an old name of a loss."""
 
 
 def shipped_folder() -> Path:
-    """Presets and bundled pairs: inside the installed package, or beside it in a clone."""
+    """Folder of the presets and bundled pairs: inside the installed package, or next to it in a clone."""
     package = Path(__file__).parents[1]
     packaged = package / "_shipped"
     return packaged if packaged.is_dir() else package.parent / "presets"
@@ -77,14 +77,14 @@ def preset_names() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """The preset's file, comments included. Raises: ConfigError with the nearest name."""
+    """The text of the preset's file, comments included. Raises: ConfigError with the nearest name."""
     if name not in preset_names():
         raise ConfigError(f"Unknown preset {name!r}. {nearest(name, preset_names())} `qdpo presets` describes them.")
     return (shipped_folder() / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def card_gib(name: str | None) -> float | None:
-    """Memory of the card that a preset is made for; None for those without a card."""
+    """Memory of the card that a preset is made for; None for presets that need no card."""
     if name is None:
         return None
     number = re.match(r"(\d+) GB", tomllib.loads(preset_text(name))["card"])
@@ -92,14 +92,14 @@ def card_gib(name: str | None) -> float | None:
 
 
 def setting_names() -> dict[str, type[Section]]:
-    """Every setting's full name and the section class that owns it."""
+    """Every setting's full name, with the section class that owns it."""
     return {name: section for name, section, _field in _fields(RunConfig, "")}
 
 
 def resolve(arguments: list[str]) -> Resolved:
     """Configuration from `preset=NAME`, `FILE.toml` and `key=value` arguments, in any order.
 
-    Raises: ConfigError that lists every problem at once.
+    Raises: ConfigError that lists all problems together.
     """
     problems: list[str] = []
     preset, files, overrides = _sort_arguments(arguments, problems)
@@ -121,7 +121,7 @@ def resolve(arguments: list[str]) -> Resolved:
 
 
 def resolve_over(settings: Values, origin: str, arguments: list[str]) -> Resolved:
-    """Configuration from a finished run's settings (by full name) and `key=value` arguments above them."""
+    """Configuration from a finished run's settings (by full name), overridden by `key=value` arguments."""
     problems: list[str] = []
     preset, files, overrides = _sort_arguments(arguments, problems)
     problems += [f"{name} cannot be given here; only key=value settings can." for name in (preset, *files) if name]
@@ -159,7 +159,7 @@ def flat(config: RunConfig) -> Values:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A sentence that names the closest known name, or lists the known ones when nothing is close."""
+    """A sentence with the closest known name, or with all known names when none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
     if close:
         return f"Did you mean {close[0]!r}?"
@@ -169,7 +169,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def comma_values(argument: str) -> list[str]:
-    """The argument once for each of the values that its commas part; as it is where a comma is part of the value."""
+    """One argument for each comma-separated value; the argument unchanged where a comma is part of the value."""
     name, equals, value = argument.partition("=")
     plain = name.removeprefix("--").startswith(FREE_TEXT) or "," not in value or Path(value).expanduser().exists()
     return [argument] if plain or not equals else [f"{name}={part.strip()}" for part in value.split(",")]
@@ -190,7 +190,7 @@ def _sort_arguments(arguments: list[str], problems: list[str]) -> tuple[str | No
                 )
         elif len(comma_values(argument)) > 1:
             problems.append(
-                f"{argument} has a comma. `qdpo sweep` runs each of several values in turn; one list is written with +."
+                f"{argument} has a comma. `qdpo sweep` trains once for each value; a list is joined with +."
             )
         elif key == "preset":
             presets.append(value)
@@ -224,7 +224,7 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
 
 
 def _rename(values: dict[str, Any]) -> list[str]:
-    """Puts today's names in the place of older ones in loss.name; returns a sentence for each."""
+    """Replace old names in loss.name by the current ones; return a note for each."""
     names = values.get("loss.name")
     if names is None:
         return []

@@ -1,6 +1,6 @@
-"""What each loss is and takes, without torch: names for the settings, combinations that have no meaning.
+"""The losses as settings see them, without torch: names, the settings each takes, combinations without meaning.
 
-The formulas are in train/loss.py; adding a loss is one function there and one row here.
+The formulas are in train/loss.py; a new loss is one function there and one row here.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,7 +17,7 @@ class LossRule:
     takes: frozenset[str]
     """Settings of [loss] that act on it."""
     reference: bool = True
-    """False: it compares the policy's log-probs alone, so that nothing is computed with the adapter off."""
+    """False: it uses only the policy's log-probs, so no pass with the adapter off is needed."""
     couples: bool = False
     """True: a pair's loss depends on the other pairs of the step."""
 
@@ -26,7 +26,7 @@ def _rule(source: str, takes: str, *, reference: bool = True, couples: bool = Fa
     return LossRule(source, frozenset(takes.split()), reference, couples)
 
 
-# The score that f-divergences act on is the log-ratio, so they need a loss that reads nothing but score differences.
+# f-divergences act on the log-ratio, so they need a loss that depends on score differences alone.
 _DELTA = "beta divergence ld_alpha wpo"
 _RATIOS = "beta ld_alpha wpo length_normalized"
 
@@ -54,7 +54,7 @@ RULES = {
     "cpo": _rule("CPO, arXiv 2401.08417, eq. 3 with its likelihood term", "beta wpo", reference=False),
 }  # fmt: skip
 
-# Names that were in use elsewhere.
+# Names that other programs use.
 RENAMED = {"aot_pair": "aot_unpaired"}
 
 _WHY_NOT = {
@@ -71,7 +71,7 @@ _FOR_ALL = {"divergence", "ld_alpha", "wpo", "length_normalized"}
 
 
 class LossSettings(Protocol):
-    """The part of config.LossConfig that is looked at here."""
+    """The part of config.LossConfig that this module reads."""
 
     @property
     def name(self) -> list[str]: ...
@@ -100,7 +100,7 @@ def default_beta(names: Sequence[str]) -> float:
 
 
 def loss_problems(loss: LossSettings, given: Collection[str]) -> list[str]:
-    """What is wrong with the settings of [loss] taken together; `given` holds the full names not at their default."""
+    """Problems of the [loss] settings in combination; `given` holds the full names not at their default."""
     shown = "+".join(loss.name)
     found = []
     if len(set(loss.name)) < len(loss.name):
@@ -111,18 +111,18 @@ def loss_problems(loss: LossSettings, given: Collection[str]) -> list[str]:
     for name in {"exo_pair", "robust"} & set(loss.name):
         if loss.label_smoothing == 0:
             found.append(
-                f"loss.name={name} needs loss.label_smoothing above 0, the share of labels taken to be swapped: at 0 "
+                f"loss.name={name} needs loss.label_smoothing (the assumed share of swapped labels) above 0: at 0 "
                 + ("its target has a log of 0; its paper advises 0.001." if name == "exo_pair" else "it is sigmoid.")
             )
     if "loss.divergence_alpha" in given and loss.divergence != "alpha_divergence":
-        found.append("loss.divergence_alpha acts only with loss.divergence=alpha_divergence.")
+        found.append("loss.divergence_alpha has an effect only with loss.divergence=alpha_divergence.")
     return found
 
 
 def _without_effect(loss: LossSettings, given: Collection[str], shown: str) -> list[str]:
-    """Settings that act on no loss; and, of those that change what every loss sees, ones that a loss cannot take.
+    """Problems: settings that affect none of the losses, and settings for all losses that one of them cannot take.
 
-    Beside other losses `sft` keeps its plain log-probs.
+    Next to other losses, `sft` keeps its plain log-probs.
     """
     found = []
     for field, why in _WHY_NOT.items():
@@ -130,8 +130,8 @@ def _without_effect(loss: LossSettings, given: Collection[str], shown: str) -> l
         if f"loss.{field}" not in given or not without:
             continue
         if len(without) == len(loss.name):
-            found.append(f"loss.{field} acts on none of loss.name={shown}: {without[0]} {why}.")
+            found.append(f"loss.{field} has no effect with loss.name={shown}: {without[0]} {why}.")
         elif field in _FOR_ALL and without != ["sft"]:
             name = next(name for name in without if name != "sft")
-            found.append(f"loss.{field} beside loss.name={shown}: {name} {why}. Take one of the two out.")
+            found.append(f"loss.{field} with loss.name={shown}: {name} {why}. Remove one of the two.")
     return found

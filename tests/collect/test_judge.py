@@ -62,7 +62,7 @@ def test_the_shorter_answer_is_better_and_a_cut_one_loses(tmp_path: Path) -> Non
 def test_tokens_of_different_models_are_not_compared(tmp_path: Path, second: dict[str, Any]) -> None:
     items = read(tmp_path, [answer("a" * 50, 1), second])
     judge = LengthJudge(items, "shorter")
-    assert decided(judge, items) == [f"bb > {'a' * 50}"] and "characters, because" in judge.opening(items)[0]
+    assert decided(judge, items) == [f"bb > {'a' * 50}"] and "characters (some answers lack" in judge.opening(items)[0]
 
 
 def test_an_answer_that_matches_is_better_and_the_pair_is_alike_in_length(tmp_path: Path) -> None:
@@ -170,18 +170,18 @@ def test_where_comparisons_say_nothing_more_is_asked_and_only_what_was_said_coun
 @pytest.mark.parametrize(
     ("by", "options", "said"),
     [
-        ("taste", {}, "is no judge. There are: length"),
+        ("taste", {}, "is not a judge. Choose from: length"),
         ("length:wider", {}, "neither length:shorter nor"),
-        ("length", {"margin": 1.5}, "no share of a length"),
-        ("length", {"parallel": 2}, "--parallel means nothing to --by length"),
-        ("regex", {}, "lacks what stands after the colon"),
+        ("length", {"margin": 1.5}, "not a share of a length"),
+        ("length", {"parallel": 2}, "--parallel has no effect with --by length"),
+        ("regex", {}, "lacks the part after the colon"),
         ("regex:(", {}, "not a regular expression: missing"),
         ("regex:!", {}, "needs a pattern"),
-        ("regex:a", {"margin": 0.5}, "--margin means nothing to --by regex"),
-        ("reward-model:a.gguf", {}, "GGUF files hold no head"),
-        ("reward-model:a", {"quantization": "int8"}, "--quantization int8 is none of"),
+        ("regex:a", {"margin": 0.5}, "--margin has no effect with --by regex"),
+        ("reward-model:a.gguf", {}, "GGUF files have no reward head"),
+        ("reward-model:a", {"quantization": "int8"}, "--quantization int8 is not one of"),
         ("openai:http://localhost/v1", {}, "needs --judge-model"),
-        ("openai:localhost:8000", {"judge_model": "m"}, "is no http address"),
+        ("openai:localhost:8000", {"judge_model": "m"}, "is not an http address"),
         ("openai:http://localhost/v1", {"judge_model": "m", "rubric": Path("absent")}, "--rubric absent cannot be"),
     ],
 )  # fmt: skip
@@ -205,4 +205,4 @@ def test_the_verb_judges_and_a_second_time_finds_nothing_to_do(tmp_path: Path) -
     found = json.loads(again.stdout)
     assert (found["pairs"], found["decided_before"], found["open_before"], found["pairs_in_file"]) == (0, 1, 1, 1)
     assert {path: path.read_bytes() for path in tmp_path.glob("pairs*")} == before
-    assert "--by taste is no judge" in qdpo("judge", "c.jsonl", "--by", "taste", "--out", "x", cwd=tmp_path).stderr
+    assert "--by taste is not a judge" in qdpo("judge", "c.jsonl", "--by", "taste", "--out", "x", cwd=tmp_path).stderr

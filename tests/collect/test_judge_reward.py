@@ -160,7 +160,7 @@ def test_what_is_no_reward_model_is_refused(tmp_path: Path, items: list[Candidat
     assert "has 2 labels" in refused(save_reward_model(tmp_path / "two", labels=2))
     assert "has no chat template" in refused(save_reward_model(tmp_path / "bare", template=False))
     chat = save_tiny_base(tmp_path / "chat")
-    assert "LlamaForCausalLM, and a reward model is a" in refused(chat)
+    assert "LlamaForCausalLM, but a reward model is a" in refused(chat)
     config = json.loads((chat / "config.json").read_text())
     config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
     (chat / "config.json").write_text(json.dumps(config))

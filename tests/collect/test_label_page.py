@@ -177,7 +177,7 @@ def test_reload_and_kill_lose_nothing(browser: Any, sitting: Sitting, folder: Pa
     anew = Sitting(folder, port=sitting.port)
     try:
         press(tab, "Control+Enter")
-        wait_for(tab, "The server was started anew", "#alarm")
+        wait_for(tab, "The server was restarted", "#alarm")
         assert anew.pairs() == before and tab.input_value(".answer:nth-child(2) textarea") == "half written"
         tab.goto(anew.address)  # only the fragment differs: the page takes the token and loads itself anew
         tab.wait_for_selector("textarea:focus")
@@ -197,7 +197,7 @@ def test_two_tabs_do_not_overwrite_each_other(browser: Any, sitting: Sitting) ->
     wait_for(first, "Saved")
     before = sitting.pairs()
     press(second, "3", "Shift+Digit4")
-    wait_for(second, "nothing was overwritten", "#alarm")
+    wait_for(second, "Nothing was overwritten", "#alarm")
     wait_for(second, "Decided: answer 1 is best, answer 2 worst", "#banner-text")
     assert sitting.pairs() == before and sitting.kinds() == ["pick"]
 

@@ -56,7 +56,7 @@ def test_chosen_answers_that_were_cut_are_warned_of(check: Any, tiny_base: Path,
     own = {"model": str(tiny_base)}
     cut = {**own, "cut": True}
     report = check(write_jsonl(tmp_path / "p.jsonl", written_by((cut, own), (own, cut), (cut, cut))))
-    assert any("2 chosen answers ended at the length limit" in warning for warning in report.warnings)
+    assert any("2 chosen answers were cut at the length limit" in warning for warning in report.warnings)
     assert report.on_policy == 1.0 and report.origins == {str(tiny_base): 6}
     fine = check(write_jsonl(tmp_path / "q.jsonl", written_by((own, cut))))
     assert not any("length limit" in warning for warning in fine.warnings)

@@ -82,7 +82,9 @@ def test_stopped_and_continued_is_the_same_file(
     watcher = Quiet()
     found = sample(sampler, prompts, out, DRAWING, watcher)
     assert out.read_bytes() == whole.read_bytes() and found.before == len(kept)
-    assert "torn off by a crash" in watcher.text and f"{len(kept)} prompts are answered already" in watcher.text
+    assert (
+        "is incomplete (after a crash)" in watcher.text and f"{len(kept)} prompts are answered already" in watcher.text
+    )
     assert sample(sampler, prompts, out, DRAWING, Quiet()) == Sampled(prompts=7, before=7)
 
 
@@ -118,7 +120,7 @@ def test_a_model_that_says_nothing_is_told_of(
 ) -> None:
     monkeypatch.setattr(sample_module, "draw", lambda *_, **__: [sample_module.Drawn([], False)] * len(_[2]))
     lines = "\n".join(sample(sampler, prompts[:2], tmp_path / "c.jsonl", DRAWING, Quiet()).lines())
-    assert "0 answers to 2 prompts" in lines and "18 were empty" in lines and "nothing to do" not in lines
+    assert "0 answers to 2 prompts" in lines and "18 empty answers" in lines and "nothing to do" not in lines
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.7}, {"n": 2}, {"seed": 1}, {"max_new_tokens": 9}])
@@ -220,7 +222,7 @@ def test_a_trained_run_answers_otherwise_and_says_so(
     assert one != other
     origin = written(tmp_path / "tuned.jsonl")[0]["answers"][0]["from"]
     assert origin["run"] == "run" and len(origin["adapter"]) == 64 and origin["weights"] == sampler.origin.weights
-    with pytest.raises(ConfigError, match="and not of .* with run as it is loaded now"):
+    with pytest.raises(ConfigError, match=", not of .* with run as it is loaded now"):
         sample(tuned, prompts, tmp_path / "base.jsonl", DRAWING, Quiet())
 
 
@@ -251,4 +253,4 @@ def test_the_command_line(words: list[str], tmp_path: Path) -> None:
     again = qdpo(*command, cwd=tmp_path)
     assert "nothing to do: all 2 prompts are answered" in again.stdout
     refused = qdpo(*command, "--seed", "3", cwd=tmp_path)
-    assert refused.returncode == 2 and "drawn with seed=0, and this call says seed=3" in refused.stderr
+    assert refused.returncode == 2 and "drawn with seed=0, but this command has seed=3" in refused.stderr

@@ -186,7 +186,7 @@ def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ConfigError, match=r"Port \d+ \(--port\) cannot be used.*leave --port out"):
+        with pytest.raises(ConfigError, match=r"Port \d+ \(--port\) cannot be used.*Leave --port out"):
             LabelServer(made(tmp_path), other.getsockname()[1])
 
 
@@ -259,7 +259,7 @@ def picks(places: list[int], answers: int = 2) -> list[Decision]:
 def test_position_bias_is_told_where_it_is_notable_only() -> None:
     fair, leaning = read_habits(picks([0, 1] * 20)), read_habits(picks([0] * 18 + [1] * 2))
     assert [(place.share, place.chance) for place in fair.places] == [(0.5, 0.5)] * 2 and fair.hint == ""
-    assert leaning.hint.startswith("Place 1 was picked 90% of the time, where chance gives 50%")
+    assert leaning.hint.startswith("Place 1 was picked 90% of the time; chance would be 50%")
     assert read_habits(picks([0] * 19)).places == [] and fair.median_seconds == 19.5
     four = read_habits(picks([0, 1, 2, 3] * 10, answers=4))
     assert [place.chance for place in four.places] == [0.25] * 4 and four.hint == ""

@@ -82,7 +82,7 @@ def test_a_verdict_that_is_always_1_is_read_by_the_columns_names_or_refused():
     both = {"prompt": "q", "response_1": "one", "response_2": "two", "label": 1}
     assert answers(both, detect_layout([both], {}, "test data")) == [("one", "two")]
     both = {"prompt": "q", "response_a": "one", "response_b": "two", "label": 1}
-    with pytest.raises(DataError, match="'label' should say .* but holds 1 alone, of 0/1 or"):
+    with pytest.raises(DataError, match="'label' should say .* but holds 1 only, which may mean 0/1 or"):
         detect_layout([both], {}, "test data")
 
 
@@ -108,7 +108,7 @@ def test_a_contest_can_be_named_by_its_columns():
 )
 def test_the_best_of_a_list_is_paired_with_each_worse_answer(row, pairs):
     layout = detect_layout([row] * 3, {}, "test data")
-    assert layout.name == "ranked" and "a pair is made with each" in layout.why
+    assert layout.name == "ranked" and "each worse answer makes a pair" in layout.why
     assert answers(row, layout) == pairs
 
 
@@ -185,7 +185,7 @@ def test_data_that_fit_several_forms_are_asked_about():
         detect_layout([row], {}, "test data")
     assert answers(row, detect_layout([row], {}, "test data", form="pairs")) == [("a", "b")]
     assert answers(row, detect_layout([row], {}, "test data", form="winner")) == [("c", "d")]
-    with pytest.raises(DataError, match=r"data\.format=ranked was asked for"):
+    with pytest.raises(DataError, match=r"data\.format=ranked does not fit the columns"):
         detect_layout([row], {}, "test data", form="ranked")
     two = {"prompt": "q", "chosen": "a", "rejected": "b", "response_j": "c", "response_k": "d"}
     with pytest.raises(DataError, match=r"data\.columns\.chosen="):
@@ -200,7 +200,7 @@ def test_a_fault_of_most_rows_stops_with_the_way_out():
         "rejected": [user("q"), assistant("b"), user("more"), assistant("no")],
     }
     layout = detect_layout([several] * 4, {}, "test data")
-    with pytest.raises(DataError, match=r"4 of 4 rows .*several_response_turns.*data\.last_answer_only=true"):
+    with pytest.raises(DataError, match=r"4 of 4 sampled rows .*several_response_turns.*data\.last_answer_only=true"):
         check_sample(sample_of([several] * 4), layout, "test data")
     last = detect_layout([several] * 4, {}, "test data", last_answer_only=True)
     check_sample(sample_of([several] * 4), last, "test data")

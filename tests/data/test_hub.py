@@ -83,7 +83,7 @@ def test_a_data_set_is_pinned_to_its_commit_kept_and_never_another_one(hub, open
     cached, named, pinned, other, absent = offline
     assert cached[1:4] == pinned[1:4] == [ROWS[:5], commit, commit]
     assert named[0].endswith("/test")
-    assert f"wanted at revision abc, but only {commit} is in the local cache" in other
+    assert f"needed at revision abc, but only {commit} is in the local cache" in other
     assert "not in the local cache, and HF_HUB_OFFLINE forbids" in absent
     assert not hub.requests
 
@@ -98,7 +98,7 @@ def test_what_can_go_wrong_is_explained(open_each):
         "acme/splits": "several splits, none of them 'train'. Choose one with data.split=…: test, validation.",
         "acme/prefs/dev": "has no split 'dev'. Choose one with data.split=…: test, train.",
         "acme/gated": "hf auth login",
-        "acme/nothing": "no such data set on the Hub, or it is private",
+        "acme/nothing": "the Hub has no such data set, or it is private",
         "acme/prefs@v9": "has no such revision",
         "acme/prefs:huge": "BuilderConfig 'huge' not found. Available: ['default']",
         "acme/script": "scripts are not run",

@@ -259,13 +259,13 @@ def test_scores_that_rate_the_rejected_answer_higher_are_noticed():
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([], {}, "holds no rows"),
+        ([], {}, "has no rows"),
         (
             [{"promt": "q", "chosn": "a", "rejected": "b"}],
             {},
             r"no column 'chosen'.*promt, chosn.*mean 'chosn'.*data\.columns\.chosen=",
         ),
-        ([{"a": 1}], {}, r"no column 'chosen' and no column 'rejected'; it has: a\."),
+        ([{"a": 1}], {}, r"no column 'chosen' and no column 'rejected'; its columns are: a\."),
         ([{"prompt": "q", "chosen": "a", "rejected": "b"}], {"chosen": "choosen"}, r"choosen .*Did you mean 'chosen'"),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, "KTO"),
         ([{"messages": TALK}], {}, "supervised fine-tuning"),

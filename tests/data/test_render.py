@@ -127,9 +127,9 @@ def test_a_tokenizer_without_template_takes_one_of_ours_or_of_a_file(base_tokeni
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
                     "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
-    assert "in the place of its own" in settle_template(tokenizer, str(file))
+    assert "replacing its own" in settle_template(tokenizer, str(file))
     assert render(pair(), tokenizer, template=str(file)) == ("user: q<|end|>assistant: ", "yes<|end|>", "no<|end|>")
-    with pytest.raises(ConfigError, match=r"needs the tokens .*does not have <\|start_header_id\|>"):
+    with pytest.raises(ConfigError, match=r"needs the tokens .*lacks <\|start_header_id\|>"):
         settle_template(tokenizer, "llama3")
     with pytest.raises(ConfigError, match="neither auto, plain, chatml, llama3 nor a file"):
         settle_template(tokenizer, "alpaca")
@@ -213,4 +213,4 @@ def test_special_text_that_a_tokenizer_cannot_read_as_text_drops_its_row():
     assert [(note.row, note.action, note.reason) for note in prepared.notes] == [
         (1, "dropped", "special_token_in_text")
     ]
-    assert "'[INST]' stands in a message" in prepared.notes[0].detail and [pair.row for pair in prepared.pairs] == [2]
+    assert "a message contains '[INST]'" in prepared.notes[0].detail and [pair.row for pair in prepared.pairs] == [2]

@@ -105,19 +105,19 @@ def test_harmless_oddities_of_a_jsonl_file_are_accepted(tmp_path, content):
     ("name", "content", "message"),
     [
         ("empty.jsonl", b"", "is empty"),
-        ("blank.jsonl", b"\n\n", "holds no rows"),
-        ("prefs.txt", b"hello", r"ending that qdpo does not read.*\.jsonl"),
+        ("blank.jsonl", b"\n\n", "has no rows"),
+        ("prefs.txt", b"hello", r"an unknown file type.*\.jsonl"),
         ("line.jsonl", jsonl(ROWS[:2]).encode() + b'{"prompt": "half', r"line 3 is not JSON.*'{\"prompt\": \"half'"),
         ("comma.json", b'[\n{"a": 1},\n]', r"line [23] is not JSON"),
         ("array.json", b'\n\n[\n{"a": 1}\n{"a": 2}]', "line 5 is not JSON"),
-        ("number.jsonl", b'{"a": 1}\n17\n', "line 2: int where an object"),
+        ("number.jsonl", b'{"a": 1}\n17\n', "line 2: int instead of an object"),
         ("item.json", b'[{"a": 1}, "b"]', "item 2 of the array is str"),
         ("latin.jsonl", b'{"a": "x"}\n{"a": "\xe9t\xe9"}\n', r"line 2: byte 8 .* is not UTF-8 \(0xe9\)"),
         ("wide.jsonl", '{"a": 1}'.encode("utf-16"), "UTF-16"),
         ("pointer.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("torn.jsonl.gz", gzip.compress(jsonl().encode(), mtime=0)[:-20], "damaged gzip"),
-        ("torn.parquet", b"PAR1 and then nothing", "not a whole Parquet file"),
-        ("cells.csv", b"prompt,chosen\na,b\nc,d,e\n", r"line 3: .*another number of cells than the header \(2\)"),
+        ("torn.parquet", b"PAR1 and then nothing", "not a complete Parquet file"),
+        ("cells.csv", b"prompt,chosen\na,b\nc,d,e\n", r"line 3: .*the row and the header \(2 cells\) differ in length"),
         ("quotes.csv", b'prompt,chosen\na,"b"c\n', "line 2 is not CSV"),
     ],
 )
@@ -131,7 +131,9 @@ def test_a_bad_file_is_refused_with_its_place_and_a_way_out(tmp_path, name, cont
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
     write(tmp_path / "preferences.jsonl")
-    with pytest.raises(DataError, match=r"There is no file .*prefrences\.jsonl .*there is: preferences\.jsonl"):
+    with pytest.raises(
+        DataError, match=r"There is no file .*prefrences\.jsonl .*Similar names in .*: preferences\.jsonl"
+    ):
         open_source(str(tmp_path / "prefrences.jsonl"), shipped=tmp_path)
     with pytest.raises(DataError, match="does not exist either"):
         open_source(str(tmp_path / "nowhere" / "a.jsonl"), shipped=tmp_path)
@@ -141,7 +143,7 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 
 @pytest.mark.parametrize("setting", [{"split": "test"}, {"revision": "main"}])
 def test_hub_settings_on_local_data_are_refused(tmp_path, setting):
-    with pytest.raises(ConfigError, match="means nothing for the local data"):
+    with pytest.raises(ConfigError, match="has no effect on the local data"):
         open_source(str(write(tmp_path / "a.jsonl")), shipped=tmp_path, **setting)
 
 
@@ -182,7 +184,7 @@ def test_arrow_files_and_folders_saved_by_datasets_are_read(tmp_path):
     parts.save_to_disk(tmp_path / "saved")
     assert list(open_source(str(tmp_path / "saved"), shipped=tmp_path).rows) == ROWS
     assert list(open_source(str(tmp_path / "saved"), split="test", shipped=tmp_path).rows) == ROWS[:2]
-    with pytest.raises(ConfigError, match="holds the splits test, train"):
+    with pytest.raises(ConfigError, match="has the splits test, train"):
         open_source(str(tmp_path / "saved"), split="dev", shipped=tmp_path)
 
 

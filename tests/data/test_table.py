@@ -83,7 +83,7 @@ DROPPED = [  # shape, cells of the odd rows (or what makes them from the number)
         "hh",
         {"rejected": "\n\nHuman: Other?\n\nAssistant: No."},
         "prompts_differ",
-        r"part at turn 1 \(Question \d+\? / Other\?\)",
+        r"differ from turn 1 on \(Question \d+\? / Other\?\)",
     ),
     case(
         "12 another prompt than the column's",
@@ -104,7 +104,7 @@ DROPPED = [  # shape, cells of the odd rows (or what makes them from the number)
         "talk",
         lambda n: {"rejected": [user(f"Question {n}?"), assistant("Hm."), user("That one."), assistant("No.")]},
         "several_response_turns",
-        r"part at turn 2 \(Which one\? / Hm\.\).*more than one decision",
+        r"differ from turn 2 on \(Which one\? / Hm\.\).*more than one decision",
     ),
     case(
         "15 several messages an answer",
@@ -148,7 +148,7 @@ DROPPED = [  # shape, cells of the odd rows (or what makes them from the number)
         "text",
         {"prompt": "A twist?"},
         "template_rerenders_prompt",
-        r"another prompt: 'A twist\?.*' became 'B twist",
+        r"the template changes the prompt if an answer follows: 'A twist\?.*' became 'B twist",
         "twisting",
     ),
     case(
@@ -172,7 +172,13 @@ DROPPED = [  # shape, cells of the odd rows (or what makes them from the number)
     case("31 the same pair again", "text", text_row(3), "duplicate", "the same pair as row 3"),
     case("35 equal scores", "binarized", {"score_chosen": 4.0}, "tie", "score_chosen and score_rejected are both 4"),
     case("35 said to be a tie", "orca", {"status": "tie"}, "tie", "status says 'tie'"),
-    case("38 half a character", "text", {"chosen": "half \ud83d"}, "not_text", r"lone surrogate\) at 5"),
+    case(
+        "38 half a character",
+        "text",
+        {"chosen": "half \ud83d"},
+        "not_text",
+        r"lone surrogate \(half a character\) at 5",
+    ),
     case(
         "41 a picture among messages",
         "talk",

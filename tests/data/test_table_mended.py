@@ -41,7 +41,7 @@ MENDED = [  # shape, cells of the odd rows, reason, detail; or None and a settin
         "talk",
         lambda n: {"rejected": [user(f"Question {n}? "), *asked(n, assistant("No."))[1:]]},
         "prompt_whitespace",
-        "chosen's was taken",
+        "chosen's is used",
     ),
     case(
         "15 the last answer only",
@@ -70,7 +70,7 @@ MENDED = [  # shape, cells of the odd rows, reason, detail; or None and a settin
         "talk",
         lambda n: talk(user(f"Question {n}?"), user("Well?")),
         "turns_merged",
-        "joined to the one of the same role",
+        "joined to the preceding turn of the same role",
         "mistral",
         "data.merge_same_role=true",
     ),
@@ -96,7 +96,7 @@ MENDED = [  # shape, cells of the odd rows, reason, detail; or None and a settin
         "text",
         {"chosen": "So <|im_end|> it ends."},
         "special_token_text",
-        r"'<\|im_end\|>' stands in a message",
+        r"a message contains '<\|im_end\|>'",
     ),
     case(
         "28 a long prompt, shortened",
@@ -153,7 +153,7 @@ WARNED = [  # rows, warning, tokenizer, settings
     case(
         "24 the text of a special token",
         rows_of("text", {"prompt": "What is <|im_end|>?"}, ODD[:1]),
-        r"1 pairs hold the text of a special token",
+        r"1 pairs contain the text of a special token",
         "chatml",
     ),
     case(
@@ -172,7 +172,7 @@ WARNED = [  # rows, warning, tokenizer, settings
     case(
         "27 a thought rewritten",
         rows_of("text", {"chosen": "<think>Hm.</think>Yes."}, ODD),
-        "2 answers hold a thought that the chat template would rewrite; they are trained on as they stand "
+        "2 answers have a thought that the chat template would rewrite; they are trained on unchanged "
         r".*\(first: <think>Hm\.</think>Yes\.\)",
         "qwen3",
     ),
@@ -190,7 +190,7 @@ WARNED = [  # rows, warning, tokenizer, settings
             {"prompt": "Question 7?", "chosen": text_row(7)["rejected"], "rejected": text_row(7)["chosen"]},
             ODD[1:],
         ),
-        r"2 pairs contradict another one .*: the labels are noisy",
+        r"2 pairs contradict another pair .*: the labels are noisy",
         "chatml",
     ),
     case(
@@ -208,7 +208,7 @@ WARNED = [  # rows, warning, tokenizer, settings
     case(
         "37 chosen is longer",
         rows_of("text", {"rejected": "No."}, range(1, 55)),
-        r"length alone tells chosen from rejected here",
+        r"length alone tells chosen from rejected, so the model may only learn to write longer answers",
         "chatml",
     ),
 ]

@@ -35,14 +35,14 @@ REFUSED = [  # ending, content, message, settings
         "01 a column of another name",
         ".jsonl",
         column("chosn"),
-        r"no column 'chosen'; it has: prompt, chosn, rejected\. Did you mean 'chosn'\? Map "
+        r"no column 'chosen'; its columns are: prompt, chosn, rejected\. Did you mean 'chosn'\? Name "
         r".*data\.columns\.chosen=NAME",
     ),
     case(
         "01 a mapping to nothing",
         ".jsonl",
         column("good"),
-        r"data\.columns\.chosen=god names a column that .* does not have\. Did you mean 'good'\? It has: "
+        r"data\.columns\.chosen=god names a column that .* does not have\. Did you mean 'good'\? Its columns are: "
         "prompt, good, rejected",
         "data.columns.chosen=god",
     ),
@@ -50,7 +50,7 @@ REFUSED = [  # ending, content, message, settings
         "03 two formats in one set",
         ".jsonl",
         column("chosen", response_a="x", response_b="y", winner="a"),
-        r"several ways: winner \(.*\); pairs \(.*\)\. Say which is meant with data\.format=",
+        r"several ways: winner \(.*\); pairs \(.*\)\. Choose one with data\.format=",
     ),
     case(
         "04 rows of two formats",
@@ -63,14 +63,14 @@ REFUSED = [  # ending, content, message, settings
         ".jsonl",
         rows_of("text", {"chosen": None}, range(1, 8)),
         r"12% of the pairs cannot be used \(null_field 7\), more than data\.max_drop_fraction=0\.1 allows\. "
-        r".*pairs\.jsonl, line 1, for one: chosen is empty \(null\)\. `qdpo data check`.*set "
+        r"For example .*pairs\.jsonl, line 1: chosen is empty \(null\)\. `qdpo data check`.*raise "
         r"data\.max_drop_fraction",
     ),
     case(
         "07 most rows",
         ".jsonl",
         rows_of("text", {"chosen": 3}, range(1, 50)),
-        r"49 of 60 rows looked at cannot be used \(not_text\)\. Row 1: chosen holds int.*name other columns "
+        r"49 of 60 sampled rows cannot be used \(not_text\)\. Row 1: chosen holds int.*name other columns "
         r"with data\.columns",
     ),
     case(
@@ -79,7 +79,7 @@ REFUSED = [  # ending, content, message, settings
         rows_of("talk", {"rejected": []}, MANY),
         r"column 'rejected' holds neither text nor messages in any of 60 rows looked at \(row 1: '\[\]'\)",
     ),
-    case("08 no rows", ".jsonl", "\n\n", r"holds no rows\. Was it written to the end\?"),
+    case("08 no rows", ".jsonl", "\n\n", r"has no rows\. Check that it was written to the end\."),
     case("08 no bytes", ".csv", "", r"is empty \(0 bytes\)"),
     case(
         "08 nothing left",
@@ -92,15 +92,15 @@ REFUSED = [  # ending, content, message, settings
         "09 no answers at the end",
         ".jsonl",
         rows_of("talk", {"chosen": [user("q")]}, MANY),
-        r"60 of 60 rows looked at cannot be used \(no_final_assistant\)\. Row 1: chosen ends with a user "
+        r"60 of 60 sampled rows cannot be used \(no_final_assistant\)\. Row 1: chosen ends with a user "
         r"turn\. .*must end with the assistant's answer",
     ),
     case(
         "11 plain texts without a prompt",
         ".jsonl",
         [{"chosen": f"{n}. Yes.", "rejected": f"{n}. No."} for n in range(9)],
-        "no prompt column and no .*Cutting both texts where their letters begin to differ would cut into the "
-        r"answers\. Name the prompt with data\.columns\.prompt=NAME",
+        "no prompt column and no .*Splitting both texts where their letters begin to differ would cut into the "
+        r"answers\. Name the prompt column with data\.columns\.prompt=NAME",
     ),
     case(
         "15 several messages everywhere",
@@ -112,14 +112,14 @@ REFUSED = [  # ending, content, message, settings
             }
             for n in MANY
         ],
-        r"60 of 60 rows looked at cannot be used \(several_response_turns\)\. Row 1: "
+        r"60 of 60 sampled rows cannot be used \(several_response_turns\)\. Row 1: "
         r".*data\.last_answer_only=true keeps",
     ),
     case(
         "16 unknown roles everywhere",
         ".jsonl",
         rows_of("talk", {"chosen": [user("q"), {"role": "critic", "content": "a"}]}, range(5, 61)),
-        r"56 of 60 rows looked at cannot be used \(unknown_role\)\. Row 5: chosen\[1\] has the role 'critic'; "
+        r"56 of 60 sampled rows cannot be used \(unknown_role\)\. Row 5: chosen\[1\] has the role 'critic'; "
         r"known roles are .*\. Rename the roles\.",
     ),
     case(
@@ -135,14 +135,14 @@ REFUSED = [  # ending, content, message, settings
         "21 conversations for a base model",
         ".jsonl",
         rows_of("talk"),
-        r"no chat template: it belongs to a base model\. Use the instruct version.*data\.template=chatml",
+        r"no chat template \(it belongs to a base model\)\. Use the instruct version.*data\.template=chatml",
         "base",
     ),
     case(
         "23 no end of text",
         ".jsonl",
         rows_of("text"),
-        r"no end-of-text token, so answers could not be taught to end\. Set eos_token in its tokenizer_config\.json",
+        r"no end-of-text token, so the model could not learn to end an answer\. Set eos_token in its tokenizer_config",
         "data.template=plain",
         "endless",
     ),
@@ -169,26 +169,26 @@ REFUSED = [  # ending, content, message, settings
         "38 a NUL far down",
         ".jsonl",
         b'{"a": "b"}\n' * 100 + b'{"a": "\0"}\n',
-        r"holds a NUL byte \(byte 1108 of the file\)",
+        r"has a NUL byte \(byte 1108 of the file\)",
     ),
     case(
         "38 a NUL far down an array",
         ".json",
         b'[{"a": "' + b"b" * 2**21 + b'"},\n{"a": "\0"}]',
-        r"holds a NUL byte \(byte 2097172 of the file\)",
+        r"has a NUL byte \(byte 2097172 of the file\)",
     ),
     case("38 a zip archive", ".jsonl", b"PK\x03\x04\x14\0", r"is a zip archive\. Unpack it"),
     case(
         "39 a comma at the end of an array",
         ".jsonl",
         json.dumps(rows_of("text"), indent=0)[:-2] + ",\n]",
-        r"""line 302 is not JSON \(.*\): '.*all 60\."\\n},\\n]'\. Mend it there""",
+        r"""line 302 is not JSON \(.*\): '.*all 60\."\\n},\\n]'\. Fix it there""",
     ),
     case(
         "39 a bad line",
         ".jsonl",
         lines([text_row(1)]) + "{'prompt': 'q'}\n" + lines([text_row(2)]),
-        r"""line 2 is not JSON \(.*\): "{'prompt': 'q'}"\. Mend or remove the line \(data\.skip_bad_lines=true""",
+        r"""line 2 is not JSON \(.*\): "{'prompt': 'q'}"\. The file must be .* Fix or .*data\.skip_bad_lines=true""",
     ),
     case(
         "39 a torn last line",
@@ -207,7 +207,7 @@ REFUSED = [  # ending, content, message, settings
         "41 pictures in all messages",
         ".jsonl",
         rows_of("talk", {"chosen": [user([{"type": "image"}]), assistant("Yes.")]}, MANY),
-        r"60 of 60 rows .*text only today; image pairs are planned",
+        r"60 of 60 sampled rows .*text only today; image pairs are planned",
     ),
     case(
         "42 answers with a label",

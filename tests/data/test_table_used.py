@@ -202,7 +202,7 @@ def test_held_out_prompts_that_are_trained_on_are_counted(tmp_path: Path) -> Non
     other = [{**text_row(n), "chosen": f"Of course, {n}."} for n in range(51, 71)]
     held_out = write(tmp_path / "held_out.jsonl", other)
     kept = prepare_file(path, tokenizer_of("chatml"), f"data.eval_path={held_out}")
-    assert "warning: 10 held-out prompts are also among the training prompts" in kept.said
+    assert "warning: 10 held-out prompts are also trained on" in kept.said
     assert "data.drop_overlap=true leaves them out" in kept.said and len(kept.found.held_out) == 20
     path = write(tmp_path / "again.jsonl", rows_of("text"))
     without = prepare_file(path, tokenizer_of("chatml"), f"data.eval_path={held_out}", "data.drop_overlap=true")
@@ -238,7 +238,9 @@ def test_an_id_without_an_embedding_stops_a_run_before_it_trains(
     rows[6]["chosen"] += " <new>"
     data = write_jsonl(tmp_path / "new.jsonl", rows)
     size = len(tokenizer) - 1
-    with pytest.raises(DataError, match=rf"Row 7 holds the token '<new>' with the id {size}, .* below {size} only"):
+    with pytest.raises(
+        DataError, match=rf"Row 7 has the token '<new>' with the id {size}, .* only for ids below {size}"
+    ):
         train(model__path=str(base), data__path=str(data), output__name="grown")
     assert not (tmp_path / "runs" / "grown").exists()
     fitting = prepare_file(write_jsonl(tmp_path / "old.jsonl", tiny_rows(40)), tokenizer).found

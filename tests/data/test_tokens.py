@@ -266,9 +266,9 @@ def test_saved_pairs_can_be_read_by_others_and_are_never_half_written(tmp_path):
     with pytest.raises(DiskError, match="Cannot write"):
         save_pairs(path / "inside a file", [])
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="does not hold prepared pairs"):
+    with pytest.raises(DataError, match="is not a file of prepared pairs"):
         load_pairs(path)
-    with pytest.raises(DataError, match="does not hold prepared pairs"):
+    with pytest.raises(DataError, match="is not a file of prepared pairs"):
         load_pairs(tmp_path / "absent.safetensors")
 
 

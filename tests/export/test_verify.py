@@ -99,7 +99,9 @@ def test_files_that_transformers_cannot_load_are_refused(
 
 def test_options_that_contradict_each_other(run: RunDir, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["merge", str(run.path), "--no-verify", "--compare"])
-    assert isinstance(shown.exception, ConfigError) and "nothing for --compare" in str(shown.exception)
+    assert isinstance(shown.exception, ConfigError) and "--compare and --check need the verification" in str(
+        shown.exception
+    )
     with pytest.raises(ConfigError, match="holds no merged model"):
         check_again(run, tmp_path, MergeOptions(), Quiet())
 

@@ -55,7 +55,7 @@ def test_ls_says_what_belongs_to_what(cache: Path) -> None:
     assert "3.0 MiB" in lines["llama"] and "4.9 KiB" in lines["old.corrupt-17"] and "notes" not in listed.stdout
     file_of(cache, NAMES[0]).write_bytes(b"not a database, and long enough to be none" * 100)
     assert "unreadable" in command("ls", "--dir", str(cache), cache=cache.parent).stdout
-    assert "holds no reference" in command("ls", "--dir", str(cache / "nowhere"), cache=cache).stdout
+    assert "has no reference" in command("ls", "--dir", str(cache / "nowhere"), cache=cache).stdout
 
 
 @pytest.mark.parametrize("kind", ["value", "key", "index", "header", "truncated"])
@@ -99,11 +99,11 @@ def test_clear_refuses_names_that_fit_none_or_several(cache: Path) -> None:
     twin = ReferenceCache(cache, NAMES[0][:8] + "f" * 24)
     twin.close()
     several = command("clear", NAMES[0][:8], cache=cache)
-    assert several.returncode == 2 and "fits 2 references" in several.stderr
+    assert several.returncode == 2 and "matches 2 references" in several.stderr
     for name in ("", "../notes.txt", "old.corrupt-17", "*"):
         with pytest.raises(ConfigError, match="There is no reference"):
             list(clear_lines(cache, [name], corrupt=False, everything=False))
-    with pytest.raises(ConfigError, match="Nothing to clear was named"):
+    with pytest.raises(ConfigError, match="Nothing to clear is named"):
         list(clear_lines(cache, [], corrupt=False, everything=False))
     assert before <= left(cache)
 
@@ -118,7 +118,7 @@ def test_nothing_outside_the_folder_is_deleted(cache: Path, tmp_path: Path) -> N
     assert left(cache) == {"notes.txt"} and (outside / "weights").read_text() == "dear"
     (cache / "bases").rmdir()
     (cache / "bases").symlink_to(outside)
-    with pytest.raises(ConfigError, match="outside the cache folder, where nothing is deleted"):
+    with pytest.raises(ConfigError, match="outside the cache folder, so nothing is deleted"):
         list(clear_lines(cache, [], corrupt=False, everything=True))
     assert (outside / "weights").read_text() == "dear"
 

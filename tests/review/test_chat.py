@@ -54,7 +54,7 @@ def test_ctrl_c_stops_an_answer_and_twice_leaves(chat: Chat, monkeypatch: pytest
 
     with monkeypatch.context() as patched:
         patched.setattr(room, "stream", interrupted)
-        assert "stopped; Ctrl-C again leaves" in said(chat, "about rivers")
+        assert "stopped; Ctrl-C again quits" in said(chat, "about rivers")
         assert chat.said["base"][-1] == {"role": "assistant", "content": "half an"} and not chat.said["tuned"]
         lines = iter(["about rivers\n"])
 

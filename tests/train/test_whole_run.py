@@ -147,7 +147,7 @@ def test_a_second_ctrl_c_leaves_at_once(settings: dict[str, str], tmp_path: Path
         if line.startswith("stopping:"):
             break
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "left at once" in errors and "The same command" not in errors
+    assert process.returncode == 130 and "stopped at once" in errors and "The same command" not in errors
     assert qdpo("run", *words, cwd=tmp_path).returncode == 0
 
 

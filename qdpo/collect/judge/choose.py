@@ -1,4 +1,4 @@
-"""The judge that `--by` names, from its text and the options that belong to it."""
+"""Makes the judge that `--by` names, with its options."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:UR
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """What may be said beside --by; None is the judge's own default."""
+    """The options next to --by; None means the judge's own default."""
 
     margin: float | None = None
     quantization: str | None = None
@@ -31,21 +31,21 @@ BELONGS = {
     "reward-model": {"margin", "quantization", "device"},
     "openai": {"judge_model", "rubric", "parallel", "timeout", "max_tokens"},
 }
-"""The options of each kind of judge."""
+"""The options that each kind of judge takes."""
 
 
 def make_judge(by: str, options: JudgeOptions, items: Sequence[Candidates], say: Callable[[str], None]) -> Judge:
-    """Raises: ConfigError for a judge or an option that does not exist, or not with the other."""
+    """Make the judge. Raises: ConfigError for an unknown judge, or an option that the judge does not take."""
     kind, _, rest = by.partition(":")
     if kind not in BELONGS:
-        raise ConfigError(f"--by {by} is no judge. There are: {KINDS}.")
+        raise ConfigError(f"--by {by} is not a judge. Choose from: {KINDS}.")
     given = {field.name for field in fields(options) if getattr(options, field.name) is not None}
     if odd := sorted(given - BELONGS[kind]):
-        raise ConfigError(f"--{odd[0].replace('_', '-')} means nothing to --by {kind}. Leave it out.")
+        raise ConfigError(f"--{odd[0].replace('_', '-')} has no effect with --by {kind}. Leave it out.")
     if kind == "length":
         return _length(rest or "shorter", options, items)
     if not rest:
-        raise ConfigError(f"--by {by} lacks what stands after the colon. There are: {KINDS}.")
+        raise ConfigError(f"--by {by} lacks the part after the colon. Choose from: {KINDS}.")
     if kind == "regex":
         from qdpo.collect.judge.rules import RegexJudge
 
@@ -60,7 +60,7 @@ def _length(direction: str, options: JudgeOptions, items: Sequence[Candidates]) 
         raise ConfigError(f"--by length:{direction} is neither length:shorter nor length:longer.")
     margin = 0.1 if options.margin is None else options.margin
     if not 0 <= margin < 1:
-        raise ConfigError(f"--margin {margin:g} is no share of a length. Give one from 0 to below 1.")
+        raise ConfigError(f"--margin {margin:g} is not a share of a length. Give a number from 0 to below 1.")
     return LengthJudge(items, "longer" if direction == "longer" else "shorter", margin)
 
 
@@ -73,7 +73,7 @@ def _reward(path: str, options: JudgeOptions, say: Callable[[str], None]) -> Jud
         ("device", device, ("auto", "cuda", "cpu")),
     ):
         if value not in known:
-            raise ConfigError(f"--{name} {value} is none of {', '.join(known)}.")
+            raise ConfigError(f"--{name} {value} is not one of {', '.join(known)}.")
     return reward_judge(path, quantization=quantization, device=device, margin=options.margin or 0.0, say=say)
 
 
@@ -83,7 +83,7 @@ def _openai(url: str, options: JudgeOptions, say: Callable[[str], None]) -> Judg
 
     where = endpoint(url)
     if not options.judge_model:
-        raise ConfigError("--by openai:URL needs --judge-model NAME, as the server names the model.")
+        raise ConfigError("--by openai:URL needs --judge-model NAME, the model's name on the server.")
     rubric = RUBRIC if options.rubric is None else _read(options.rubric)
     server = Server(where, options.judge_model, timeout_s=options.timeout or 120, max_tokens=options.max_tokens or 2048)
     server.say = say
@@ -96,5 +96,5 @@ def _read(rubric: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--rubric {rubric} cannot be read: {error}.") from None
     if not text:
-        raise ConfigError(f"--rubric {rubric} is empty. Leave it out for qdpo's own.")
+        raise ConfigError(f"--rubric {rubric} is empty. Leave it out to use qdpo's own rubric.")
     return text

@@ -1,4 +1,4 @@
-"""A chat model as a judge: which of two answers is better, asked in both orders; best and worst follow from that."""
+"""A chat model as judge: compares two answers at a time, in both orders, until best and worst are known."""
 
 import queue
 import re
@@ -17,7 +17,7 @@ from qdpo.collect.judge.server import NoAnswer, Server, TornReply
 from qdpo.data.layouts.turns import Message, excerpt
 
 ATTEMPTS = 3
-"""How often one question is asked before an answer without a verdict is taken as none."""
+"""Number of times a question is asked before the judge is taken to have no verdict."""
 Verdict = Literal["A", "B", "TIE"]
 RUBRIC = """\
 Prefer the answer that
@@ -26,26 +26,26 @@ Prefer the answer that
 - is clear, and no longer than it needs to be;
 - refuses only what would do harm.
 Neither length, nor tone, nor the place in which an answer is shown is a merit in itself."""
-"""What the judge goes by, unless --rubric gives something else."""
+"""The judge's default criteria; --rubric replaces them."""
 FORMAT = """\
 Reply with one line and nothing else:
 VERDICT: A    if answer A is better,
 VERDICT: B    if answer B is better,
 VERDICT: TIE  if neither is better."""
 THOUGHT = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*", re.DOTALL)
-"""What a model thought before its answer, or did not finish thinking."""
-# A small a is no verdict: "a tie".
+"""Matches a model's thoughts before its answer, or thoughts that were cut off."""
+# A lower-case a is not a verdict: "a tie".
 VERDICT = re.compile(r"(?i:verdict)\W{0,6}(A|B|(?i:tie))\b(?!\s+(?i:tie))")
 BARE = re.compile(r"\W*(?:(?i:answer)\W+)?(A|B|(?i:tie))\W*")
 
 
 class NoVerdict(Exception):
-    """The judge answered, but with no verdict; says with what."""
+    """The judge's answer contains no verdict; the message quotes the answer."""
 
 
 @dataclass
 class JudgeTally:
-    """What the verdicts say about the judge itself."""
+    """Statistics of the verdicts, which tell about the judge itself."""
 
     requests: int = 0
     verdicts: Counter[Verdict] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ class JudgeTally:
 
 
 class PairwiseJudge(Judge):
-    """Asks a server; prompts side by side, the questions about one prompt one after the other."""
+    """Asks a server about several prompts in parallel; the questions about one prompt are asked one after the other."""
 
     def __init__(self, server: Server, *, rubric: str = RUBRIC, parallel: int = 4):
         mark = "" if rubric == RUBRIC else f" rubric={sha256(rubric.encode()).hexdigest()[:8]}"
@@ -71,7 +71,7 @@ class PairwiseJudge(Judge):
             f"asking {self._server.model} at {where.url}, {self._parallel} prompts at a time, "
             + (f"with the key from {where.key_from}" if where.key else "without a key"),
             f"each comparison is asked in both orders: about {likely:,} requests for {len(items):,} prompts, "
-            f"{most:,} where the judge can tell nothing apart",
+            f"{most:,} at most (if the judge can tell nothing apart)",
         ]
         return [*lines, *([where.warning] if where.warning else [])]
 
@@ -105,7 +105,7 @@ class PairwiseJudge(Judge):
         return lines
 
     def _decide(self, item: Candidates) -> Judgement:
-        """Compares until best and worst are known, or nothing is left to ask."""
+        """Compare answers until best and worst are known, or nothing is left to compare."""
         ranking, reasons, started = Ranking(len(item.answers)), Counter[str](), time.monotonic()
         try:
             while (places := ranking.next_pair()) is not None:
@@ -123,10 +123,10 @@ class PairwiseJudge(Judge):
         return picked(self.name, item, best, worst, seconds=seconds)
 
     def _compare(self, item: Candidates, one: Answer, other: Answer) -> int | str:
-        """0 where one is better, 1 where the other is, or why neither can be said to be."""
+        """0 if `one` is better, 1 if `other` is, or the reason why neither is."""
         try:
             there = self._verdict(item, one, other)
-            if there == "TIE":  # the other order could not make it a preference
+            if there == "TIE":  # whatever the other order says, there is no preference
                 return "the judge calls it a tie"
             back = self._verdict(item, other, one)
         except NoVerdict as error:
@@ -141,7 +141,7 @@ class PairwiseJudge(Judge):
         return 0 if there == "A" else 1
 
     def _verdict(self, item: Candidates, first: Answer, second: Answer) -> Verdict:
-        """Raises: NoVerdict after ATTEMPTS; NoAnswer."""
+        """Ask for the verdict on two answers. Raises: NoVerdict after ATTEMPTS; NoAnswer."""
         messages: list[Message] = [{"role": "user", "content": question(item, first, second, self._rubric)}]
         said = ""
         for attempt in range(1, ATTEMPTS + 1):
@@ -166,7 +166,10 @@ class PairwiseJudge(Judge):
 
 
 def question(item: Candidates, first: Answer, second: Answer, rubric: str) -> str:
-    """What the judge reads. The marks around each text depend on the texts, so that none can hold its own end."""
+    """The judge's prompt. The marks around each text depend on the texts, so no text can contain its own end mark.
+
+    This protects against prompt injection by the answers.
+    """
     texts = [*(f"{turn['role']}: {turn['content']}" for turn in item.turns), first.text, second.text]
     mark = sha256("\0".join(texts).encode()).hexdigest()[:8]
 
@@ -186,7 +189,7 @@ def question(item: Candidates, first: Answer, second: Answer, rubric: str) -> st
 
 
 def read_verdict(text: str) -> Verdict | None:
-    """The one verdict in a judge's reply, as `VERDICT: …` or alone; None where it holds none, or several."""
+    """The one verdict in a judge's reply, as `VERDICT: …` or alone; None if there is none, or more than one."""
     text = THOUGHT.sub("", text)
     bare = BARE.fullmatch(text)
     found = {bare[1]} if bare else set(VERDICT.findall(text))
@@ -197,9 +200,10 @@ def read_verdict(text: str) -> Verdict | None:
 def _side_by_side(
     work: Callable[[Candidates], Judgement], items: Sequence[Candidates], threads: int
 ) -> Iterator[Judgement]:
-    """Outcomes as they come. An error in a thread is raised here, and no thread outlives the process.
+    """Work on items in parallel and yield outcomes as they come; an error in a thread is raised here.
 
-    Not a pool of concurrent.futures: at Ctrl-C that would wait until the last server has answered.
+    Uses daemon threads, which do not outlive the process, and not a pool of concurrent.futures: at Ctrl-C a pool would
+    wait until the server has answered every request.
     """
     waiting, done, stop = iter(items), queue.Queue[Judgement | BaseException](), threading.Event()
     lock = threading.Lock()
@@ -212,7 +216,7 @@ def _side_by_side(
         while (item := take()) is not None:
             try:
                 done.put(work(item))
-            except BaseException as error:  # raised again by the one who waits
+            except BaseException as error:  # raised again in the waiting thread
                 stop.set()
                 done.put(error)
 

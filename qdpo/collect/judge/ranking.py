@@ -1,4 +1,4 @@
-"""Best and worst of several answers from comparisons of two, with as few of them as will do."""
+"""Finds best and worst of several answers with as few pairwise comparisons as possible."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -7,18 +7,19 @@ BestWorst = tuple[int, int]
 
 
 def comparisons(answers: int) -> BestWorst:
-    """How many comparisons a judge that can tell them apart needs at most, and one that never can.
+    """Most comparisons needed with a judge that can tell all answers apart, and with a judge that never can.
 
-    The first is known to be the least that is enough for both ends: ⌈3n/2⌉ - 2 (Pohl, 1972).
+    The first is the known minimum for finding both ends: ⌈3n/2⌉ - 2 (Pohl, 1972).
     """
     return -(-3 * answers // 2) - 2, answers * (answers - 1) // 2
 
 
 class Ranking:
-    """Asks about two answers only while either may still be the best, or either the worst.
+    """Compares two answers only while both may still be the best, or both the worst.
 
-    So it trusts that what beats the better of two also beats the worse. An answer that has lost cannot be the best, and
-    one that has won cannot be the worst; where a comparison says nothing, both stay in the game, and more is asked.
+    This assumes transitivity: an answer that beats the better of two also beats the worse. An answer that has lost
+    cannot be the best, and an answer that has won cannot be the worst. If a comparison is undecided, both answers stay
+    candidates, and more comparisons are needed.
     """
 
     def __init__(self, answers: int):
@@ -27,21 +28,21 @@ class Ranking:
         self._beats: set[BestWorst] = set()
 
     def next_pair(self) -> BestWorst | None:
-        """What to compare next: of those that matter, the two that have been asked about least."""
+        """The next pair to compare: of those that matter, the one with the least compared answers; None at the end."""
         open_ = {*combinations(self._unbeaten(), 2), *combinations(self._winless(), 2)} - self._asked
         count = [sum(place in pair for pair in self._asked) for place in self._answers]
         return min(open_, key=lambda pair: (count[pair[0]] + count[pair[1]], pair), default=None)
 
     def record(self, one: int, other: int, better: int | None) -> None:
-        """The result of comparing the two that `next_pair` named; None where it says nothing."""
+        """Record the result for the pair from `next_pair`; `better` is None if the comparison was undecided."""
         self._asked.add((one, other))
         if better is not None:
             self._beats.add((better, other if better == one else one))
 
     def outcome(self) -> BestWorst | None:
-        """Best and worst, of which the best is better directly or through others; None where no two are.
+        """Best and worst, where best beats worst directly or through others; None if there is no such pair.
 
-        Where several are left at an end, the one that beats most, or is beaten by most.
+        If several answers remain at an end, take the one that beats most, or is beaten by most.
         """
         found = [(best, worst) for best in self._unbeaten() for worst in self._winless() if worst in self._below(best)]
         above = [sum(place in self._below(other) for other in self._answers) for place in self._answers]
@@ -56,7 +57,7 @@ class Ranking:
         return [place for place in self._answers if place not in winners]
 
     def _below(self, place: int) -> set[int]:
-        """All that it beats, directly or through others."""
+        """All answers that this one beats, directly or through others."""
         found: set[int] = set()
         waiting = [place]
         while waiting:

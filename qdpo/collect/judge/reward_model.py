@@ -1,4 +1,4 @@
-"""A local reward model as a judge: it scores every answer, and the highest is preferred to the lowest."""
+"""A local reward model as judge: scores every answer, and prefers the highest to the lowest."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +25,16 @@ AnswerRows = dict[str, list[int]]
 """Token ids of prompt and answer, by the answer's id."""
 
 PROMPTS_AT_A_TIME = 16
-"""Prompts whose answers are sorted by length into batches: decisions come after each of these groups."""
+"""Prompts in a group: answers of a group are batched by length, and its decisions come when the group is done."""
 TOKENS_AT_A_TIME = 8192
-"""Longest batch in tokens, padding counted; halved where the device has too little memory."""
+"""Largest batch in tokens, padding included; halved if the device runs out of memory."""
 
 
 class RewardJudge(Judge):
-    """Leaves open what differs by less than `margin`, and what the model or its template cannot take."""
+    """Leaves prompts open whose scores differ by less than `margin`, or that the model or its template cannot take."""
 
     def __init__(self, name: str, load: Callable[[], tuple[Any, Any]], *, margin: float, say: Say):
-        """`load` gives model and tokenizer; it is called where there is something to score."""
+        """`load` returns model and tokenizer; it is called only if there is something to score."""
         self.name = f"reward-model:{name} margin={margin:g}"
         self._load, self._margin, self._say = load, margin, say
         self._budget = TOKENS_AT_A_TIME
@@ -43,7 +43,7 @@ class RewardJudge(Judge):
         self._model, self._tokenizer = self._load()
         self._longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         answers = sum(len(item.answers) for item in items)
-        return [f"{answers:,} answers to {len(items):,} prompts are scored; the highest is preferred to the lowest"]
+        return [f"scoring {answers:,} answers to {len(items):,} prompts; the highest is preferred to the lowest"]
 
     def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
         for place in range(0, len(items), PROMPTS_AT_A_TIME):
@@ -59,10 +59,10 @@ class RewardJudge(Judge):
                     yield self._decision(item, {id_: scores[tuple(row)] for id_, row in found.items()})
 
     def _rows(self, item: Candidates) -> AnswerRows | str:
-        """Token ids, or why there are none."""
+        """Token ids of each answer's row, or the reason why there are none."""
         try:
             rows = {answer.id: self._row(item, answer) for answer in item.answers}
-        except (TemplateError, TypeError, ValueError) as error:  # a template meets turns that it does not take
+        except (TemplateError, TypeError, ValueError) as error:  # the template does not take these turns
             return f"the model's template refuses the prompt: {excerpt(error, 200)}"
         if (tokens := max(map(len, rows.values()))) > self._longest:
             return f"longer than the {self._longest:,} tokens that the model reads: {tokens:,}"
@@ -82,14 +82,14 @@ class RewardJudge(Judge):
         return picked(self.name, item, answers[-1], answers[0], scores=scores)
 
     def _scores(self, rows: Sequence[list[int]]) -> dict[tuple[int, ...], float]:
-        """The reward of each row, known by its ids; rows of like length share a batch.
+        """The reward of each row, keyed by its token ids; rows of similar length share a batch.
 
-        Raises: OutOfMemoryError where not even one row fits.
+        Raises: OutOfMemoryError if not even one row fits.
         """
         waiting = sorted({tuple(row) for row in rows}, key=len)
         found: dict[tuple[int, ...], float] = {}
         while waiting:
-            count = max(1, min(len(waiting), self._budget // len(waiting[-1])))  # the longest first, and it pads
+            count = max(1, min(len(waiting), self._budget // len(waiting[-1])))  # the longest first; it sets the width
             batch = waiting[-count:]
             try:
                 scores = reward_scores.rewards(self._model, batch)
@@ -97,8 +97,8 @@ class RewardJudge(Judge):
                 release_memory(self._model.device)
                 if count == 1:
                     raise OutOfMemoryError(
-                        f"The reward model cannot read {len(batch[0]):,} tokens in the memory that is free. Close "
-                        "other programs, or leave long answers out; what was decided stays."
+                        f"The reward model cannot read {len(batch[0]):,} tokens in the free memory. Close other "
+                        "programs, or leave out long answers. Decisions made so far are saved."
                     ) from None
                 self._budget = count * len(waiting[-1]) // 2
                 self._say(f"out of memory: {self._budget:,} tokens at a time from here on")
@@ -109,16 +109,16 @@ class RewardJudge(Judge):
 
 
 def reward_judge(path: str, *, quantization: str, device: str, margin: float, say: Say) -> RewardJudge:
-    """The judge of a folder or a hub id. Raises: ConfigError for files of other kinds."""
+    """The judge for a folder or a hub id. Raises: ConfigError for other kinds of files."""
     if path.endswith(".gguf") or path.startswith("pypi:"):
-        raise ConfigError(f"--by reward-model:{path}: a reward model is a folder or a hub id; GGUF files hold no head.")
+        raise ConfigError(f"--by reward-model:{path}: GGUF files have no reward head. Give a folder or a hub id.")
     name = Path(path).resolve().name if Path(path).exists() else path
     load = partial(_load, path, quantization, device, say)
     return RewardJudge(f"{name} {quantization}", load, margin=margin, say=say)
 
 
 def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises: ConfigError for what is no reward model, if possible before it is downloaded."""
+    """Load model and tokenizer. Raises: ConfigError for other models, if possible before the download."""
     place = choose_device(device, say)
     owner = f"The model {path!r} (from --by)"
     try:
@@ -126,12 +126,12 @@ def _load(path: str, quantization: str, device: str, say: Say) -> tuple[Any, Any
             path, revision=None, cache_dir=disk.cache_folder(None), announce=say,
             refuse=lambda config: reward_scores.check_reward_config(config, owner),
         ).folder  # fmt: skip
-    except ConfigError as error:  # of the room that fetches what model.path names
+    except ConfigError as error:  # its messages name model.path
         raise ConfigError([problem.replace("model.path", "--by") for problem in error.problems]) from error
     reward_scores.check_reward_config(read_json(folder / "config.json"), owner)
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
-        raise ConfigError(f"{owner} has no chat template, so nobody knows how it wants to read a dialogue.")
+        raise ConfigError(f"{owner} has no chat template, so the format of its dialogues is unknown.")
     dtype = choose_dtype("auto", place, say)
     model = reward_scores.load_reward_model(folder, quantization=quantization, dtype=dtype, device=place, announce=say)
     return model, tokenizer

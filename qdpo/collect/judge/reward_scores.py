@@ -1,4 +1,4 @@
-"""A reward model: a sequence classifier with one label, in 4 bits but for its head, and the scores that it gives."""
+"""Loads a reward model (a sequence classifier with one label, 4-bit except for its head) and computes its scores."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,24 +15,24 @@ from qdpo.run.watcher import Say
 
 
 def check_reward_config(config: Mapping[str, Any], owner: str) -> None:
-    """Raises: ConfigError unless a config.json is that of a classifier with one label; `owner` opens the message."""
+    """Raises: ConfigError unless `config` (config.json) is a one-label classifier's; `owner` opens the message."""
     kinds = config.get("architectures") or []
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         raise ConfigError(
-            f"{owner} is {' and '.join(kinds) or 'of no named architecture'}, and a reward model is a "
-            "…ForSequenceClassification with one label. A chat model can judge on a server: --by openai:URL."
+            f"{owner} is {' and '.join(kinds) or 'of no named architecture'}, but a reward model is a "
+            "…ForSequenceClassification with one label. A chat model can judge on a server: `--by openai:URL`."
         )
-    labels = config.get("num_labels", len(config.get("id2label") or "ab"))  # transformers takes two where none is named
+    labels = config.get("num_labels", len(config.get("id2label") or "ab"))  # transformers' default is two
     if labels != 1:
-        raise ConfigError(f"{owner} has {labels} labels; a reward model has one, the reward.")
+        raise ConfigError(f"{owner} has {labels} labels; a reward model has one label, the reward.")
 
 
 def load_reward_model(
     folder: Path, *, quantization: str, dtype: str, device: torch.device, announce: Say
 ) -> torch.nn.Module:
-    """The model on its device, in evaluation mode; its head computes in float32.
+    """Load the model onto its device, in evaluation mode; its head computes in float32.
 
-    Raises: ConfigError for a folder whose weights hold no head: transformers would give it a random one.
+    Raises: ConfigError for a folder whose weights lack the head, which transformers would initialise at random.
     """
     arguments = loading(folder, quantization, double_quant=True, dtype=dtype, device=device, announce=announce)
     try:
@@ -41,8 +41,8 @@ def load_reward_model(
         raise ConfigError(f"transformers cannot load the reward model in {folder}: {error}") from error
     if about["missing_keys"]:
         raise ConfigError(
-            f"The weights in {folder} lack {', '.join(sorted(about['missing_keys'])[:3])}, which would be random. It "
-            "is no trained reward model."
+            f"The weights in {folder} lack {', '.join(sorted(about['missing_keys'])[:3])}, which would be random: this "
+            "is not a trained reward model."
         )
     model.requires_grad_(False)
     model.eval()
@@ -51,7 +51,7 @@ def load_reward_model(
     head = getattr(model, "score", None)
     if type(head) is not torch.nn.Linear:  # 4-bit layers are a subclass
         raise ConfigError(f"The reward model in {folder} ({type(model).__name__}) has no plain linear head `score`.")
-    # A bf16 product would round a reward of 10 to steps of 1/16, and tell close answers apart by chance.
+    # A bf16 product would round a reward near 10 to steps of 1/16, so close answers would be ranked by chance.
     head.float()
     head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].float(),))
     found: torch.nn.Module = model
@@ -63,7 +63,7 @@ def rewards(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
     config = model.config.get_text_config()
     own = config.pad_token_id
     width, ends = max(map(len, rows)), {row[-1] for row in rows}
-    # The classifier takes the last token that is not this one. Without one, any serves with which no row ends.
+    # The classifier reads the last token that is not padding. Without a pad token, any token serves that ends no row.
     pad = own if own is not None else next(token for token in range(len(ends) + 1) if token not in ends)
     token_BT = torch.full((len(rows), width), pad)
     mask_BT = torch.zeros_like(token_BT)

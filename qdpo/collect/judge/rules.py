@@ -1,4 +1,4 @@
-"""Judges that need no model: the shorter or longer answer, or the one that matches a pattern."""
+"""Judges that need no model: prefer the shorter or longer answer, or the answer that matches a pattern."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -10,27 +10,27 @@ from qdpo.collect.judge.run import Judge, Judgement, left_open, picked
 from qdpo.errors import ConfigError
 
 MATCH_TIMEOUT_S = 1.0
-"""Longest search in one answer: some patterns need time that grows exponentially with the text."""
+"""Time limit of a search in one answer: some patterns need time that grows exponentially with the text."""
 
 
 class LengthJudge(Judge):
-    """Prefers the shorter (or longer) answer that ends by itself; one that was cut at the length limit loses."""
+    """Prefers the shorter (or longer) complete answer; an answer that was cut at the length limit loses."""
 
     def __init__(self, items: Sequence[Candidates], direction: Literal["shorter", "longer"], margin: float = 0.1):
-        """`margin` is the least difference, as a share of the longer answer. `items` are all that there are."""
+        """`margin` is the minimum difference, as a share of the longer answer. `items` are all candidates."""
         self.name = f"length:{direction} margin={margin:g}"
         self._direction, self._margin = direction, margin
         self._in_tokens = _counted_alike(items)
 
     def opening(self, items: Sequence[Candidates]) -> list[str]:
-        why = "" if self._in_tokens else ", because not all answers have `tokens`, or not of one model"
+        why = "" if self._in_tokens else " (some answers lack `tokens`, or come from different models)"
         return [
-            f"the {self._direction} answer is better, where they differ by {self._margin:.0%} or more; an answer that "
+            f"the {self._direction} answer is better if lengths differ by {self._margin:.0%} or more; an answer that "
             f"was cut at the length limit loses. Length is counted in {self._unit}{why}."
         ]
 
     def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:
-        """Every prompt at once: nothing can fail."""
+        """Decide every prompt; nothing here can fail."""
         for item in items:
             found = self._choose(item.answers)
             yield left_open(self.name, item, found) if isinstance(found, str) else picked(self.name, item, *found)
@@ -43,11 +43,11 @@ class LengthJudge(Judge):
         return "tokens" if self._in_tokens else "characters"
 
     def _length(self, answer: Answer) -> int:
-        # Characters and not words: Chinese, Japanese or Thai put no spaces between them.
+        # Characters, not words: Chinese, Japanese and Thai put no spaces between words.
         return answer.tokens or 0 if self._in_tokens else len(answer.text)
 
     def _choose(self, answers: Sequence[Answer]) -> tuple[Answer, Answer] | str:
-        """Best and worst, or why there is none."""
+        """Best and worst, or the reason why there are none."""
         whole = sorted((answer for answer in answers if not answer.cut), key=self._length)
         cut = [answer for answer in answers if answer.cut]
         if not whole:
@@ -62,17 +62,17 @@ class LengthJudge(Judge):
 
 
 def _counted_alike(items: Sequence[Candidates]) -> bool:
-    """True where every answer has its number of tokens, all by the tokenizer of one model."""
+    """True if every answer has its number of tokens, all counted by one model's tokenizer."""
     answers = [answer for item in items for answer in item.answers]
     models = {answer.origin.model if answer.origin else None for answer in answers}
     return len(models) == 1 and all(answer.tokens is not None for answer in answers)
 
 
 class RegexJudge(Judge):
-    """Prefers an answer in which a pattern is found, or with `!` before it, one in which it is not."""
+    """Prefers an answer in which the pattern is found; with `!` before it, an answer in which it is not."""
 
     def __init__(self, pattern: str):
-        """Raises: ConfigError for a pattern that is none."""
+        """Raises: ConfigError for a pattern that is not a regular expression."""
         self.name = f"regex:{pattern}"
         self._is_better = not pattern.startswith("!")
         try:
@@ -80,13 +80,13 @@ class RegexJudge(Judge):
         except regex.error as error:
             raise ConfigError(f"--by {self.name}: not a regular expression: {error}.") from None
         if not self._pattern.pattern:
-            raise ConfigError("--by regex: needs a pattern, as in --by 'regex:(?i)thank you' (or 'regex:!…').")
+            raise ConfigError("--by regex: needs a pattern, as in `--by 'regex:(?i)thank you'` (or 'regex:!…').")
 
     def opening(self, items: Sequence[Candidates]) -> list[str]:
         found = "is found" if self._is_better else "is not found"
         return [
-            f"an answer in which {self._pattern.pattern!r} {found} is better. Among several, the two closest in length "
-            "make the pair, so that length is not what is learned."
+            f"an answer in which {self._pattern.pattern!r} {found} is better. If there are several, the two closest in "
+            "length make the pair, so that the model does not learn length instead."
         ]
 
     def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]:

@@ -1,4 +1,4 @@
-"""`qdpo judge`: asks a judge about every prompt that is not decided yet; each decision is on disk as it is taken."""
+"""`qdpo judge`: asks a judge about every undecided prompt, and saves each decision as it is made."""
 
 import time
 from collections import Counter
@@ -15,44 +15,44 @@ if TYPE_CHECKING:
     from qdpo.run.watcher import Watcher
 
 MOST_FAILURES = 5
-"""Prompts without an answer, one after the other, that stop a judge: then it is the server and not the prompt."""
+"""Consecutive prompts without an answer that stop a judge: the cause is then the server, not the prompts."""
 
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A prompt about which the judge could not be asked: nothing is decided, and the same command asks again."""
+    """A prompt about which the judge gave no answer: nothing is decided, and the same command asks again."""
 
     prompt: str
     reason: str
-    """What stands before a colon is what is counted."""
+    """The text before a colon is the key for counting."""
 
 
 Judgement = Decision | Unanswered
 
 
 class Judge(Protocol):
-    """Decides about prompts, in any order; each outcome is yielded as soon as it is known."""
+    """Judges prompts, in any order, and yields each outcome as soon as it is known."""
 
     name: str
-    """What its decisions are by: the rule or the model, with every option that may change a decision."""
+    """Author of its decisions: the rule or the model, with every option that may change a decision."""
 
     def opening(self, items: Sequence[Candidates]) -> list[str]:
-        """What the user should know before it starts: what it goes by, what it will cost."""
+        """Lines for the user before it starts: the criteria and the expected cost."""
 
     def decide(self, items: Sequence[Candidates]) -> Iterator[Judgement]: ...
 
     def figures(self) -> dict[str, Any]:
-        """What it can say about itself at the end, for the summary."""
+        """Statistics about the judge itself at the end, for the summary."""
         return {}
 
     def remarks(self) -> list[str]:
-        """The same, in sentences."""
+        """The figures, as sentences."""
         return []
 
 
 @dataclass(kw_only=True)
 class JudgeSummary:
-    """What one call of `qdpo judge` did."""
+    """Result of one call of `qdpo judge`."""
 
     judge: str
     out: Path
@@ -60,12 +60,12 @@ class JudgeSummary:
     open: Counter[str] = field(default_factory=Counter)
     """Prompts left to a person, by reason."""
     unanswered: Counter[str] = field(default_factory=Counter)
-    """Prompts about which the judge could not be asked, by reason."""
+    """Prompts about which the judge gave no answer, by reason."""
     decided_before: int = 0
     open_before: int = 0
-    """Left open by this very judge earlier, and not asked again."""
+    """Prompts that the same judge left open earlier, and that are not asked again."""
     not_reached: int = 0
-    """Left out by --limit."""
+    """Prompts left out by --limit."""
     pairs_in_file: int = 0
     open_in_file: int = 0
     """Prompts that still need a person or another judge."""
@@ -73,17 +73,17 @@ class JudgeSummary:
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The summary as plain values."""
         return {**vars(self), "out": str(self.out), "seconds": round(self.seconds, 3)}
 
 
 def judge_candidates(
     judge: Judge, decisions: Decisions, items: Sequence[Candidates], watcher: "Watcher", *, limit: int | None = None
 ) -> JudgeSummary:
-    """Lets the judge decide what nobody has decided; what a person or an earlier judge decided stays as it is.
+    """Let the judge decide all undecided prompts; decisions of a person or of an earlier judge are kept.
 
-    Raises: ServerError where MOST_FAILURES prompts in a row got no answer; whatever stops the judge. What was decided
-    until then is on disk.
+    Raises: ServerError if MOST_FAILURES prompts in a row got no answer, and any error that stops the judge. Decisions
+    made until then are on disk.
     """
     found, started = JudgeSummary(judge=judge.name, out=decisions.out), time.monotonic()
     todo = _undecided(judge, decisions, items, found)
@@ -106,7 +106,7 @@ def judge_candidates(
 def _undecided(
     judge: Judge, decisions: Decisions, items: Sequence[Candidates], found: JudgeSummary
 ) -> list[Candidates]:
-    """The prompts to ask about. What this judge left open stays open, unless the prompt has got other answers."""
+    """The prompts to ask about. A prompt that this judge left open stays open unless its answers have changed."""
     left = {(taken.prompt, frozenset(taken.shown)) for taken in decisions.history
             if taken.kind == "open" and taken.by == judge.name}  # fmt: skip
     todo = []
@@ -133,9 +133,9 @@ def _take(
             failures += 1
             if failures >= MOST_FAILURES:
                 raise ServerError(
-                    f"{failures} prompts in a row got no answer from {judge.name}, the last one because: "
-                    f"{outcome.reason}. What was decided before is in {decisions.out} ({found.pairs:,} pairs now); the "
-                    "same command goes on there."
+                    f"{failures} prompts in a row got no answer from {judge.name}. Reason for the last prompt: "
+                    f"{outcome.reason}. Decisions so far are in {decisions.out} ({found.pairs:,} new pairs); the "
+                    "same command resumes there."
                 )
         else:
             failures = 0
@@ -148,12 +148,12 @@ def _take(
 
 
 def picked(judge: str, item: Candidates, best: Answer, worst: Answer, **others: Any) -> Decision:
-    """The judge prefers one answer to another."""
+    """Decision of a judge that prefers one answer to another."""
     return Decision(prompt=item.id, kind="pick", by=judge, best=best.id, worst=worst.id, shown=_ids(item), **others)
 
 
 def left_open(judge: str, item: Candidates, reason: str, **others: Any) -> Decision:
-    """The judge leaves the prompt to a person; what stands before a colon of `reason` is what is counted."""
+    """Decision of a judge that leaves the prompt to a person; the text before a colon in `reason` is counted."""
     return Decision(prompt=item.id, kind="open", by=judge, note=reason, shown=_ids(item), **others)
 
 
@@ -162,13 +162,13 @@ def _ids(item: Candidates) -> tuple[str, ...]:
 
 
 def summary_lines(found: JudgeSummary, judge: Judge, candidates: str) -> list[str]:
-    """The summary for the reader, and what to type next."""
+    """The summary for the user, with the next commands."""
     asked = found.pairs + found.open.total() + found.unanswered.total()
     lines = [f"{judge.name}: {found.pairs:,} pairs of {asked:,} prompts, in {found.seconds:.1f} s"]
     lines += [f"  left open, {reason}: {count:,}" for reason, count in found.open.most_common()]
     lines += [f"  no answer, {reason}: {count:,}" for reason, count in found.unanswered.most_common()]
     before = {
-        "decided before, and left as they are": found.decided_before,
+        "decided before, kept as they are": found.decided_before,
         "left open by this judge before": found.open_before,
         "not reached because of --limit": found.not_reached,
     }
@@ -179,8 +179,8 @@ def summary_lines(found: JudgeSummary, judge: Judge, candidates: str) -> list[st
     if found.unanswered or found.not_reached:
         commands["the same command"] = "asks about the rest"
     if found.open_in_file:
-        commands[f"qdpo label {candidates} --out {found.out}"] = "a person decides what is open"
+        commands[f"qdpo label {candidates} --out {found.out}"] = "decide the open prompts yourself"
     if found.pairs_in_file:
-        commands[f"qdpo data check {found.out}"] = "are the pairs fit to train on"
+        commands[f"qdpo data check {found.out}"] = "check that the pairs are fit to train on"
     width = max(map(len, commands), default=0) + 2
     return [*lines, "next:", *(f"  {command:<{width}}{what}" for command, what in commands.items())]

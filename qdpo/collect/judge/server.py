@@ -1,4 +1,4 @@
-"""One question to an OpenAI-compatible server: key, retries, and each way in which it can go wrong."""
+"""Sends a question to an OpenAI-compatible server: key, retries, and a message for every failure."""
 
 import os
 import threading
@@ -20,16 +20,16 @@ from qdpo.errors import ConfigError
 
 OWN_KEY, OPENAI_KEY, OPENAI_HOST = "QDPO_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""Statuses that say: later. 409 is a lock, and 529 an overload, in the APIs that send them."""
+"""HTTP statuses that are retried. In the APIs that send them, 409 means a lock and 529 an overload."""
 CONNECT_TIMEOUT_S = 10.0
 LONGEST_WAIT_S = 300
-"""Longest wait that a server may ask for with Retry-After."""
+"""Longest Retry-After of a server that is honoured."""
 ADAPTED = {"max_tokens": "max_completion_tokens", "temperature": None}
-"""Fields that OpenAI's newer models refuse: the field in its place, or none."""
+"""Fields that OpenAI's newer models refuse, with the field that replaces each, if any."""
 
 
 class NoAnswer(Exception):
-    """The server gave no usable answer to this question; `reason` is short, for counting."""
+    """The server gave no usable answer to this question; `reason` is short, so that it can be counted."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -37,23 +37,24 @@ class NoAnswer(Exception):
 
 
 class TornReply(NoAnswer):
-    """The connection broke in the middle of a reply: urllib3 does not ask again once the reply has begun."""
+    """The connection broke in the middle of a reply; urllib3 does not retry once a reply has begun."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said; empty where it said nothing, and whether it was cut at the length limit."""
+    """The model's reply (may be empty)."""
 
     text: str
     cut: bool
+    """True if the reply was cut at the length limit."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the questions go, and the key that goes with them."""
+    """Address of the server, and the key to send."""
 
     url: str
-    """Up to and with `/v1`."""
+    """Base URL, including `/v1`."""
     host: str
     key: str | None
     key_from: str | None
@@ -61,31 +62,32 @@ class Endpoint:
 
     @property
     def warning(self) -> str | None:
-        """What the user should know before the key is sent."""
+        """Warning for the user if the key would be sent over plain http."""
         if self.key and self.url.startswith("http:") and not _is_here(self.host):
-            return f"warning: {self.key_from} goes to {self.host} over plain http, where others can read it"
+            return f"warning: {self.key_from} is sent to {self.host} over plain http, where others can read it"
         return None
 
 
 def endpoint(url: str) -> Endpoint:
-    """Reads what follows `openai:`. OPENAI_API_KEY is sent to OpenAI alone, QDPO_JUDGE_KEY to any server.
+    """Parse the URL after `openai:`. OPENAI_API_KEY is sent only to OpenAI, QDPO_JUDGE_KEY to any server.
 
-    Raises: ConfigError for something that is no http address, or with a password in it; for a key that is none.
+    Raises: ConfigError for a URL that is not an http address or contains a password, and for an invalid key.
     """
     parts = urlsplit(url)
     if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may be a secret
         raise ConfigError(
-            "--by openai:URL must hold no password, no ? and no #. A key belongs into the environment variable "
-            f"{OWN_KEY}."
+            f"--by openai:URL must not contain a password, ? or #. Put a key into the environment variable {OWN_KEY}."
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--by openai:{url} is no http address. Give one as in openai:http://localhost:8000/v1.")
+        raise ConfigError(
+            f"--by openai:{url} is not an http address. Write it as in `openai:http://localhost:8000/v1`."
+        )
     path = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     sources = (OWN_KEY, OPENAI_KEY) if parts.hostname == OPENAI_HOST else (OWN_KEY,)
     source = next((name for name in sources if os.environ.get(name, "").strip()), None)
     key = os.environ[source].strip() if source else None
     if key and not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{source} (from the environment) holds characters that no key has. Set it again.")
+        raise ConfigError(f"{source} (from the environment) contains characters that no key has. Set it again.")
     return Endpoint(f"{parts.scheme}://{parts.netloc}{path}", parts.hostname, key, source)
 
 
@@ -97,12 +99,12 @@ def _is_here(host: str) -> bool:
 
 
 class Server:
-    """Asks one model. May be used by several threads at once."""
+    """Client of one model on a server. Thread-safe."""
 
     def __init__(self, where: Endpoint, model: str, *, timeout_s: float, max_tokens: int, backoff_s: float = 1.0):
         self.where, self.model = where, model
         self.retried = Counter[str]()
-        """Requests that were sent again, by what had gone wrong."""
+        """Number of retried requests, by cause."""
         self.say: Callable[[str], None] = lambda line: None
         self._timeout = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
@@ -117,8 +119,8 @@ class Server:
     def ask(self, messages: list[Message]) -> Reply:
         """The model's answer at temperature 0.
 
-        Raises: NoAnswer for this question, TornReply where it may be asked again at once; ConfigError for what would go
-        wrong with every question.
+        Raises: NoAnswer for a failure of this question; TornReply if it may be asked again at once; ConfigError for a
+        failure that would affect every question.
         """
         while True:
             options = dict(self._options)
@@ -130,7 +132,7 @@ class Server:
 
     def _post(self, payload: dict[str, Any]) -> requests.Response:
         try:
-            # No redirect is followed: it could carry question and key elsewhere.
+            # Redirects are not followed: they could send question and key elsewhere.
             response = self._session().post(
                 f"{self.where.url}/chat/completions", json=payload, timeout=self._timeout, allow_redirects=False,
                 stream=True,
@@ -138,7 +140,7 @@ class Server:
         except requests.RequestException as error:
             raise NoAnswer(_failure(error, self._timeout[1])) from None
         try:
-            response.content  # noqa: B018  # read here; it is kept
+            response.content  # noqa: B018  # reads the body, which requests keeps
         except requests.RequestException as error:
             raise TornReply(_failure(error, self._timeout[1])) from None
         self._note_retries(response.raw.retries.history if response.raw.retries else ())
@@ -149,14 +151,14 @@ class Server:
             for past in history:
                 what = str(past.status or "no connection or time-out")
                 if what not in self.retried:
-                    self.say(f"the server needs patience ({what}): such requests are sent again after a pause")
+                    self.say(f"the server is busy or unreachable ({what}); requests are retried after a pause")
                 self.retried[what] += 1
 
     def _session(self) -> requests.Session:
-        """One for each thread: requests does not promise that a session can be shared."""
+        """The thread's own session: requests does not guarantee that a session can be shared."""
         if not hasattr(self._local, "session"):
             session = requests.Session()
-            session.auth = self._sign  # set even without a key: requests would look for a password in ~/.netrc
+            session.auth = self._sign  # set even without a key: else requests would look for a password in ~/.netrc
             for scheme in ("http://", "https://"):
                 session.mount(scheme, HTTPAdapter(max_retries=self._retry))
             self._local.session = session
@@ -169,7 +171,7 @@ class Server:
         return request
 
     def _adapt(self, response: requests.Response, sent: dict[str, Any]) -> bool:
-        """Whether the server refused a field that can be left out or called otherwise; then it is."""
+        """Leave out or rename a field that the server refused, if possible; True if the request should be repeated."""
         field = _error(response).get("param")
         if field not in ADAPTED or field not in sent:
             return False
@@ -187,27 +189,29 @@ class Server:
         shown, url = f"{status}: {self._words(response)}", self.where.url
         if 300 <= status < 400:
             target = excerpt(response.headers.get("Location", "nowhere"), 200)
-            raise ConfigError(f"{url} points to {target}, which is not followed. If you trust it, give that address.")
+            raise ConfigError(
+                f"{url} redirects to {target}; redirects are not followed. If you trust it, use that URL."
+            )
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             sent = f"with the key from {self.where.key_from}" if self.where.key else "without a key"
-            raise ConfigError(f"{url} refused the question, asked {sent} ({shown}). Set {OWN_KEY} in the environment.")
+            raise ConfigError(f"{url} refused the request, sent {sent} ({shown}). Set {OWN_KEY} in the environment.")
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
             raise ConfigError(
-                f"{url} knows no chat/completions, or no model {self.model!r} ({shown}). The address often ends in "
-                "/v1, and --judge-model is named as the server names it."
+                f"{url} has no chat/completions, or no model {self.model!r} ({shown}). Check the address, which often "
+                "ends in /v1, and the model's name on the server (--judge-model)."
             )
         if status == HTTPStatus.PAYMENT_REQUIRED or _error(response).get("code") == "insufficient_quota":
-            raise ConfigError(f"{url} wants to be paid first ({shown}).")
+            raise ConfigError(f"{url} asks for payment first ({shown}).")
         raise NoAnswer(f"the server says {shown}")
 
     def _words(self, response: requests.Response) -> str:
-        """What the server says about an error, without the key, which some servers repeat."""
+        """The server's error message, with the key removed, which some servers echo."""
         said = str(_error(response).get("message") or response.text or response.reason)
         return excerpt(said.replace(self.where.key, "…") if self.where.key else said, 200)
 
 
 def _error(response: requests.Response) -> dict[str, Any]:
-    """The error that the answer describes; empty where it describes none."""
+    """The error object in the response; empty if it has none."""
     try:
         found = response.json()
     except ValueError:
@@ -217,7 +221,7 @@ def _error(response: requests.Response) -> dict[str, Any]:
 
 
 def _reply(response: requests.Response) -> Reply:
-    """What the model said. Thoughts, which some servers send in a field of their own, are no answer."""
+    """The model's reply. Thoughts, which some servers send in a separate field, are not part of it."""
     try:
         choice = response.json()["choices"][0]
         content = choice["message"]["content"]
@@ -229,7 +233,7 @@ def _reply(response: requests.Response) -> Reply:
 
 
 def _failure(error: requests.RequestException, timeout_s: float) -> str:
-    """The same reason for the same failure, so that it can be counted: no address of a thread or an object in it."""
+    """Reason of a failure. Equal failures get equal reasons, without addresses of objects, so they can be counted."""
     text = str(error)
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {min(CONNECT_TIMEOUT_S, timeout_s):g} s"

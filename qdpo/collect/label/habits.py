@@ -1,4 +1,4 @@
-"""How a person decides, read from the journal alone: time, picks by place on the page, and agreement with themself."""
+"""Statistics of a person's decisions, from the journal alone: time, picks by place on the page, self-agreement."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import Any
 from qdpo.collect.decisions import Decision
 
 ENOUGH_PICKS = 20
-"""Below this, any share of picks by place is chance."""
+"""With fewer picks, shares by place are mostly chance."""
 NOTABLE_DEVIATIONS = 3.0
-"""Standard deviations from chance: with four places, one labeller without a bias in 90 is told of one by mistake."""
+"""Standard deviations from chance. With four places, 1 of 90 unbiased labellers is reported as biased by mistake."""
 
 
 @dataclass(frozen=True)
 class PlaceShare:
-    """How often the answer shown at one place was picked as best, as shares of the picks that showed the place."""
+    """Share of picks in which the answer at one place was best, among the picks that showed the place."""
 
     share: float
     chance: float
@@ -25,34 +25,34 @@ class PlaceShare:
 
 @dataclass(frozen=True)
 class Habits:
-    """What the journal says of the person who decided."""
+    """Statistics of the person who decided."""
 
     decisions: int
     median_seconds: float | None
     places: list[PlaceShare]
-    """By place on the page, the first one first; undone picks count too, since they were made."""
+    """By place on the page, from the first; undone picks count too."""
     asked_again: int
     agreed: int
-    """Of those asked again: the same answer was best."""
+    """Of those asked again, how often the same answer was best."""
 
     @property
     def hint(self) -> str:
-        """A sentence on position bias; empty where nothing is notable."""
+        """A sentence on position bias; empty if nothing is notable."""
         return " ".join(
-            f"Place {number} was picked {place.share:.0%} of the time, where chance gives {place.chance:.0%}. Answers "
-            "stand in random order, so look whether you read all of them before choosing."
+            f"Place {number} was picked {place.share:.0%} of the time; chance would be {place.chance:.0%}. Answers are "
+            "shown in random order, so check whether you read all of them before choosing."
             for number, place in enumerate(self.places, 1)
             if place.is_notable and place.share > place.chance
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For the page."""
+        """The statistics as plain values, for the page."""
         places = [vars(place) for place in self.places]
         return vars(self) | {"places": places, "hint": self.hint}
 
 
 def read_habits(history: Iterable[Decision]) -> Habits:
-    """What a person's entries of the journal show; those of judges are left aside."""
+    """Compute the statistics from a person's journal entries; entries of judges are ignored."""
     taken = [one for one in history if one.by == "person" and one.kind not in ("undo", "open")]
     picks = [one for one in taken if one.kind == "pick" and one.best in one.shown]
     seconds = [one.seconds for one in taken if one.seconds is not None]
@@ -67,7 +67,7 @@ def read_habits(history: Iterable[Decision]) -> Habits:
 
 
 def asked_again(taken: Iterable[Decision]) -> list[tuple[Decision, Decision]]:
-    """Each prompt that was asked a second time: what was said first, and then."""
+    """For each prompt that was asked a second time, the first and the second decision."""
     first: dict[str, Decision] = {}
     found = []
     for one in taken:

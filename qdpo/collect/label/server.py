@@ -1,8 +1,8 @@
-"""The label page's server: this machine only, a token, and nothing for other sites.
+"""The label page's server: reachable only from this machine, protected by a token against other sites.
 
-A page of any site can send requests to 127.0.0.1, also under a name of its own that it lets point there. So every
-request must name this host, every one for data must carry the token that only the printed address holds, and every
-one that writes must come from this page itself.
+Any web page can send requests to 127.0.0.1, also under a host name of its own that resolves there (DNS rebinding). So
+every request must name this host, every request for data must carry the token, which only the printed address
+contains, and every request that writes must come from this page itself (its Origin header).
 """
 
 import json
@@ -27,7 +27,7 @@ PAGES = {
     "/view.js": ("view.js", "text/javascript"),
     "/server.js": ("server.js", "text/javascript"),
 }
-"""All that is served as a file: no path of a request ever becomes a file name."""
+"""The only files served: a path from a request is never used as a file name."""
 TOKEN_HEADER = "X-Qdpo-Token"
 LARGEST_BODY = 4 * 1024 * 1024
 HEADERS = {
@@ -43,12 +43,12 @@ HEADERS = {
 
 
 class LabelServer(ThreadingHTTPServer):
-    """Serves one labelling to this machine."""
+    """Serves one labelling session to this machine."""
 
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def __init__(self, labelling: Labelling, port: int = 0):
-        """Port 0 lets the system choose a free one. Raises: ConfigError if the port cannot be had."""
+        """Port 0 takes any free port. Raises: ConfigError if the port cannot be used."""
         self.labelling, self.token = labelling, secrets.token_urlsafe(24)
         folder = resources.files("qdpo.collect.label") / "pages"
         self.pages = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
@@ -56,28 +56,27 @@ class LabelServer(ThreadingHTTPServer):
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             raise ConfigError(
-                f"Port {port} (--port) cannot be used: {error.strerror or error}. Stop what uses it, or leave --port "
-                "out: then the system chooses a free one."
+                f"Port {port} (--port) cannot be used: {error.strerror or error}. Leave --port out to use a free port."
             ) from None
 
     def server_bind(self) -> None:
-        """Without the look-up of this machine's name, which can take seconds."""
+        """Bind without looking up this machine's name, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A tab that was closed while it was answered is nothing to tell."""
+        """Ignore tabs that close before they are answered."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
-        """To be opened in a browser. The token stands in the fragment, which browsers send to nobody."""
+        """Address to open in a browser. The token is in the fragment, which browsers never send."""
         return f"http://{HOST}:{self.server_port}/#token={self.token}"
 
     @property
     def hosts(self) -> set[str]:
-        """What a request for this server may call it."""
+        """Allowed values of a request's Host header."""
         return {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
 
 
@@ -105,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_sender()
             work()
         except _Refused as refused:
-            self.close_connection = True  # its body, if any, is unread
+            self.close_connection = True  # the body, if any, is unread
             self._send_json({"error": str(refused)}, refused.status)
         except DataError as error:
             self._send_json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
@@ -178,4 +177,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: the terminal is for the person."""
+        """Log nothing: the terminal is for the user."""

@@ -1,4 +1,4 @@
-"""What the label page shows and does: answers in random order, decisions without overwriting, asking again."""
+"""State and actions of the label page: answers in random order, decisions without overwriting, repeated questions."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,27 +16,27 @@ from qdpo.errors import DataError
 AGAIN_EVERY = 20
 """--agreement asks one pick in 20 again: 5 %."""
 AGAIN_AFTER = 10
-"""Decisions between a pick and its repetition, where there are as many, so that it is not remembered."""
+"""Decisions between a pick and its repetition, if there are as many, so that the pick is not remembered."""
 LONGEST_SECONDS = 24 * 3600.0
 
 
 class Overtaken(Exception):
-    """The prompt was decided elsewhere since this view of it was made."""
+    """The prompt was decided elsewhere after this view of it was made."""
 
 
 @dataclass(frozen=True)
 class LabelOptions:
-    """How the person is asked."""
+    """Options of the label page."""
 
     is_blind: bool = False
-    """Which model wrote an answer leaves this process in the pairs only."""
+    """Hide from the page which model wrote an answer; only the pairs record it."""
     agreement: bool = False
     seed: int = 0
-    """Of the order of answers."""
+    """Random seed of the order of answers."""
 
 
 class Labelling:
-    """The decisions of one sitting; every method may be called from any thread."""
+    """One labelling session; every method may be called from any thread."""
 
     def __init__(self, decisions: Decisions, options: LabelOptions):
         self.decisions, self.options = decisions, options
@@ -44,7 +44,7 @@ class Labelling:
         self._folded: dict[str, str] = {}
 
     def index(self) -> dict[str, object]:
-        """One light row a prompt, in the order of the files, and the figures."""
+        """A short row for each prompt, in the order of the files, and the figures."""
         with self._lock:
             return {
                 "out": self.decisions.out.name,
@@ -54,20 +54,20 @@ class Labelling:
             }
 
     def view(self, prompt: str, *, again: bool = False) -> dict[str, object]:
-        """A prompt with its answers in the order to show; asked again, without what was decided. Raises: DataError."""
+        """A prompt with its answers in display order; if asked again, without its decision. Raises: DataError."""
         with self._lock:
             return self._view(self._item(prompt), again)
 
     def search(self, text: str) -> list[str]:
-        """Ids of the prompts that hold the text in a turn, an answer or a note, whatever the case."""
+        """Ids of the prompts with the text in a turn, an answer or a note, ignoring case."""
         wanted = text.casefold()
         with self._lock:
             return [item.id for item in self.decisions.items.values() if wanted in self._text(item)]
 
     def decide(self, wish: Mapping[str, Any]) -> dict[str, object]:
-        """Takes what the page sent; when this returns, it is on disk.
+        """Record the decision that the page sent; it is on disk when this returns.
 
-        Raises: Overtaken where `count` is not what the journal holds; DataError for what means nothing; DiskError.
+        Raises: Overtaken if `count` differs from the journal's; DataError for an invalid decision; DiskError.
         """
         decision, count = self._read(wish)
         with self._lock:
@@ -76,14 +76,14 @@ class Labelling:
                 raise Overtaken
             current = self.decisions.current(item.id)
             if decision.kind == "undo" and current is None:
-                raise DataError("There is no decision about this prompt to take back.")
+                raise DataError("This prompt has no decision to undo.")
             if decision.again and (current is None or current.kind != "pick" or current.by != "person"):
-                raise DataError("Only a prompt that a person has picked from can be asked again.")
+                raise DataError("Only a prompt for which a person has picked an answer can be asked again.")
             self.decisions.add(decision)
             return {"row": self._row(item), **self._figures()}
 
     def summary(self) -> list[str]:
-        """What was done so far, and the next command, for the end of the sitting. Waits for a decision on its way."""
+        """Summary and next command for the end of the session. Waits for a decision that is being saved."""
         with self._lock:
             figures, out = self._figures(), self.decisions.out
             habits = read_habits(self.decisions.history)
@@ -108,7 +108,7 @@ class Labelling:
         return lines
 
     def order(self, prompt: str, *, again: bool = False) -> list[str]:
-        """Ids of the answers as they are shown: random, the same at every look, another one when asked again."""
+        """Ids of the answers in display order: random, the same at every view, but different when asked again."""
         ids = [answer.id for answer in self._item(prompt).answers]
         first = sorted(ids, key=lambda id_: self._draw(prompt, id_))
         if not again:
@@ -126,7 +126,7 @@ class Labelling:
         except RowProblem as problem:
             raise DataError(f"This cannot be saved: {problem.detail}.") from None
         if wish.get("kind") not in ("pick", "edit", "tie", "skip", "undo"):
-            raise DataError(f"{wish.get('kind')!r} is no decision of a person.")
+            raise DataError(f"{wish.get('kind')!r} is not a decision that a person can make.")
         if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds <= LONGEST_SECONDS):
             raise DataError(f"seconds is {seconds!r}, not a time between 0 and a day.")
         if not isinstance(count, int):
@@ -192,7 +192,7 @@ class Labelling:
         return decision.by == "person" and decision is self.decisions.current(decision.prompt)
 
     def _due(self, undecided: int) -> str | None:
-        """The pick to ask again now: the lowest draw among those not asked yet and not among the newest decisions."""
+        """The pick to ask again now: the lowest draw of picks not asked again and not among the newest decisions."""
         history = self.decisions.history
         asked = {one.prompt for one in history if one.again}
         picked = [one.prompt for one in history if one.kind == "pick" and not one.again and self._is_last(one)]

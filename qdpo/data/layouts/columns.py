@@ -1,4 +1,4 @@
-"""Which columns of a data set are prompt, answers, winner, scores, system and tools: by name, or as the user says."""
+"""Finds the columns of prompt, answers, winner, scores, system and tools: by name, or as the user says."""
 
 import difflib
 import math
@@ -11,10 +11,10 @@ from qdpo.data.read.files import Sample
 from qdpo.errors import ConfigError, DataError
 
 Form = Literal["pairs", "winner", "ranked"]
-"""A better and a worse column; two columns and one that says which won; or a list of answers, the best first."""
+"""A better and a worse column; two columns and one that says which won; or a list of answers, best first."""
 
 PROMPTS = ("prompt", "question", "instruction", "conversations", "conversation", "query", "context", "history", "input")
-PAIRS = (  # better and worse; from data sets in wide use
+PAIRS = (  # better and worse; from widely used data sets
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
     ("response_chosen", "response_rejected"),
@@ -61,7 +61,7 @@ SFT_COLUMNS = {"messages", "text", "completion", "response", "output", "answer",
 
 @dataclass(frozen=True)
 class FoundColumns:
-    """A data set's columns: `named` maps a role to its column; answers of a contest are called chosen and rejected."""
+    """A data set's columns: `named` maps a role to its column; in a contest, the answers are chosen and rejected."""
 
     form: Form
     named: dict[str, str]
@@ -71,18 +71,18 @@ class FoundColumns:
 
 
 def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: str) -> FoundColumns:
-    """The columns of each role: the user's word first, then known names.
+    """The column of each role: as the user says, else by known names.
 
-    Raises: DataError where none or several forms fit, with what was found; ConfigError for an unknown role.
+    Raises: DataError if no form or several forms fit, with what was found; ConfigError for an unknown role.
     """
     unknown = sorted(set(columns) - set(ROLES))
     if unknown:
-        raise ConfigError(f"Unknown setting data.columns.{unknown[0]}. It can be one of: {', '.join(ROLES)}.")
+        raise ConfigError(f"Unknown setting data.columns.{unknown[0]}. Known names are: {', '.join(ROLES)}.")
     for role, column in columns.items():
         if column not in sample.columns:
             raise DataError(
                 f"data.columns.{role}={column} names a column that {origin} does not "
-                f"have.{_near(column, sample)} It has: {_listed(sample.columns)}."
+                f"have.{_near(column, sample)} Its columns are: {_listed(sample.columns)}."
             )
     _refuse_pictures(sample, origin)
     forms = _forms(sample, columns)
@@ -90,8 +90,8 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
         forms = [found for found in forms if found.form == form]
         if not forms:
             raise DataError(
-                f"data.format={form} was asked for, but {origin} has no such columns: {_listed(sample.columns)}. Name "
-                "them with data.columns.*, or leave data.format=auto."
+                f"data.format={form} does not fit the columns of {origin}: {_listed(sample.columns)}. Name the columns "
+                "with data.columns.*, or leave data.format=auto."
             )
     if not forms:
         raise _no_pairs(sample, columns, origin)
@@ -109,7 +109,7 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
 
 
 def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
-    """Every way in which the columns can be read as preferences."""
+    """All ways to read the columns as preferences."""
     here, found = set(sample.columns), list[FoundColumns]()
     if "winner" in columns or not {"chosen", "rejected"} & set(columns):
         winners = [columns["winner"]] if "winner" in columns else [name for name in WINNERS if name in here]
@@ -123,7 +123,7 @@ def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
     if "winner" not in columns:
         found += [FoundColumns("pairs", {"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)]
     lists = [name for name in LISTS if name in here and _holds_lists(sample, name)]
-    # Beside a better and a worse answer, a list is what these were drawn from.
+    # Next to a better and a worse answer, a list holds the answers that these were drawn from.
     if lists and not found and not columns.keys() & {"chosen", "rejected", "winner"}:
         scores = next((name for name in LIST_SCORES if name in here), None)
         found.append(FoundColumns("ranked", {"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
@@ -155,7 +155,7 @@ def _refuse_pictures(sample: Sample, origin: str) -> None:
     if pictures:
         raise DataError(
             f"{origin} has the column{'s' if len(pictures) > 1 else ''} {', '.join(map(repr, pictures))}: pairs with "
-            "pictures or sound. qdpo trains on text only today (image pairs are planned); use a text data set, or "
+            "pictures or sound. qdpo trains on text only today (image pairs are planned). Use a text data set, or "
             "remove that column if the text makes sense without it."
         )
 
@@ -166,7 +166,7 @@ def _several(forms: list[FoundColumns], origin: str) -> DataError:
     )
     forms_differ = len({found.form for found in forms}) == len(forms)
     how = "data.format=…" if forms_differ else "data.columns.chosen=… and data.columns.rejected=…"
-    return DataError(f"{origin} can be read in several ways: {ways}. Say which is meant with {how}.")
+    return DataError(f"{origin} can be read in several ways: {ways}. Choose one with {how}.")
 
 
 def _no_pairs(sample: Sample, columns: Mapping[str, str], origin: str) -> DataError:
@@ -175,19 +175,19 @@ def _no_pairs(sample: Sample, columns: Mapping[str, str], origin: str) -> DataEr
     missing = [role for role in ("chosen", "rejected") if role not in has and role not in columns]
     if "label" in found and len(missing) == 2:
         return DataError(
-            f"{origin} has single answers with a label (columns {_listed(sample.columns)}), not pairs. DPO needs "
-            "two answers to one prompt; KTO trains on labels (TRL's KTOTrainer). Or join a good and a bad answer."
+            f"{origin} has single answers with a label (columns {_listed(sample.columns)}), not pairs. DPO needs two "
+            "answers to a prompt. Join a good and a bad answer to each, or train on labels with KTO (TRL's KTOTrainer)."
         )
     if len(missing) == 2 and found & SFT_COLUMNS:
         return DataError(
             f"{origin} has one answer a row (columns {_listed(sample.columns)}): data for supervised fine-tuning "
-            "(TRL's SFTTrainer). DPO needs `chosen` and `rejected`; if two other columns hold them, say which with "
+            "(TRL's SFTTrainer). DPO needs `chosen` and `rejected`. If other columns hold them, name these with "
             "data.columns.chosen=NAME data.columns.rejected=NAME."
         )
     missing = missing or ["chosen", "rejected"]
     return DataError(
-        f"{origin} has no column {' and no column '.join(map(repr, missing))}; it has: {_listed(sample.columns)}."
-        f"{_near(missing[0], sample)} Map the columns yourself: data.columns.{missing[0]}=NAME."
+        f"{origin} has no column {' and no column '.join(map(repr, missing))}; its columns are: "
+        f"{_listed(sample.columns)}.{_near(missing[0], sample)} Name the column with data.columns.{missing[0]}=NAME."
     )
 
 
@@ -204,11 +204,11 @@ Sign = Literal["zero is first", "one is first", "negative is first", "names"]
 
 
 def winner_sign(sample: Sample, found: FoundColumns, origin: str) -> Sign:
-    """How the winner column says which of two answers is better. Raises DataError where it cannot be told."""
+    """The convention of the winner column for which of two answers is better. Raises: DataError if it is unclear."""
     column, one = found.named["winner"], found.named["chosen"]
     cells = [row.get(column) for row in sample.rows.values()]
     values = {cell for cell in map(finite, cells) if cell is not None}
-    if not values or (values == {1} and one != "human_ref_A"):  # of 0/1, or of 1/2? The columns' names may tell
+    if not values or (values == {1} and one != "human_ref_A"):  # 0/1 or 1/2? The columns' names may tell
         names = {side_named(cell, found.named["chosen"], found.named["rejected"]) for cell in cells}
         if names & {"first", "second"}:
             return "names"
@@ -221,16 +221,16 @@ def winner_sign(sample: Sample, found: FoundColumns, origin: str) -> Sign:
     elif values <= {1, 2}:
         return "one is first"
     shown = ", ".join(sorted({excerpt(cell, 20) for cell in cells})[:5])
-    shown += " alone, of 0/1 or of 1/2" if values == {1} else ""
+    shown += " only, which may mean 0/1 or 1/2" if values == {1} else ""
     raise DataError(
         f"{origin}: column {column!r} should say which of {one} and {found.named['rejected']} is better, but holds "
-        f"{shown}. It may hold 0/1, 1/2, a/b, the names of the two columns, or a number that is negative where the "
-        "first is better."
+        f"{shown}. Use 0/1, 1/2, a/b, the names of the two columns, or a number that is negative if the first is "
+        "better."
     )
 
 
 def first_wins(cell: Any, sign: Sign, one: str, other: str) -> bool | None:
-    """Whether the first of two answers won; None for a tie, an empty cell or a verdict for neither of them."""
+    """True if the first of two answers won; None for a tie, an empty cell or a verdict for neither."""
     if sign == "names":
         side = side_named(cell, one, other)
         return None if side is None else side == "first"
@@ -244,7 +244,7 @@ def first_wins(cell: Any, sign: Sign, one: str, other: str) -> bool | None:
 
 
 def side_named(cell: Any, one: str, other: str) -> Literal["first", "second"] | None:
-    """Which of two columns a word such as `model_a`, `B` or `response_1` stands for."""
+    """Map a word such as `model_a`, `B` or `response_1` to one of two columns; None if it names neither."""
     word = str(cell).strip().lower()
     for side, column in (("first", one), ("second", other)):
         ending = column.lower()[-1]
@@ -254,7 +254,7 @@ def side_named(cell: Any, one: str, other: str) -> Literal["first", "second"] | 
 
 
 def finite(cell: Any) -> float | None:
-    """A cell as a number; None where it is empty, a word or not finite: NaN is how a gap in a table is written."""
+    """A cell as a number; None if it is empty, a word or not finite (NaN marks a missing value in a table)."""
     try:
         value = float(cell)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What the columns of a data set hold, found from the content of many rows and said aloud."""
+"""Detects a data set's layout (what its columns hold) from the content of many rows, and reports it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ SCORE_KEYS = ("score", "overall_score", "rating", "reward")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How to turn a row of one data set into pairs; column names, and what the cells hold.
+    """Recipe to turn a row of a data set into pairs: column names, and the kinds of their cells.
 
-    In a contest `chosen` and `rejected` are the two answers whichever won; in a ranking both name the list.
+    In a contest, `chosen` and `rejected` are the two answers, whichever won; in a ranking, both name the list.
     """
 
     name: str
     why: str
-    """One line for the screen: what was found, and what follows from it."""
+    """One line for the screen: what was found, and how it is read."""
     prompt: str | None
     chosen: str
     rejected: str
@@ -41,19 +41,19 @@ class Layout:
     scores: tuple[str, str] | None = None
     list_scores: str | None = None
     answers_scored: bool = False
-    """Each answer of a ranking bears its own score or rank."""
+    """Each answer of a ranking has its own score or rank."""
     many_rejected: bool = False
-    """The rejected column holds a list of answers: a pair is made with each."""
+    """The rejected column holds a list of answers; each makes a pair."""
     last_answer_only: bool = False
 
     @property
     def is_chat(self) -> bool:
-        """The rows say who speaks. Otherwise they are text to be continued, and a template may give them roles."""
+        """True if the rows have roles. Otherwise they are text to continue, and a template may give them roles."""
         return self.system is not None or self.answer_kind != "text" or self.prompt_kind in ("turns", "dialogue")
 
 
 def sample_of(rows: Sequence[Row]) -> Sample:
-    """The sample of rows that are at hand: up to 200, evenly spread."""
+    """A sample of rows in memory: up to 200, evenly spread."""
     last, count = len(rows) - 1, min(len(rows), SAMPLED_ROWS)
     indices = sorted({round(step * last / max(count - 1, 1)) for step in range(count)})
     picked = {index + 1: rows[index] for index in indices}
@@ -68,14 +68,14 @@ def detect_layout(
     form: str = "auto",
     last_answer_only: bool = False,
 ) -> Layout:
-    """The layout of a data set, from rows spread over it.
+    """Detect the layout of a data set from rows spread over it.
 
-    `columns` is the user's `data.columns.*`, `form` his `data.format`; `origin` names the data in messages.
-    Raises: DataError if no layout fits, several do, or rows disagree; ConfigError for an unknown key in `columns`.
+    `columns` is the user's `data.columns.*`, `form` is `data.format`; `origin` names the data in messages.
+    Raises: DataError if no layout or several fit, or rows disagree; ConfigError for an unknown key in `columns`.
     """
     sample = rows if isinstance(rows, Sample) else sample_of(rows)
     if not sample.rows:
-        raise DataError(f"{origin} holds no rows. Check data.path, data.split and data.limit.")
+        raise DataError(f"{origin} has no rows. Check data.path, data.split and data.limit.")
     found = find_columns(sample, columns, form, origin)
     look = _Look(sample, found, origin)
     details = look.details()
@@ -124,17 +124,17 @@ class _Look:
         if details["form"] == "ranked":
             by = details["list_scores"]
             if by or details["answers_scored"]:
-                order = f"the best is the one with {f'the highest of {by}' if by else 'the highest score (or rank 1)'}"
+                order = f"the best has {f'the highest of {by}' if by else 'the highest score (or rank 1)'}"
             else:
                 order = "the first is the best"
-            return "ranked", f"a list of answers a row: {order}, and a pair is made with each worse one"
+            return "ranked", f"a list of answers a row: {order}, and each worse answer makes a pair"
         if details["form"] == "winner":
             if details["winner"] is None:
                 return "winner", f"two answers a row; the higher of {' and '.join(details['scores'])} is chosen"
             return "winner", f"two answers a row, and {details['winner']} says which is better ({details['sign']})"
         name, meaning = self._pairs_name(details)
         if details["many_rejected"]:
-            meaning += "; several rejected answers a row: a pair is made with each"
+            meaning += "; several rejected answers a row: each makes a pair"
         return name, meaning
 
     def _pairs_name(self, details: Mapping[str, Any]) -> tuple[str, str]:
@@ -142,11 +142,11 @@ class _Look:
         if answer_kind == "dialogue":
             return (
                 "hh",
-                "chosen and rejected are whole Human/Assistant texts: what follows the last Assistant: is the answer",
+                "chosen and rejected are whole Human/Assistant texts: the text after the last Assistant: is the answer",
             )
         if answer_kind == "text":
             if details["repeats_prompt"]:
-                return "text_with_prompt", "every answer begins with its prompt, which is taken off"
+                return "text_with_prompt", "every answer begins with its prompt, which is removed"
             if prompt_kind == "dialogue":
                 return "hh_prompt", "the prompt is a Human/Assistant text, the answers are text"
             if prompt_kind == "turns":
@@ -159,7 +159,7 @@ class _Look:
         if prompt_kind == "null":
             return (
                 "implicit_messages",
-                "chosen and rejected are message lists: the prompt is the messages that they share",
+                "chosen and rejected are message lists: their shared messages are the prompt",
             )
         chosen = [row.get(details["chosen"]) for row in self.sample.rows.values()]
         if any(isinstance(cell, Mapping) and "from" in cell for cell in chosen):
@@ -169,12 +169,12 @@ class _Look:
         if any(isinstance(cell, list) and len(cell) > 1 for cell in chosen):
             return (
                 "ultrafeedback",
-                "the answers repeat the prompt as messages: it is checked against the prompt column",
+                "the answers repeat the prompt as messages, which is checked against the prompt column",
             )
         return "messages", "the prompt is text, the answers are messages"
 
     def _is_list(self, column: str) -> bool:
-        """Whether most cells are lists of answers, and not of the messages of one."""
+        """True if most cells are lists of answers, rather than lists of messages of one answer."""
         cells = [row.get(column) for row in self.sample.rows.values()]
         lists = [cell for cell in cells if isinstance(cell, list) and cell and kind_of(cell) != "turns"]
         return 2 * len(lists) > len(cells)
@@ -188,7 +188,7 @@ class _Look:
         if len(set(kinds.values())) > 1 and "turns" in kinds.values():
             raise DataError(
                 f"{self.origin}: {chosen} holds {_words(kinds[chosen])}, but {rejected} holds "
-                f"{_words(kinds[rejected])}. Both answers must have the same form; rewrite one of the columns."
+                f"{_words(kinds[rejected])}. Rewrite one of the columns: both answers must have the same form."
             )
         if kinds[chosen] == kinds[rejected]:
             kind = kinds[chosen]
@@ -205,13 +205,13 @@ class _Look:
         number, row = next(iter(rows.items()))
         raise DataError(
             f"{self.origin} has {chosen} and {rejected} as plain text, but no prompt column and no "
-            rf"'\n\nHuman:' … '\n\nAssistant:' markers (row {number}: {excerpt(row.get(chosen))!r}). Cutting both "
-            "texts where their letters begin to differ would cut into the answers. Name the prompt with "
+            rf"'\n\nHuman:' … '\n\nAssistant:' markers (row {number}: {excerpt(row.get(chosen))!r}). Splitting both "
+            "texts where their letters begin to differ would cut into the answers. Name the prompt column with "
             f"data.columns.prompt=NAME (columns: {', '.join(self.sample.columns)})."
         )
 
     def _column_kind(self, column: str) -> CellKind:
-        """The one kind of a column. Nulls and numbers are left to be dropped row by row; text among messages is not."""
+        """The one kind of a column. Nulls and numbers are dropped later, row by row; text among messages is refused."""
         rows_of: dict[CellKind, list[int]] = {}
         for number, row in self.sample.rows.items():
             rows_of.setdefault(kind_of(row.get(column)), []).append(number)
@@ -225,20 +225,20 @@ class _Look:
             )
         if len(kinds) == 1:
             return "turns" if kinds[0] == "encoded" else kinds[0]
-        for kind in ("encoded", "dialogue"):  # a few cells that are torn, or without markers, are dropped row by row
+        for kind in ("encoded", "dialogue"):  # a few damaged cells, or cells without markers, are dropped row by row
             if kind in kinds and 2 * len(rows_of[kind]) > len(self.sample.rows) and "turns" not in kinds:
                 return "turns" if kind == "encoded" else "dialogue"
         if "turns" in kinds:
             other = next(kind for kind in kinds if kind != "turns")
             raise DataError(
                 f"{self.origin}: the rows differ in format. Column {column!r} holds messages in row "
-                f"{rows_of['turns'][0]} and text in row {rows_of[other][0]}. Bring all rows into one format, or keep "
-                "the two kinds in two files."
+                f"{rows_of['turns'][0]} and text in row {rows_of[other][0]}. Convert all rows to one format, or put "
+                "the two kinds into two files."
             )
         return "text"
 
     def _answers_repeat_prompt(self) -> bool:
-        """True if every answer looked at begins with its prompt: to leave it there would train on the prompt twice."""
+        """True if every sampled answer begins with its prompt, which must be removed: else it would be trained on."""
         named = self.found.named
 
         def repeats(row: Row) -> bool:
@@ -252,7 +252,7 @@ class _Look:
 
 
 def answer_score(answer: Any) -> float | None:
-    """The score that an answer of a ranking bears, the higher the better; None where it bears none."""
+    """The score of an answer of a ranking, higher is better; None if it has none."""
     if not isinstance(answer, Mapping):
         return None
     rank = finite(answer.get("rank"))

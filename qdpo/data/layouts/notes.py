@@ -1,4 +1,4 @@
-"""What was done to the rows that were not taken as they are."""
+"""Notes on rows that were dropped, cut or mended."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Action = Literal["dropped", "cut", "mended"]
 
 @dataclass(frozen=True)
 class RowNote:
-    """What was done to a row, for the data report."""
+    """A note on what was done to a row, for the data report."""
 
     row: int
     action: Action
@@ -22,7 +22,7 @@ class RowNote:
 
 @dataclass(frozen=True)
 class Where:
-    """Which row of which source a note is about."""
+    """The row, and its source, that a note is about."""
 
     row: int
     source: str

@@ -1,6 +1,6 @@
-"""One row to its preference pairs, or to a named reason why it cannot be used.
+"""Converts a row into its preference pairs, or into a named reason why it cannot be used.
 
-A pair is one decision: one prompt, and two different final answers of the assistant.
+A pair is one decision: a prompt, and two different final answers of the assistant.
 """
 
 import json
@@ -23,18 +23,18 @@ class Pair:
     """A prompt and two answers to it."""
 
     prompt: list[Message]
-    """The turns before the answer. Where `is_chat` is False: one user turn that holds the prompt text as it was."""
+    """The turns before the answer. If `is_chat` is False: one user turn with the prompt's text unchanged."""
     chosen: str
     rejected: str
     row: int
     is_chat: bool
-    """False where the row was plain text without roles."""
+    """False if the row was plain text without roles."""
     turns: tuple[Message, Message] | None = None
-    """Both answers as messages, where they hold more than text: tool calls."""
+    """Both answers as messages, if they hold more than text (tool calls)."""
     tools: list[Any] | None = None
     """The functions that the model may call, as chat templates take them."""
     mended: tuple[tuple[str, str], ...] = ()
-    """What was put right on the way: short name and sentence."""
+    """Repairs made while reading, each a short name and a sentence."""
 
     def answers(self) -> tuple[Message, Message]:
         """Both answers as the last turns of a conversation."""
@@ -52,18 +52,18 @@ class Rejection:
     detail: str
 
 
-# What a whole data set may be made of by mistake, and what to do then; single rows are dropped for it.
+# Faults that may affect a whole data set, with the remedy; single rows with such a fault are dropped.
 WAYS_OUT = {
     "unknown_role": "Rename the roles.",
     "no_final_assistant": "Chosen and rejected must end with the assistant's answer.",
     "several_response_turns": "data.last_answer_only=true keeps the shared turns and the last answer of each side.",
-    "null_field": "Look at how the file was written, or name other columns with data.columns.*.",
-    "not_text": "Look at how the file was written, or name other columns with data.columns.*.",
+    "null_field": "Check how the file was written, or name other columns with data.columns.*.",
+    "not_text": "Check how the file was written, or name other columns with data.columns.*.",
 }
 
 
 def check_sample(sample: Sample, layout: Layout, origin: str) -> None:
-    """Raises: DataError where most rows of the sample have one fault that makes the whole data set unusable."""
+    """Raises: DataError if most rows of the sample share a fault that makes the whole data set unusable."""
     faults = [
         found
         for number, row in sample.rows.items()
@@ -74,15 +74,15 @@ def check_sample(sample: Sample, layout: Layout, origin: str) -> None:
         if 2 * count > len(sample.rows):
             first = next(fault for fault in faults if fault.reason == reason)
             raise DataError(
-                f"{origin}: {count} of {len(sample.rows)} rows looked at cannot be used ({reason}). Row {first.row}: "
+                f"{origin}: {count} of {len(sample.rows)} sampled rows cannot be used ({reason}). Row {first.row}: "
                 f"{first.detail}. {WAYS_OUT[reason]}"
             )
 
 
 def to_pairs(row: Row, index: int, layout: Layout, *, keep_empty_rejected: bool = False) -> list[Pair | Rejection]:
-    """The pairs of row number `index` (counted from 1), or why there is none.
+    """The pairs of row number `index` (counted from 1), or the reason why there is none.
 
-    One pair, but for rows with several worse answers: then one with each.
+    A row makes one pair, or, if it has several worse answers, a pair with each.
     """
     try:
         rows = list(two_answers(row, layout))
@@ -92,7 +92,7 @@ def to_pairs(row: Row, index: int, layout: Layout, *, keep_empty_rejected: bool 
 
 
 def to_pair(row: Row, index: int, layout: Layout) -> Pair | Rejection:
-    """The first pair of a row, or why there is none."""
+    """The first pair of a row, or the reason why there is none."""
     return to_pairs(row, index, layout)[0]
 
 
@@ -119,7 +119,7 @@ def _to_pair(row: Row, index: int, layout: Layout, keep_empty_rejected: bool) ->
 
 
 def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, list[tuple[str, str]]]:
-    """Prompt turns and the two answers: the longest common run of whole turns is the prompt, never of letters."""
+    """Prompt turns and the two answers: the prompt is the longest common prefix in whole turns, never in letters."""
     given = _given_prompt(row, layout)
     rejected_column = RANKED_REJECTED if layout.form == "ranked" else layout.rejected
     chosen, rejected = (
@@ -134,7 +134,7 @@ def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, l
             raise RowProblem("no_final_assistant", f"{column} ends with a {turns[-1]['role']} turn")
     mended = []
     if chosen[:shared] != rejected[:shared]:
-        mended.append(("prompt_whitespace", "the prompts of both sides differed in white space: chosen's was taken"))
+        mended.append(("prompt_whitespace", "the prompts of both sides differed in white space; chosen's is used"))
     if max(len(chosen), len(rejected)) - shared > 1:
         if not layout.last_answer_only or chosen[shared]["role"] != "assistant":
             raise _not_one_decision(chosen[shared], rejected[shared], shared, layout)
@@ -145,14 +145,14 @@ def _split(row: Row, layout: Layout) -> tuple[list[Message], Message, Message, l
 
 def _not_one_decision(chosen: Message, rejected: Message, turn: int, layout: Layout) -> RowProblem:
     texts = " / ".join(excerpt(side["content"]) for side in (chosen, rejected))
-    where = f"chosen and rejected part at turn {turn + 1} ({texts})"
+    where = f"chosen and rejected differ from turn {turn + 1} on ({texts})"
     if layout.answer_kind == "dialogue" or "assistant" not in (chosen["role"], rejected["role"]):
         return RowProblem("prompts_differ", where)
     return RowProblem("several_response_turns", f"{where}, before the last answer: more than one decision")
 
 
 def _given_prompt(row: Row, layout: Layout) -> list[Message]:
-    """The turns of the prompt column; none where the prompt is only found inside the answers."""
+    """The turns of the prompt column; empty if the prompt is only part of the answers."""
     if layout.prompt is None:
         return []
     value = row.get(layout.prompt)
@@ -184,7 +184,7 @@ def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -
 
 
 def _whole_conversation(given: list[Message], turns: list[Message], column: str, layout: Layout) -> list[Message]:
-    """The prompt column and an answer column joined, where the answer column may repeat the prompt."""
+    """Join the prompt column and an answer column, which may repeat the prompt."""
     if not given:
         return turns
     if layout.prompt_kind == "text":
@@ -230,7 +230,9 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
     if not any(turn["role"] == "user" for turn in prompt) or not prompt[-1]["content"].strip():
         raise RowProblem("empty_prompt", "there is no question before the answers")
     if prompt[-1]["role"] == "assistant":
-        raise RowProblem("prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would go on")
+        raise RowProblem(
+            "prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would continue"
+        )
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
         if not turn["content"].strip() and "tool_calls" not in turn:
             if side == "chosen":
@@ -249,7 +251,7 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
 
 
 def without_oldest_turns(pair: Pair) -> Pair | None:
-    """The pair without its oldest exchange, system message and last question kept; None if there is no older one."""
+    """The pair without its oldest exchange; system message and last question stay. None if nothing is left to drop."""
     start = 1 if pair.prompt[0]["role"] == "system" else 0
     users = [place for place, turn in enumerate(pair.prompt) if turn["role"] == "user" and place >= start]
     later = [place for place in users if place > start]

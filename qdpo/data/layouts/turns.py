@@ -1,4 +1,4 @@
-"""One cell of a row read as text or as turns: message lists, ShareGPT, JSON inside a CSV cell, HH dialogues."""
+"""Reads a cell of a row as text or as turns: message lists, ShareGPT, JSON inside a CSV cell, HH dialogues."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 class RowProblem(Exception):
-    """Why one row cannot be used: a short name for counting, and a sentence for the reader."""
+    """The reason why a row cannot be used: a short name for counting, and a sentence for the user."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -37,7 +37,7 @@ class RowProblem(Exception):
 
 
 def kind_of(value: Any) -> CellKind:
-    """What a cell holds; `encoded` is a message list written as JSON or Python text, as CSV files have it."""
+    """The kind of a cell's content; `encoded` is a message list written as JSON or Python text, as in CSV files."""
     if _is_null(value):
         return "null"
     if isinstance(value, str):
@@ -53,13 +53,13 @@ def kind_of(value: Any) -> CellKind:
 
 
 def is_dialogue(text: str) -> bool:
-    """True for `Human: … Assistant: …`, the way HH writes a whole conversation into one string."""
+    """True for `Human: … Assistant: …`, a whole conversation in one string as in HH."""
     text = text.lstrip()
     return text.startswith("Human:") and "\n\nAssistant:" in text
 
 
 def decode_turns(text: str) -> Any | None:
-    """The message list that a text spells out, or None where it is ordinary text. Nothing is executed."""
+    """Parse a text as a message list; None if it is ordinary text. Nothing is executed."""
     text = text.strip()
     if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
         return None
@@ -69,7 +69,7 @@ def decode_turns(text: str) -> Any | None:
         return None
     except ValueError:
         try:
-            with warnings.catch_warnings(action="ignore"):  # about escapes in what may well be ordinary text
+            with warnings.catch_warnings(action="ignore"):  # about escapes, since it may be ordinary text
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
@@ -85,7 +85,7 @@ def read_text(value: Any, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON may hold half an emoji ("\ud83d"), which no tokenizer accepts
-        raise RowProblem("not_text", f"{column} holds half a character (lone surrogate) at {error.start}") from None
+        raise RowProblem("not_text", f"{column} has a lone surrogate (half a character) at {error.start}") from None
     return value
 
 
@@ -97,13 +97,13 @@ def read_turns(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
         value = decode_turns(value)
     if not _looks_like_turns(value):
-        raise RowProblem("not_text", f"{column} is not a list of messages, as it is in the other rows")
+        raise RowProblem("not_text", f"{column} is not a list of messages, but in the other rows it is")
     turns = [value] if isinstance(value, Mapping) else value
     return [_read_turn(turn, f"{column}[{number}]") for number, turn in enumerate(turns)]
 
 
 def read_dialogue(value: Any, column: str) -> list[Message]:
-    r"""The turns of a text with `\n\nHuman:` and `\n\nAssistant:` markers; the space around each turn is no content."""
+    r"""The turns of a text with `\n\nHuman:` and `\n\nAssistant:` markers, stripped of surrounding white space."""
     before, *parts = SPEAKER.split(read_text(value, column).lstrip())
     if before.strip() or not parts:
         raise RowProblem("not_a_dialogue", f"{column} does not start with 'Human:' as the other rows do")
@@ -115,7 +115,7 @@ def read_dialogue(value: Any, column: str) -> list[Message]:
 
 
 def same_turn(one: Message, other: Message) -> bool:
-    """Equal but for white space at the ends, which datasets add and lose without meaning."""
+    """True if two turns are equal up to white space at the ends, which data sets add and lose arbitrarily."""
     if one["role"] != other["role"] or one["content"].strip() != other["content"].strip():
         return False
     return one.get("tool_calls") == other.get("tool_calls")
@@ -131,7 +131,7 @@ def _read_turn(turn: Any, where: str) -> Message:
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in ROLES:
         raise RowProblem("unknown_role", f"{where} has the role {role!r}; known roles are {', '.join(ROLES)}")
-    # A table gives every turn every key, and null where it had none.
+    # In a table every turn has every key, with null for the missing ones.
     beside = {key: turn[key] for key in BESIDE_CONTENT if turn.get(key)}
     content = turn.get("content", turn.get("value"))
     if content is None and "tool_calls" in beside:
@@ -145,13 +145,13 @@ def _text_part(part: Any, where: str) -> Any:
     if not (isinstance(part, Mapping) and part.get("type") == "text"):
         raise RowProblem(
             "not_text",
-            f"{where} holds something that is not text: {excerpt(part)} (text only today; image pairs are planned)",
+            f"{where} has a part that is not text: {excerpt(part)} (text only today; image pairs are planned)",
         )
     return part.get("text")
 
 
 def _unwrapped(value: Any) -> Any:
-    """OpenAI's preference files wrap the prompt: {"messages": [...], "tools": [...]}."""
+    """Unwrap a prompt of OpenAI's preference files: {"messages": [...], "tools": [...]}."""
     return value["messages"] if isinstance(value, Mapping) and isinstance(value.get("messages"), list) else value
 
 
@@ -163,4 +163,4 @@ def _looks_like_turns(value: Any) -> bool:
 
 
 def _is_null(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # NaN stands for null in tables
+    return value is None or (isinstance(value, float) and value != value)  # NaN means null in tables

@@ -1,4 +1,4 @@
-"""Which of a row's answers is the better one, and which the worse: by its column, a verdict, scores or a ranking."""
+"""Finds a row's better and worse answer: by column, by a verdict, by scores or by a ranking."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from qdpo.data.layouts.turns import RowProblem, excerpt, read_text
 from qdpo.data.read.progress import Row
 
 RANKED_REJECTED = "\0rejected"
-"""The second column that a ranking is given, whose answers share one."""
+"""A second column for the rejected answer of a ranking, whose answers share one column."""
 
 
 def two_answers(row: Row, layout: Layout) -> Iterator[Row]:
-    """The row with one answer in each of the two columns; several rows where one answer beats several others.
+    """The row with one answer in each of the two columns; several rows if one answer beats several others.
 
-    Raises: RowProblem where no answer is better.
+    Raises: RowProblem if no answer is better.
     """
     _refuse_tie(row, layout)
     if layout.form == "ranked":
@@ -52,7 +52,7 @@ def _ranked(row: Row, layout: Layout) -> tuple[str, list[str]]:
     if not isinstance(cells, list):
         read_text(cells, layout.chosen)  # null, or a number
     if not isinstance(cells, list) or len(cells) < 2:
-        raise RowProblem("one_answer", f"{layout.chosen} holds no two answers: {excerpt(cells)}")
+        raise RowProblem("one_answer", f"{layout.chosen} has fewer than two answers: {excerpt(cells)}")
     texts = [_text_of(cell, layout.chosen) for cell in cells]
     if layout.list_scores is None and not layout.answers_scored:
         return texts[0], texts[1:]
@@ -65,7 +65,7 @@ def _ranked(row: Row, layout: Layout) -> tuple[str, list[str]]:
 
 
 def _list_scores(row: Row, answers: list[Any], layout: Layout) -> list[float]:
-    """The score of each answer of a ranking, the higher the better."""
+    """The score of each answer of a ranking; higher is better."""
     if layout.list_scores is None:
         column, found = layout.chosen, [answer_score(answer) for answer in answers]
     else:
@@ -73,7 +73,7 @@ def _list_scores(row: Row, answers: list[Any], layout: Layout) -> list[float]:
         found = [finite(cell) for cell in cells] if isinstance(cells, list) else []
     scores = [score for score in found if score is not None]
     if len(scores) != len(answers) or len(found) != len(answers):
-        raise RowProblem("null_field", f"{column} has no score for each of {len(answers)} answers")
+        raise RowProblem("null_field", f"{column} does not have a score for each of {len(answers)} answers")
     return scores
 
 
@@ -84,7 +84,7 @@ def _text_of(cell: Any, column: str) -> str:
 
 
 def scores_disagree(row: Row, layout: Layout) -> bool:
-    """True where the score columns rate the rejected answer above the chosen one."""
+    """True if the score columns rate the rejected answer above the chosen one."""
     scores = _scores(row, layout) if layout.form == "pairs" else None
     return scores is not None and scores[0] < scores[1]
 

@@ -1,4 +1,4 @@
-"""Rows of a CSV or TSV file as they stand there: every cell is text, and "NA" stays a word."""
+"""Reads rows of a CSV or TSV file unchanged: every cell is text, and "NA" stays a word."""
 
 import csv
 import sys
@@ -17,7 +17,7 @@ def _read_csv(reading: Reading, delimiter: str) -> Iterator[Numbered]:
         nonlocal number  # csv's own count stops before the line that it cannot read
         for line_number, line in lines(Reading(reading.path, reading.gauge)):
             number = line_number
-            assert isinstance(line, str)  # a cell may go over several lines: none can be left out
+            assert isinstance(line, str)  # a cell may span several lines, so none can be left out
             yield line
 
     reader = csv.DictReader(texts(), delimiter=delimiter, strict=True)
@@ -29,8 +29,8 @@ def _read_csv(reading: Reading, delimiter: str) -> Iterator[Numbered]:
                     number,
                     reading.bad_line(
                         number,
-                        f": the row has another number of cells than the header ({expected}). Texts with commas, tabs "
-                        "or line breaks must stand in double quotes.",
+                        f": the row and the header ({expected} cells) differ in length. Put texts with commas, tabs or "
+                        "line breaks in double quotes.",
                     ),
                 )
             else:

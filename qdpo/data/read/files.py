@@ -1,4 +1,4 @@
-"""The files that a local `data.path` stands for, and their rows as one sequence that is never held in memory."""
+"""The files of a local `data.path`, and their rows as one sequence that is never held in memory."""
 
 import difflib
 import hashlib
@@ -19,7 +19,7 @@ Advance = Callable[[int], None]
 
 
 class Place(NamedTuple):
-    """Where a row stands: the file, and the line (item of an array, row of a table) in it, counted from 1."""
+    """Position of a row: the file, and the line (item of an array, row of a table) in it, counted from 1."""
 
     file: str
     line: int
@@ -27,16 +27,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What one look over all rows has found: how many, their columns, and about 200 of them evenly spread."""
+    """Result of one pass over all rows: their number, their columns, and about 200 rows, evenly spread."""
 
     count: int
     columns: list[str]
     rows: Mapping[int, Row]
-    """By number, counted from 1."""
+    """Rows by number, counted from 1."""
 
 
 class FileRows:
-    """The rows of several files in turn, read anew each time they are asked for; the first `limit` of them."""
+    """The rows of several files in turn, at most `limit`; the files are read again on each iteration."""
 
     def __init__(self, files: list[Path], limit: int | None = None, *, skip_bad: bool = False):
         self._files, self._limit, self._skip_bad = files, limit, skip_bad
@@ -45,7 +45,7 @@ class FileRows:
         return (row for _place, row in self.located() if not isinstance(row, BadLine))
 
     def located(self, advance: Advance | None = None) -> Iterator[tuple[Place, Row | BadLine]]:
-        """Every row with its place; `advance` is told the bytes read, every thousand rows."""
+        """Every row with its place; `advance` receives the bytes read, every thousand rows."""
         return islice(self._all(advance or (lambda done: None)), self._limit)
 
     def _all(self, advance: Advance) -> Iterator[tuple[Place, Row | BadLine]]:
@@ -60,7 +60,7 @@ class FileRows:
                     advance(gauge.bytes_read(size) - told)
                     told = gauge.bytes_read(size)
             if not number:
-                raise DataError(f"{path} holds no rows. Was it written to the end?")
+                raise DataError(f"{path} has no rows. Check that it was written to the end.")
             advance(size - told)
 
     @property
@@ -69,7 +69,7 @@ class FileRows:
         return sum(path.stat().st_size for path in self._files)
 
     def read_sample(self, advance: Advance | None = None) -> Sample:
-        """Reads every row once. What is damaged far down is found before a token is computed."""
+        """Read every row once, so that damage anywhere is found before any tokens are computed."""
         columns: dict[str, None] = {}
         kept: dict[int, Row] = {}
         stride, count = 1, 0
@@ -87,10 +87,10 @@ class FileRows:
 
 
 def data_files(path: Path, split: str | None = None) -> list[Path]:
-    """The file itself, or the data files of a folder in order of their names.
+    """The file itself, or the data files of a folder, sorted by name.
 
-    A folder written by datasets' `save_to_disk` may have one folder inside for each `split`.
-    Raises: DataError on a mixed folder; ConfigError for a split that is not there.
+    A folder written by datasets' `save_to_disk` may have a subfolder for each `split`.
+    Raises: DataError for a folder of mixed kinds of files; ConfigError for a split that does not exist.
     """
     if path.is_file():
         kind_of_file(path)
@@ -103,13 +103,13 @@ def data_files(path: Path, split: str | None = None) -> list[Path]:
         if file.is_file() and _kind(file) is not None and file.name not in SAVED_BY_DATASETS
     )
     if not found:
-        raise DataError(f"The folder {path} holds no data files. qdpo reads {_readable()}.")
+        raise DataError(f"The folder {path} has no data files. qdpo reads {_readable()}.")
     kinds = {_kind(file): file for file in found}
     if len(kinds) > 1:
         one, other = list(kinds.values())[:2]
         raise DataError(
-            f"The folder {path} mixes kinds of files: {one.name} and {other.name}. Give data.path one of them, or keep "
-            "one kind in the folder."
+            f"The folder {path} mixes kinds of files: {one.name} and {other.name}. Set data.path to one file, or keep "
+            "only one kind in the folder."
         )
     return found
 
@@ -118,7 +118,7 @@ def _split_folder(path: Path, split: str | None) -> Path:
     found = sorted(entry.name for entry in path.iterdir() if (entry / "dataset_info.json").is_file())
     wanted = split or ("train" if "train" in found else found[0] if len(found) == 1 else None)
     if wanted not in found:
-        raise ConfigError(f"{path} holds the splits {', '.join(found)}. Choose one with data.split=….")
+        raise ConfigError(f"{path} has the splits {', '.join(found)}. Choose one with data.split=….")
     return path / str(wanted)
 
 
@@ -129,28 +129,28 @@ def sha256_of(path: Path) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    """The ending that says how to read a file, without .gz. Raises DataError for an unknown one."""
+    """The file name's ending, without .gz, which selects the reader. Raises: DataError if it is unknown."""
     kind = _kind(path)
     if kind is None:
-        raise DataError(f"{path} has an ending that qdpo does not read. It reads {_readable()}; rename or convert it.")
+        raise DataError(f"{path} has an unknown file type. qdpo reads {_readable()}. Rename or convert the file.")
     return kind
 
 
 def missing_file(path: Path, origin: str) -> DataError:
-    """The error for a file that is not there, with names near it."""
+    """The error for a file that does not exist, with similar names."""
     folder = path.parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=3)
     if near:
-        hint = f"In {folder} there is: {', '.join(near)}."
+        hint = f"Similar names in {folder}: {', '.join(near)}."
     else:
-        hint = f"The folder {folder} {'has no name like it' if folder.is_dir() else 'does not exist either'}."
+        hint = f"The folder {folder} {'has no similar name' if folder.is_dir() else 'does not exist either'}."
     return DataError(f"There is no file {path} (from {origin}). {hint}")
 
 
 def _refuse_empty(path: Path) -> None:
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty (0 bytes). Was it written to the end?")
+        raise DataError(f"{path} is empty (0 bytes). Check that it was written to the end.")
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its folder.")

@@ -1,4 +1,4 @@
-"""The text of a file, gzipped or not, in lines or in chunks: UTF-8, or refused. No file is held in memory."""
+"""Reads the text of a file, gzipped or not, in lines or chunks; anything but UTF-8 is refused. Nothing is kept."""
 
 import codecs
 import gzip
@@ -20,7 +20,7 @@ CHUNK_BYTES = 2**20
 
 @contextmanager
 def opened(reading: Reading) -> Iterator[IO[bytes]]:
-    """Opened for reading, unpacked where the first bytes are gzip's, whatever the name says."""
+    """Open for reading; unpack the file if its first bytes are gzip's, whatever its name."""
     with reading.path.open("rb") as raw:
         reading.gauge.file = raw
         magic = raw.read(4)
@@ -34,18 +34,18 @@ def opened(reading: Reading) -> Iterator[IO[bytes]]:
 
 
 def _refuse_binary(path: Path, data: bytes, before: int) -> None:
-    """Raises: DataError where `data` is no text; it stands behind the first `before` bytes of the file."""
+    """Raises: DataError if `data`, which follows the first `before` bytes of the file, is not text."""
     if not before and data.startswith(UTF16_MARKS):
         raise DataError(f"{path} is UTF-16. Save it as UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
     if b"\0" in data:
         raise DataError(
-            f"{path} holds a NUL byte (byte {before + data.index(0) + 1} of the file): it is not text. Is its ending "
-            "right, and was it written to the end?"
+            f"{path} has a NUL byte (byte {before + data.index(0) + 1} of the file), so it is not text. Check the "
+            "file's ending, and that it was written to the end."
         )
 
 
 def lines(reading: Reading) -> Iterator[tuple[int, str | BadLine]]:
-    """Numbered lines as text. Only a line feed ends one: JSON may hold U+2028, at which `splitlines` would cut."""
+    """Numbered lines as text. Only a line feed ends a line: JSON may contain U+2028, where `splitlines` would split."""
     with opened(reading) as file:
         done = 0
         for number, line in enumerate(file, 1):
@@ -59,7 +59,7 @@ def lines(reading: Reading) -> Iterator[tuple[int, str | BadLine]]:
 
 
 def chunks(reading: Reading) -> Generator[str, None, None]:
-    """The text piece by piece, for what is longer than a line."""
+    """The text piece by piece, for values that span lines."""
     decoder, done = codecs.getincrementaldecoder("utf-8-sig")(), 0
     with opened(reading) as file:
         while data := file.read(CHUNK_BYTES):

@@ -1,4 +1,4 @@
-"""Preference data on the Hub: the right commit, config and split, or a message that says what to do.
+"""Loads preference data from the Hub: the right commit, config and split, or an error that says what to do.
 
 The only importer of `datasets`.
 """
@@ -33,7 +33,7 @@ class HubName:
 
 
 class TableRows:
-    """The rows of a data set that lies as Arrow files in the cache of `datasets`."""
+    """The rows of a data set that `datasets` keeps as Arrow files in its cache."""
 
     def __init__(self, rows: Any, name: str):
         self._rows, self._name = rows, name
@@ -48,11 +48,11 @@ class TableRows:
 
     @property
     def bytes(self) -> int:
-        """Nothing has to be read over to know the rows."""
+        """0: the rows are known without reading them all."""
         return 0
 
     def read_sample(self, advance: Advance | None = None) -> Sample:
-        """Their number, columns, and 200 of them evenly spread."""
+        """Number and columns of the rows, and 200 rows, evenly spread."""
         last, count = len(self._rows) - 1, min(len(self._rows), SAMPLED_ROWS)
         indices = sorted({round(step * last / max(count - 1, 1)) for step in range(count)})
         return Sample(len(self._rows), self._rows.column_names, {index + 1: self._rows[index] for index in indices})
@@ -60,7 +60,7 @@ class TableRows:
 
 @dataclass(frozen=True)
 class HubData:
-    """What the Hub gave: rows, the name with commit and split, the commit, the licence its card states."""
+    """Data from the Hub: rows, name with commit and split, commit, and the licence in the data set's card."""
 
     name: str
     rows: TableRows
@@ -69,7 +69,7 @@ class HubData:
 
 
 def open_hub(wanted: HubName, limit: int | None) -> HubData:
-    """The rows of a data set on the Hub. Raises DataError where it cannot be reached or read."""
+    """The rows of a data set on the Hub. Raises: DataError if it cannot be reached or read."""
     import datasets
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -93,11 +93,11 @@ def open_hub(wanted: HubName, limit: int | None) -> HubData:
 
 
 def _check_commit(loaded: str, wanted: str | None, repo: str) -> None:
-    # Where anything goes wrong on the way to the Hub, datasets falls back to whatever version it has in its cache.
+    # If the Hub cannot be reached, datasets falls back to whatever version is in its cache.
     if wanted is not None and loaded != wanted:
         raise DataError(
-            f"{repo} is wanted at revision {wanted}, but only {loaded} is in the local cache. Connect to the Hub, or "
-            f"set data.revision={loaded} to use that one."
+            f"{repo} is needed at revision {wanted}, but only {loaded} is in the local cache. Connect to the Hub, or "
+            f"use the cached revision with data.revision={loaded}."
         )
 
 
@@ -119,13 +119,13 @@ def _refuse_media(features: Mapping[str, Any], repo: str) -> None:
         if isinstance(inner, media):
             raise DataError(
                 f"{repo} has pictures or sound in column {column!r}. qdpo trains on text only today (image pairs are "
-                "planned); use a text data set."
+                "planned). Use a text data set."
             )
 
 
 @contextmanager
 def _explained(wanted: HubName, *, gated: bool = False) -> Iterator[None]:
-    """Turns what can go wrong on the way to the Hub into a DataError that says what to do."""
+    """Convert the Hub's and datasets' errors into a DataError that says what to do."""
     from datasets import exceptions as found
     from huggingface_hub import errors as hub
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # exported for just this: httpx or httpx2
@@ -142,19 +142,19 @@ def _explained(wanted: HubName, *, gated: bool = False) -> Iterator[None]:
             f"The Hub refused {repo} {origin}: {_first_line(error)}. Try again later, or use files."
         ) from error
     except (found.DatasetsError, ValueError, RuntimeError, FileNotFoundError) as error:
-        if gated and isinstance(error, FileNotFoundError):  # datasets hides the refusal behind "not found"
+        if gated and isinstance(error, FileNotFoundError):  # datasets reports the refusal as "not found"
             raise _is_gated(repo, origin) from error
         # ValueError: unknown config, with the list of known ones. RuntimeError: the data set is a Python script.
         raise DataError(
-            f"{repo} {origin} cannot be loaded: {_first_line(error)}. A configuration is chosen with "
-            f"data.path={repo}:CONFIG; data sets that are scripts are not run: use their Parquet version "
+            f"{repo} {origin} cannot be loaded: {_first_line(error)}. Choose a configuration with "
+            f"data.path={repo}:CONFIG. Data sets that are Python scripts are not run; use their Parquet version "
             "(@refs/convert/parquet)."
         ) from error
 
 
 def _is_gated(repo: str, origin: str) -> DataError:
     return DataError(
-        f"{repo} {origin} is gated: accept its terms at https://huggingface.co/datasets/{repo}, then run "
+        f"{repo} {origin} is gated. Accept its terms at https://huggingface.co/datasets/{repo}, then run "
         "`hf auth login`."
     )
 
@@ -164,12 +164,13 @@ def _not_reached(repo: str, origin: str, error: Exception) -> DataError:
 
     if HF_HUB_OFFLINE:
         return DataError(
-            f"{repo} {origin} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it. Unset it once, or "
-            "download the files elsewhere and give data.path=FOLDER."
+            f"{repo} {origin} is not in the local cache, and HF_HUB_OFFLINE forbids downloading it. Unset "
+            "HF_HUB_OFFLINE once, or download the files elsewhere and give data.path=FOLDER."
         )
     return DataError(
-        f"{repo} {origin} cannot be reached: {_first_line(error)}. Check the network. If it was used on this machine "
-        "before, HF_HUB_OFFLINE=1 takes it from the local cache; else download its files and give data.path=FOLDER."
+        f"{repo} {origin} cannot be reached: {_first_line(error)}. Check the network. If the data set was used on this "
+        "machine before, HF_HUB_OFFLINE=1 takes it from the local cache. Else download its files and give "
+        "data.path=FOLDER."
     )
 
 
@@ -180,11 +181,11 @@ def _no_access(repo: str, origin: str, error: Exception) -> DataError:
         return _is_gated(repo, origin)
     if isinstance(error, hub.RevisionNotFoundError):
         return DataError(
-            f"{repo} {origin} has no such revision. Look at https://huggingface.co/datasets/{repo}/commits/main."
+            f"{repo} {origin} has no such revision. See https://huggingface.co/datasets/{repo}/commits/main."
         )
     return DataError(
-        f"{repo} {origin} is not a file or folder here, and there is no such data set on the Hub, or it is private. "
-        "Check the spelling; for a private one, `hf auth login`."
+        f"{repo} {origin} is not a file or folder here, and the Hub has no such data set, or it is private. Check the "
+        "spelling. For a private data set, run `hf auth login`."
     )
 
 

@@ -1,6 +1,6 @@
-"""Rows of a JSON file: one array of objects, or one object a line.
+"""Reads rows of a JSON file: one array of objects, or one object a line.
 
-An array is read item by item, so that none is held in memory, however it is broken into lines.
+An array is read item by item, however it is broken into lines, so that it is never held in memory.
 """
 
 import codecs
@@ -16,12 +16,12 @@ from qdpo.data.read.progress import BadLine, Numbered, Reading, Row
 from qdpo.errors import DataError
 
 SHOWN_BEFORE = 25
-"""Characters before a damaged place that a message shows."""
+"""Number of characters that an error message shows before the damaged place."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_json(reading: Reading) -> Iterator[Numbered]:
-    """An array of objects, or one object a line; the content says which, not the name."""
+    """Read an array of objects, or one object a line; decided by content, not by file name."""
     with opened(reading) as file:
         start = b""
         while not start.strip(b"\xef\xbb\xbf \t\r\n") and (more := file.read(4096)):
@@ -42,7 +42,7 @@ def _read_object(reading: Reading, number: int, line: str) -> Row | BadLine:
     except (ValueError, RecursionError) as error:
         return reading.bad_line(number, _not_json(error, line))
     if not isinstance(row, dict):
-        return reading.bad_line(number, f": {type(row).__name__} where an object {{…}} with columns should be.")
+        return reading.bad_line(number, f": {type(row).__name__} instead of an object {{…}} with columns.")
     return row
 
 
@@ -51,13 +51,13 @@ def _not_json(error: Exception, line: str) -> str:
     shown = line if len(line) <= 80 else f"{line[:50]} … {line[-25:]}"
     problem = getattr(error, "msg", None) or str(error)
     return (
-        f" is not JSON ({problem}): {shown!r}. Mend or remove the line (data.skip_bad_lines=true leaves such lines "
-        "out); the file must be one object a line, or one array of objects."
+        f" is not JSON ({problem}): {shown!r}. The file must be one object a line, or one array of objects. Fix or "
+        "remove the line, or skip such lines with data.skip_bad_lines=true."
     )
 
 
 def _read_array(reading: Reading) -> Iterator[Numbered]:
-    """The objects of one JSON array, however it is broken into lines; an item at a time is held."""
+    """The objects of one JSON array, however it is broken into lines; one item at a time is in memory."""
     for item, (line, row) in enumerate(_array_items(reading), 1):
         if not isinstance(row, dict):
             raise DataError(
@@ -68,7 +68,7 @@ def _read_array(reading: Reading) -> Iterator[Numbered]:
 
 
 def _array_items(reading: Reading) -> Iterator[tuple[int, Any]]:
-    with closing(chunks(reading)) as texts:  # an error may leave them in the middle of the file
+    with closing(chunks(reading)) as texts:  # an error may leave the file half read
         yield from _items(_Window(reading.path, texts))
 
 
@@ -80,7 +80,7 @@ def _items(text: "_Window") -> Iterator[tuple[int, Any]]:
         if mark == "]":
             text.skip("]")
             if text.peek():
-                raise text.error("something stands after the end of the array")
+                raise text.error("there is text after the end of the array")
             return
         if not is_first:
             if mark != ",":
@@ -92,13 +92,13 @@ def _items(text: "_Window") -> Iterator[tuple[int, Any]]:
 
 
 class _Window:
-    """The part of a JSON text that is being looked at."""
+    """The part of a JSON text that is in memory."""
 
     def __init__(self, path: Path, texts: Iterator[str]):
         self.path, self.line, self._text, self._place, self._texts = path, 1, "", 0, texts
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the file."""
+        """The next character that is not white space; empty at the end of the file."""
         while True:
             match = SPACE.match(self._text, self._place)
             assert match is not None
@@ -133,7 +133,7 @@ class _Window:
     def error(self, problem: str) -> DataError:
         shown = self._text[max(0, self._place - SHOWN_BEFORE) : self._place + 50]
         return DataError(
-            f"{self.path}, line {self.line} is not JSON ({problem}): {shown!r}. Mend it there; the file must be one "
+            f"{self.path}, line {self.line} is not JSON ({problem}): {shown!r}. Fix it there. The file must be one "
             "object a line, or one array of objects."
         )
 

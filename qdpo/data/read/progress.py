@@ -1,4 +1,4 @@
-"""One local file that is being read: how far it is, and what becomes of a line that cannot be read."""
+"""State of a local file that is being read: progress, and handling of lines that cannot be read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that could not be read, where `data.skip_bad_lines` lets the others be used."""
+    """A line that could not be read and is skipped (`data.skip_bad_lines`)."""
 
     detail: str
 
@@ -21,14 +21,14 @@ Numbered = tuple[int, Row | BadLine]
 
 
 class Gauge:
-    """How many bytes of a file have been read, for a progress bar."""
+    """Counter of the bytes read of a file, for a progress bar."""
 
     def __init__(self) -> None:
         self.file: IO[bytes] | None = None
         self.share = 0.0
 
     def bytes_read(self, size: int) -> int:
-        """Bytes of a file of `size` bytes; a closed file was read to its end."""
+        """Bytes read of a file of `size` bytes; a closed file was read to its end."""
         if self.file is None:
             return round(self.share * size)
         return size if self.file.closed else self.file.tell()
@@ -43,7 +43,7 @@ class Reading:
     skip_bad: bool = False
 
     def bad_line(self, number: int, problem: str) -> BadLine:
-        """The line as BadLine, or the error. `problem` goes on after "line N"."""
+        """The line as BadLine if bad lines are skipped, else the error. `problem` continues after "line N"."""
         if self.skip_bad:
             return BadLine(f"line {number}{problem}")
         raise DataError(f"{self.path}, line {number}{problem}")

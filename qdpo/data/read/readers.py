@@ -1,4 +1,4 @@
-"""Which reader a local file has, by the ending of its name."""
+"""Readers of local files, by the ending of the file name."""
 
 from collections.abc import Callable, Iterator
 

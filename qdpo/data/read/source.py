@@ -1,4 +1,4 @@
-"""Where preference data come from: the Hub, a file, a folder, or the data that ships with qdpo; one or several."""
+"""Opens sources of preference data: the Hub, a file, a folder, or data that ships with qdpo; one or several."""
 
 import os
 from collections.abc import Iterator
@@ -17,17 +17,17 @@ BUNDLED = "bundled:"
 
 
 class Rows(Protocol):
-    """Rows that can be gone through several times, and lie on disk meanwhile."""
+    """Rows on disk that can be iterated over several times."""
 
     def __iter__(self) -> Iterator[Row]:
         """The rows that can be read."""
 
     def located(self, advance: Advance | None = None) -> Iterator[tuple[Place, Row | BadLine]]:
-        """Every row with its place; `advance` is told the bytes read since it was last called."""
+        """Every row with its place; `advance` receives the bytes read since it was last called."""
 
     @property
     def bytes(self) -> int:
-        """Bytes that reading them all takes, for a progress bar."""
+        """Bytes to read for all rows, for a progress bar."""
 
     def read_sample(self, advance: Advance | None = None) -> Sample:
         """Number, columns and a sample of the rows."""
@@ -48,7 +48,7 @@ class Source:
 
 
 def split_paths(path: str) -> list[str]:
-    """The sources of a `data.path` that names several, as in `mine.jsonl+owner/name`."""
+    """The sources in a `data.path`, which may be several, as in `mine.jsonl+owner/name`."""
     return [path] if Path(path).expanduser().exists() else [part for part in path.split("+") if part]
 
 
@@ -61,10 +61,10 @@ def open_source(
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Source:
-    """The rows that one source of `data.path` names; `limit` reads no more than that many, from the first.
+    """Open one source of `data.path`; `limit` reads at most that many rows, from the first.
 
-    `bundled:NAME` is a file in `shipped`. What exists on disk is local; else `owner/name` is a data set on the Hub,
-    with `:config`, `@revision` and `/split` after it if wanted. `skip_bad` passes over lines that cannot be read.
+    `bundled:NAME` is a file in `shipped`. A path that exists on disk is local; else `owner/name` is a data set on the
+    Hub, optionally followed by `:config`, `@revision` and `/split`. `skip_bad` skips lines that cannot be read.
     Raises: DataError if the data cannot be reached or read; ConfigError if the settings contradict each other.
     """
     local = shipped / path.removeprefix(BUNDLED) if path.startswith(BUNDLED) else Path(path).expanduser()
@@ -91,10 +91,10 @@ def _looks_local(path: str) -> bool:
 def _refuse_hub_settings(path: str, local: Path, split: str | None, revision: str | None) -> None:
     if split not in (None, "train") and not (local / "dataset_dict.json").is_file():
         raise ConfigError(
-            f"data.split={split} means nothing for the local data {path}: name the file of that split instead."
+            f"data.split={split} has no effect on the local data {path}. Name the file of that split instead."
         )
     if revision is not None:
-        raise ConfigError(f"data.revision={revision} means nothing for the local data {path}. Leave it out.")
+        raise ConfigError(f"data.revision={revision} has no effect on the local data {path}. Leave it out.")
 
 
 def _open_local(name: str, path: Path, split: str | None, limit: int | None, skip_bad: bool) -> Source:

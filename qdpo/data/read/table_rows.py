@@ -1,4 +1,4 @@
-"""Rows of a Parquet or Arrow file, a thousand at a time."""
+"""Reads rows of a Parquet or Arrow file, a thousand at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,9 @@ def _whole_table(reading: Reading, kind: str) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         first = str(error).split("\n")[0]
-        raise DataError(f"{reading.path} is not a whole {kind} file ({first}). Download or write it again.") from None
+        raise DataError(
+            f"{reading.path} is not a complete {kind} file ({first}). Download or write it again."
+        ) from None
 
 
 def read_parquet(reading: Reading) -> Iterator[Numbered]:
@@ -50,7 +52,7 @@ def _in_thousands(batches: Iterator[Any]) -> Iterator[Any]:
 def _table_rows(batches: Iterator[Any], count: int | None, reading: Reading) -> Iterator[Numbered]:
     number = 0
     for batch in batches:
-        batch.validate(full=True)  # pyarrow reads where the offsets of a damaged file point to, and crashes
+        batch.validate(full=True)  # else pyarrow follows the offsets of a damaged file, and crashes
         for row in batch.to_pylist():
             number += 1
             yield number, row

@@ -1,4 +1,4 @@
-"""The one length rule: which pairs fit whole, which lose the end of an answer, and which are too long."""
+"""The length rule: which pairs fit whole, which lose the end of an answer, and which are too long."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ from qdpo.data.tokens.store import TokenPair
 
 MIN_KEPT_SHARE = 0.5
 MIN_KEPT_TOKENS = 32
-"""A cut answer must keep at least this much: less is another answer, and its preference another preference."""
+"""A cut answer must keep at least this much; with less, it is a different answer, and the preference may not hold."""
 
 CutOutcome = Literal["whole", "cut", "prompt_too_long", "response_cut_too_much"]
 
@@ -25,7 +25,7 @@ class Limits:
     long_prompt: Literal["drop", "drop_oldest_turns"] = "drop"
 
     def outcome(self, prompt: int, chosen: int, rejected: int) -> CutOutcome:
-        """What becomes of a pair of these lengths."""
+        """The outcome for a pair of these lengths."""
         if prompt > self.max_prompt_tokens or prompt >= self.max_tokens:
             return "prompt_too_long"
         room, longer = self.max_tokens - prompt, max(chosen, rejected)
@@ -35,7 +35,7 @@ class Limits:
 
 
 def fit(where: Where, ids: IdLists, limits: Limits) -> tuple[TokenPair | None, list[RowNote]]:
-    """The pair, or none, and what was done to it. A prompt is never cut, and a response loses only its end.
+    """Apply the length rule: the pair, or None, and notes. A prompt is never cut, and a response only at its end.
 
     A cut response has no end token: the model must not learn to stop there.
     """
@@ -59,7 +59,7 @@ def fit(where: Where, ids: IdLists, limits: Limits) -> tuple[TokenPair | None, l
         return None, [where.note("dropped", reason, f"chosen and rejected are the same {len(chosen)} tokens")]
     if not (prompt and chosen and rejected):
         reason = "empty_response" if prompt else "empty_prompt"
-        return None, [where.note("dropped", reason, "the tokenizer makes no token of it")]
+        return None, [where.note("dropped", reason, "the tokenizer makes no tokens of it")]
     arrays = [np.array(part, np.int32) for part in (prompt, chosen, rejected)]
     pair = TokenPair(arrays[0], arrays[1], arrays[2], where.row)
     return pair, [where.note("cut", "response_cut", "; ".join(cuts))] if cuts else []

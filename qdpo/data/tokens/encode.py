@@ -1,4 +1,4 @@
-"""Texts to token ids, so that every prompt has the ids it will have at inference."""
+"""Tokenises texts, so that every prompt has the ids it will have at inference."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ IdLists = tuple[list[int], list[int], list[int]]
 
 
 class Encoder:
-    """Tokenises rendered pairs in batches. `merged` counts responses whose first letters shared the prompt's token."""
+    """Tokenises rendered pairs in batches. `merged` counts responses that would share a token with the prompt."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str):
         self._tokenizer = tokenizer
@@ -25,13 +25,12 @@ class Encoder:
         self.merged = 0
 
     def encode(self, texts: Sequence[Rendered]) -> Iterator[IdLists | None]:
-        """Ids of each prompt and of the two responses behind it; the prompt's ids are those of the prompt alone.
+        """Ids of each prompt and of its two responses; the prompt's ids are those of the prompt alone.
 
-        A response is tokenised behind its prompt, and its ids are what follows the prompt's. Only where a token would
-        span the border (then the whole does not begin with the prompt's ids) is the response tokenised by itself.
-        Always by itself would be simpler, but SentencePiece-like tokenizers put a space before any text, which would
-        be learnt. None where the text of a special token stands in a message and this tokenizer cannot read it as
-        ordinary text.
+        A response is tokenised after its prompt, and its ids are what follows the prompt's. Only if a token would span
+        the border (then the whole does not begin with the prompt's ids) is the response tokenised separately. Always
+        doing so would be simpler, but SentencePiece-like tokenizers put a space before any text, which would be learnt.
+        None if a message contains the text of a special token that this tokenizer cannot read as ordinary text.
         """
         if not texts:
             return
@@ -49,7 +48,7 @@ class Encoder:
                 yield self._with_one_bos(prompt), pair[0], pair[1]
 
     def _ids(self, texts: Sequence[tuple[str, Mapping[str, str]]]) -> list[list[int] | None]:
-        """Ids without any token that the text does not spell out. One call: fast tokenizers use all cores for it."""
+        """Ids without tokens that are not in the text. One call for all, so that fast tokenizers use all cores."""
         if not texts:
             return []
         encoded = self._plain_ids([text for text, _hidden in texts])
@@ -59,7 +58,7 @@ class Encoder:
         ]
 
     def _alone(self, texts: Sequence[tuple[str, Mapping[str, str]]]) -> list[list[int] | None]:
-        """Ids of texts that follow something, and so get no space that a tokenizer puts before the first word."""
+        """Ids of texts as continuations, without the space that a tokenizer puts before the first word."""
         guard = self._plain_ids(["\n"])[0]
         after = self._ids([("\n" + text, hidden) for text, hidden in texts])
         alone = self._ids(texts)
@@ -74,10 +73,10 @@ class Encoder:
         return ids
 
     def _hidden_ids(self, text: str, hidden: Mapping[str, str]) -> list[int] | None:
-        """Ids where the template's special tokens are tokens, and those spelt out in a message are ordinary text.
+        """Ids in which the template's special tokens are tokens, and those spelt out in a message are ordinary text.
 
-        The text is taken apart at the template's tokens, as tokenizers do themselves. Whether this tokenizer gives the
-        same ids for parts as for the whole is tried on the same text with a harmless letter in the place of the hidden.
+        The text is split at the template's tokens, as tokenizers do themselves. A trial on the same text, with a
+        harmless letter instead of the hidden ones, checks that this tokenizer gives the same ids for parts and whole.
         """
         harmless = dict.fromkeys(hidden, "x")
         expected = self._plain_ids([_with(text, harmless)])[0]
@@ -87,7 +86,7 @@ class Encoder:
         return None
 
     def _in_parts(self, text: str, hidden: Mapping[str, str], spaced: bool) -> list[int]:
-        """Ids of the stretches between special tokens; unless `spaced`, only the first may get a space before it."""
+        """Ids of the parts between special tokens; unless `spaced`, only the first may get a space before it."""
         parts = re.split(f"({special_tokens(self._tokenizer).pattern})", text)
         flags = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
         ids: list[int] = []
@@ -104,7 +103,7 @@ class Encoder:
         return ids
 
     def _with_one_bos(self, ids: list[int]) -> list[int]:
-        """At most one BOS at the front; one where one is written, or where the tokenizer adds it to plain text."""
+        """Ids with one BOS at the front if the text has one, or if the tokenizer adds one to plain text; else none."""
         bos, written = self._bos, 0
         while written < len(ids) and ids[written] == bos:
             written += 1
@@ -121,7 +120,7 @@ def _with(text: str, replacements: Mapping[str, str]) -> str:
 
 @contextmanager
 def _spaces(tokenizer: "PreTrainedTokenizerBase", *, before: bool) -> Iterator[None]:
-    """Inside, a SentencePiece-like tokenizer puts a space before a text only if `before`."""
+    """While active, a SentencePiece-like tokenizer puts a space before a text only if `before`."""
     words: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
     scheme = getattr(words, "prepend_scheme", None)
     if before or scheme is None:
@@ -135,5 +134,5 @@ def _spaces(tokenizer: "PreTrainedTokenizerBase", *, before: bool) -> Iterator[N
 
 
 def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """True where the tokenizer, left to itself, opens a text with BOS, as it did when the base model was trained."""
+    """True if the tokenizer by default begins a text with BOS, as it did when the base model was trained."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Lays pairs out in rows of [prompt chosen rejected | prompt chosen rejected | …], and orders pairs over epochs.
+"""Packs pairs into rows of [prompt chosen rejected | prompt chosen rejected | …], and orders pairs over epochs.
 
 Letters: T tokens of a row · N response tokens of a row · P pairs of a row.
 """
@@ -14,7 +14,7 @@ from qdpo.data.tokens.sieve import TokenPair
 
 @dataclass(frozen=True)
 class Span:
-    """Where one pair lies in its row: tokens [start, start + prompt + chosen + rejected)."""
+    """Position of a pair in its row: tokens [start, start + prompt + chosen + rejected)."""
 
     start: int
     prompt: int
@@ -24,9 +24,9 @@ class Span:
 
 @dataclass(frozen=True)
 class PairRow:
-    """One forward pass: the pairs, their tokens and where each response token is predicted from.
+    """One forward pass: the pairs, their tokens, and the position that predicts each response token.
 
-    Positions restart after the prompt, so that the rejected answer follows its prompt as the chosen one does.
+    Positions restart after the prompt, so that the rejected answer follows its prompt as the chosen answer does.
     """
 
     pairs: list[TokenPair]
@@ -72,7 +72,7 @@ class PairRow:
 
     @cached_property
     def sequence_N(self) -> np.ndarray:
-        """Which answer token n belongs to: 2i is the chosen one of pair i, 2i + 1 its rejected one."""
+        """The answer that token n belongs to: 2i is the chosen answer of pair i, 2i + 1 its rejected answer."""
         return np.repeat(np.arange(2 * len(self.pairs)), self.lengths)
 
     @property
@@ -82,7 +82,7 @@ class PairRow:
 
 
 def pack_rows(pairs: Sequence[TokenPair], tokens_per_row: int) -> list[PairRow]:
-    """Rows of at most `tokens_per_row` tokens, first-fit-decreasing; 0 puts each pair into a row of its own.
+    """Pack pairs into rows of at most `tokens_per_row` tokens, first-fit decreasing; 0: one pair a row.
 
     A pair longer than the budget gets a row of its own. The result depends on the pairs' order only through ties.
     """

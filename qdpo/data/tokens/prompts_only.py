@@ -1,4 +1,4 @@
-"""Prompts without answers: read from a file, and rendered and tokenised exactly as those of training rows."""
+"""Reads prompts without answers from a file, and renders and tokenises them exactly as those of training rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ COLUMNS = (*PROMPTS, "messages")
 
 @dataclass(frozen=True)
 class Prompt:
-    """The turns before an answer; one user turn with the text as it was where `is_chat` is False."""
+    """The turns before an answer; if `is_chat` is False, one user turn with the text unchanged."""
 
     turns: list[Message]
     is_chat: bool
@@ -32,28 +32,28 @@ class Prompt:
 
 
 def read_prompts(path: Path, asked_by: str = "--prompts") -> list[Prompt]:
-    """The prompts of a file: each line of a text that is not blank, or column `prompt` or `messages` of a data file.
+    """The prompts of a file: the non-blank lines of a text, or the column `prompt` or `messages` of a data file.
 
-    `asked_by` names the setting in messages. Raises: DataError naming the line of a prompt that cannot be used.
+    `asked_by` names the setting in messages. Raises: DataError, with the line, for a prompt that cannot be used.
     """
     if not path.is_file():
         raise missing_file(path, asked_by)
     if path.suffix in TEXT_FILES:
-        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # read_text turns other line ends into that
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # read_text converts other line ends
         found = [Prompt(_question(line), False, f"{path} line {number}") for number, line in lines if line.strip()]
     else:
         rows = FileRows(data_files(path)).located()
         found = [_prompt(row, COLUMNS, f"{place.file} line {place.line}") for place, row in rows]
     if not found:
-        raise DataError(f"{path} holds no prompts. Give one a line (.txt), or a column `prompt` (.jsonl).")
+        raise DataError(f"{path} has no prompts. Give one a line (.txt), or a column `prompt` (.jsonl).")
     return found
 
 
 def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
     """The prompts of a text with one a line, or of any data set: a file, a folder, a hub id, bundled:NAME.
 
-    `column` names the one that holds them. Of preference pairs without such a column, the prompts are what both
-    answers share. Raises: DataError naming the line of a prompt that cannot be used.
+    `column` names the column of the prompts. For preference pairs without such a column, the prompt is what both
+    answers share. Raises: DataError, with the line, for a prompt that cannot be used.
     """
     local = Path(path).expanduser()
     if local.suffix in TEXT_FILES:
@@ -61,7 +61,7 @@ def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
     source = open_source(path, shipped=shipped)
     sample = source.rows.read_sample()
     if column is not None and column not in sample.columns:
-        raise DataError(f"--column={column}: {path} has no such column. It has: {', '.join(sample.columns)}.")
+        raise DataError(f"--column={column}: {path} has no such column. Its columns are: {', '.join(sample.columns)}.")
     names = [column] if column else [name for name in COLUMNS if name in sample.columns]
     layout = None if names else detect_layout(sample, {}, source.name)
     found = []
@@ -72,15 +72,15 @@ def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
         elif not isinstance(row, BadLine):
             pair = to_pair(row, number, layout)
             if isinstance(pair, Rejection):
-                raise DataError(f"{origin} cannot be used ({pair.reason}): {pair.detail}. Mend or remove the row.")
+                raise DataError(f"{origin} cannot be used ({pair.reason}): {pair.detail}. Fix or remove the row.")
             found.append(Prompt(pair.prompt, pair.is_chat, origin))
     return found
 
 
 def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig) -> list[list[int]]:
-    """Ids of each prompt, by the same code and settings (template, system message) that prepare training rows.
+    """Ids of each prompt, with the same code and settings (template, system message) as for training rows.
 
-    Raises: DataError naming a prompt that the chat template refuses.
+    Raises: DataError that names a prompt which the chat template refuses.
     """
     renderer = Renderer(
         tokenizer=tokenizer,
@@ -91,7 +91,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
     )
     rendered = []
     for prompt in prompts:
-        # A pair needs two answers, and what comes before them does not depend on them.
+        # A pair needs two answers, but its prompt does not depend on them.
         text = renderer.render(Pair(prompt=prompt.turns, chosen="Yes.", rejected="No.", row=1, is_chat=prompt.is_chat))
         if isinstance(text, Rejection):
             raise DataError(f"The prompt in {prompt.origin} cannot be used ({text.reason}): {text.detail}.")
@@ -99,7 +99,10 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
     encoded = list(Encoder(tokenizer, config.template).encode(rendered))
     for prompt, ids in zip(prompts, encoded, strict=True):
         if ids is None:
-            raise DataError(f"The prompt in {prompt.origin} spells out a special token, which this tokenizer cannot.")
+            raise DataError(
+                f"The prompt in {prompt.origin} contains the text of a special token, which this tokenizer cannot read "
+                "as ordinary text. Change or remove the prompt."
+            )
     return [ids[0] for ids in encoded if ids is not None]
 
 
@@ -111,7 +114,7 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
     try:
         if isinstance(cell, str) and is_dialogue(cell):
             turns = read_dialogue(cell, name)
-            turns = turns[:-1] if not turns[-1]["content"] else turns  # it ends with a bare "Assistant:"
+            turns = turns[:-1] if not turns[-1]["content"] else turns  # the text ends with a bare "Assistant:"
         elif isinstance(cell, str):
             if not cell.strip():
                 raise RowProblem("null_field", f"{name} is empty")

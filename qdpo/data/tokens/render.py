@@ -1,4 +1,4 @@
-"""A pair as three texts: the prompt exactly as at inference, and what the model should have said after it."""
+"""Renders a pair as three texts: the prompt exactly as at inference, and the two responses that may follow it."""
 
 import re
 from collections.abc import Mapping
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THOUGHT = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
-PLACE = "\uf8ff"  # stands for an answer: a character of the private use area, which no template looks at
+PLACE = "\uf8ff"  # placeholder of an answer: a character of the private use area, which no template looks at
 HIDDEN_FROM = 0xE000
-# What became of a system message that the template does not take.
+# Outcomes for a system message that the template does not take.
 REFUSED_SYSTEM = {
     "system_folded": "the template takes no system message: it was put before the first question",
     "system_left_out": "the template takes no system message: it was left out",
-    "system_unfoldable": "the template takes no system message: it was left out, as an answer and no question follows",
+    "system_unfoldable": "the template takes no system message: it was left out, as no question follows it",
 }
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """Prompt and both responses; prompt + response is the whole training text, which ends with the end of turn."""
+    """Prompt and both responses; prompt + response is the whole training text, up to the end of the turn."""
 
     prompt: str
     chosen: str
     rejected: str
     hidden: Mapping[str, str] = field(default_factory=dict)
-    """Characters that stand for the text of a special token in a message, and that text."""
+    """Placeholder characters in messages, each with the special token's text that it replaces."""
     mended: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -46,7 +46,7 @@ class Rendered:
 
 @dataclass
 class Fact:
-    """Something that a template did to rows: how often, and one example."""
+    """An observation about what a template did to rows: how often, and an example."""
 
     count: int
     example: str
@@ -56,8 +56,8 @@ class Fact:
 class Renderer:
     """Renders pairs with one tokenizer and one set of settings, and counts what the template did to them.
 
-    `system` is put before conversations that have no system message; `refused_system` (fold, drop, error) says what
-    becomes of one that the template does not take.
+    `system` is put before conversations without a system message; `refused_system` (fold, drop, error) says what to do
+    with a system message that the template does not take.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -67,21 +67,21 @@ class Renderer:
     merge_same_role: bool = False
     facts: dict[str, Fact] = field(default_factory=dict)
     _refusal: str | None = None
-    """Why the template does not take system messages, once one was refused."""
+    """The reason why the template does not take system messages, once it has refused one."""
     _after_answers: set[str] = field(default_factory=set)
-    """What the template was seen to write behind an answer."""
+    """Texts that the template has written after an answer."""
 
     def render(self, pair: Pair) -> Rendered | Rejection:
-        """The three texts, or why there are none.
+        """The three texts, or the reason why there are none.
 
-        Raises: DataError if a conversation meets a tokenizer without chat template, or one without an end token.
+        Raises: DataError for conversations with a tokenizer without chat template, or for one without an end token.
         """
         turns, mended = pair.prompt, list(pair.mended)
         if self.system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.system}, *turns]
         if self.merge_same_role and len(merged := _merged(turns)) < len(turns):
             joined = len(turns) - len(merged)
-            mended.append(("turns_merged", f"{joined} turns joined to the one of the same role before"))
+            mended.append(("turns_merged", f"{joined} turns were joined to the preceding turn of the same role"))
             turns = merged
         try:
             if uses_chat_template(self.tokenizer, self.template):
@@ -97,15 +97,15 @@ class Renderer:
     def _plain(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
         if pair.is_chat and self.template != "plain":
             raise DataError(
-                f"The data are conversations, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template: "
-                "it belongs to a base model. Use the instruct version (model.path=…-Instruct), or choose how turns are "
-                "written: data.template=chatml (any tokenizer), llama3 (Llama 3 bases), plain ('Human: … Assistant: "
-                "…') or a template file. The choice is saved with the adapter."
+                f"The data are conversations, but the tokenizer {self.tokenizer.name_or_path!r} has no chat template "
+                "(it belongs to a base model). Use the instruct version (model.path=…-Instruct), or choose a template: "
+                "data.template=chatml (any tokenizer), llama3 (Llama 3 bases), plain ('Human: … Assistant: …') or a "
+                "template file. The choice is saved with the adapter."
             )
         if pair.tools or pair.turns:
             raise RowProblem("tools_without_template", "tool calls need a chat template that can write them")
         eos, bos = end_token(self.tokenizer), self.tokenizer.bos_token or ""
-        opened = ""  # text that begins with BOS already keeps it
+        opened = ""  # text that already begins with BOS keeps it
         while bos and not pair.is_chat and turns[0]["content"].startswith(bos):
             opened, turns = bos, [{**turns[0], "content": turns[0]["content"].removeprefix(bos)}, *turns[1:]]
         answers = [{**answer, "content": answer["content"].removesuffix(eos)} for answer in pair.answers()]
@@ -123,20 +123,20 @@ class Renderer:
         (before, chosen), (other, rejected) = (self._response(prompt, turns, answer, pair.tools) for answer in answers)
         if before == other:
             prompt += before
-        else:  # one answer thinks and the other does not: the prompt stays open for both
+        else:  # one answer has a thought and the other does not: the prompt ends before it
             chosen, rejected = before + chosen, other + rejected
         return Rendered(prompt, chosen, rejected, hidden, tuple(mended))
 
     def _hide(
         self, *groups: list[Message], mended: list[tuple[str, str]]
     ) -> tuple[dict[str, str], tuple[list[Message], ...]]:
-        """Puts a character in the place of each special token's text: the template's own tokens stay tellable."""
+        """Replace each special token's text by a character, so that the template's own tokens can be told apart."""
         pattern = self._pattern
         texts = {match[0] for turns in groups for turn in turns for match in pattern.finditer(turn["content"])}
         if not texts:
             return {}, groups
         shown = ", ".join(map(repr, sorted(texts)))
-        mended.append(("special_token_text", f"{shown} stands in a message: tokenised as ordinary text"))
+        mended.append(("special_token_text", f"a message contains {shown}, which is tokenised as ordinary text"))
         used = {letter for turns in groups for turn in turns for letter in turn["content"]}
         free = (chr(code) for code in range(HIDDEN_FROM, ord(PLACE)) if chr(code) not in used)
         letter_of = dict(zip(sorted(texts), free, strict=False))
@@ -147,7 +147,7 @@ class Renderer:
         return {letter: text for text, letter in letter_of.items()}, tuple([hide(t) for t in turns] for turns in groups)
 
     def _prompt(self, turns: list[Message], tools: list[Any] | None) -> tuple[list[Message], str, str]:
-        """The turns as the template takes them, the prompt, and what became of a refused system message."""
+        """The turns as the template takes them, the prompt, and the outcome for a refused system message."""
         if turns[0]["role"] != "system" or not turns[0]["content"].strip():
             return turns, self._apply(turns, tools, add_generation_prompt=True), ""
         refusal = self._refusal
@@ -160,7 +160,7 @@ class Renderer:
             except RowProblem as problem:
                 refusal = problem.detail
         others, what = self._without_system(turns)
-        prompt = self._apply(others, tools, add_generation_prompt=True)  # another refusal is about something else
+        prompt = self._apply(others, tools, add_generation_prompt=True)  # a second refusal has another cause
         if self.refused_system == "error":
             raise DataError(
                 f"The chat template does not take a system message ({refusal}), and data.refused_system=error. Use "
@@ -179,14 +179,14 @@ class Renderer:
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest], "system_folded"
 
     def _response(self, prompt: str, turns: list[Message], answer: Message, tools: list[Any] | None) -> tuple[str, str]:
-        """What belongs to the prompt after all, and the response up to the token at which generation stops."""
+        """Text that belongs to the prompt after all, and the response up to the token at which generation stops."""
         full, content = self._apply([*turns, answer], tools), answer["content"].strip()
         is_text = set(answer) == {"role", "content"}
         if not is_text and not full.startswith(prompt):
             raise self._rerendered(prompt, full)
         if full.startswith(prompt):
             rest = full[len(prompt) :]
-            if not is_text:  # tool calls may hold special tokens of their own: the last one ends the turn
+            if not is_text:  # tool calls may contain special tokens of their own; the last one ends the turn
                 return "", self._to_end(rest, max((m.start() for m in self._pattern.finditer(rest)), default=0))
             end = len(rest) - len(rest.lstrip()) + len(content)
             if rest[:end].endswith(content) and rest[end:].strip() in self._after_answers:
@@ -196,21 +196,19 @@ class Renderer:
     def _place_answer(
         self, prompt: str, full: str, turns: list[Message], answer: Message, tools: list[Any] | None
     ) -> tuple[str, str]:
-        """The same where the template writes something before the answer, or earlier turns or the answer otherwise."""
+        """As `_response`, for templates that write text before the answer, or change earlier turns or the answer."""
         frame = self._apply([*turns, {"role": "assistant", "content": PLACE}], tools)
         before, found, after = frame.partition(PLACE)
         if not found:
             raise self._rerendered(prompt, full)
         content, written = answer["content"], full[len(before) : len(full) - len(after)]
         if full.startswith(before) and full.endswith(after) and written.strip() == content.strip():
-            pass  # as it is, but for white space at its ends
+            pass  # unchanged, up to white space at its ends
         elif "</think>" in content:
             self._note("thinking_kept", excerpt(content))
             written = content
         else:
-            raise RowProblem(
-                "template_changes_answer", f"the template does not write the answer as it is: {_parting(content, full)}"
-            )
+            raise RowProblem("template_changes_answer", f"the template changes the answer: {_parting(content, full)}")
         self._after_answers.add(after.strip())
         response = self._to_end(written + after, len(written))
         if before.startswith(prompt):
@@ -225,7 +223,7 @@ class Renderer:
     def _inserted(
         self, text: str, written: str, response: str, prompt: str, turns: list[Message], tools: list[Any] | None
     ) -> tuple[str, str]:
-        """What the template puts before an answer: an empty thought belongs to the prompt, all else to the response."""
+        """Assign text that the template puts before an answer: an empty thought to the prompt, else to the response."""
         if not text.strip():
             return "", text + response
         if self._apply(turns, tools, add_generation_prompt=True, enable_thinking=False) == prompt + text:
@@ -237,7 +235,7 @@ class Renderer:
         return "", text + response
 
     def _to_end(self, text: str, after: int) -> str:
-        """`text` up to the end of the first special tokens from place `after`; EOS is added where there are none."""
+        """`text` up to the end of the first special tokens from place `after`; if there are none, EOS is added."""
         pattern = self._pattern
         match = pattern.search(text, after)
         if match is None:
@@ -245,20 +243,21 @@ class Renderer:
         end = match.end()
         while following := pattern.match(text, end):
             end = following.end()
-        # What comes then is never generated: a line break, or the header of a turn that some templates always open.
+        # The rest is never generated: a line break, or the header of a turn that some templates always open.
         return text[: end if not pattern.sub("", text[end:]).strip() else match.end()]
 
     def _apply(self, turns: list[Message], tools: list[Any] | None, **options: bool) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
-        except (TemplateError, TypeError, ValueError) as error:  # a template meets fields it did not expect
+        except (TemplateError, TypeError, ValueError) as error:  # unexpected fields for the template
             roles = [turn["role"] for turn in turns]
             offer = "; data.merge_same_role=true joins turns of one role" * any(map(str.__eq__, roles, roles[1:]))
             raise RowProblem("template_refuses", f"{error} (turns: {', '.join(roles)}{offer})") from None
 
     def _rerendered(self, prompt: str, full: str) -> RowProblem:
         return RowProblem(
-            "template_rerenders_prompt", f"with the answer the template writes another prompt: {_parting(prompt, full)}"
+            "template_rerenders_prompt",
+            f"the template changes the prompt if an answer follows: {_parting(prompt, full)}",
         )
 
     def _note_thoughts(self, turns: list[Message], prompt: str) -> None:
@@ -290,7 +289,7 @@ def _merged(turns: list[Message]) -> list[Message]:
 
 
 def _parting(one: str, other: str) -> str:
-    """Where two texts part, for a message."""
+    """The place where two texts begin to differ, for a message."""
     place = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     start = max(0, place - 20)
     return f"{one[start : place + 40]!r} became {other[start : place + 40]!r}"

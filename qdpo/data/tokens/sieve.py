@@ -1,6 +1,6 @@
-"""Rows to token pairs: tokenised once, held to one length rule, and freed of duplicates and contradictions.
+"""Converts rows into token pairs: tokenises once, applies the length rule, drops duplicates and contradictions.
 
-Ids are int32 arrays. `tokens` counts prompt + chosen + rejected, as a shared-prompt row holds them.
+Ids are int32 arrays. `tokens` counts prompt + chosen + rejected, as in a shared-prompt row.
 """
 
 from array import array
@@ -39,44 +39,44 @@ Located = tuple[Place, Row | BadLine]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The usable pairs of one or several sources in their order, and a note on each row that was not taken as it is."""
+    """The usable pairs of one or several sources in their order, and a note on each row that was dropped or changed."""
 
     pairs: PairStore
     notes: list[RowNote]
     seen: int
-    """Rows looked at; fewer than there are where a limit was reached."""
+    """Rows read; fewer than there are if a limit was reached."""
     outcomes: int
-    """Pairs that these rows would have made; more than `seen` where rows hold several."""
+    """Pairs that these rows could have made; more than `seen` if rows hold several."""
     scores_disagree: int
     """Usable pairs whose score columns rate the rejected answer higher."""
     origins: Counter[Origin | None]
-    """Answers of usable pairs by who wrote them; None where the row does not say."""
+    """Answers of usable pairs by author; None if the row does not name one."""
     chosen_cut: int
-    """Usable pairs whose chosen answer ended at the length limit when it was drawn."""
+    """Usable pairs whose chosen answer was cut at the length limit when it was drawn."""
     source_of: np.ndarray
     """Number of the source of each usable pair, from 0."""
     full_lengths: np.ndarray
-    """Tokens of prompt, chosen and rejected before any cut, of every pair that was tokenised."""
+    """Tokens of prompt, chosen and rejected, before any cut, for every tokenised pair."""
     facts: dict[str, Fact]
     merged: int
-    """Responses whose first letters would have shared a token with the prompt."""
+    """Responses that would have shared a token with the prompt."""
 
     @property
     def dropped(self) -> Counter[str]:
-        """Pairs that are not used, by reason."""
+        """Number of dropped pairs, by reason."""
         return Counter(note.reason for note in self.notes if note.action == "dropped")
 
 
 @dataclass
 class _Sieve:
-    """Keeps each pair once, and neither of two that contradict each other. Pairs are known by their index."""
+    """Deduplicates pairs, and drops both of two that contradict each other. Pairs are identified by their index."""
 
     kept: dict[bytes, int] = field(default_factory=dict)
     contradicted: dict[bytes, int] = field(default_factory=dict)
-    """Digest of a pair, either way round, to the pair that first held it."""
+    """Digest of a pair, in either order, to the pair that first had it."""
 
     def classify(self, pair: TokenPair) -> tuple[Literal["new", "duplicate", "contradiction"], int]:
-        """What this pair is, and the index of the one that it repeats or contradicts."""
+        """Classify the pair, with the index of the pair that it repeats or contradicts."""
         same = digest_of(pair.prompt, pair.chosen, pair.rejected)
         swapped = digest_of(pair.prompt, pair.rejected, pair.chosen)
         for digest in (same, swapped):
@@ -91,7 +91,7 @@ class _Sieve:
 
 
 class Preparation:
-    """Takes rows of one source after the other, and gives all usable pairs at the end."""
+    """Takes the rows of one source after the other, and returns all usable pairs at the end."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Preparation:
         self._encoder = Encoder(tokenizer, renderer.template)
         self._spool, self._sieve = Spool(scratch), _Sieve()
         self._notes: dict[int, list[RowNote]] = {}
-        """By the number of the outcome: what was done to a pair goes when the pair is dropped afterwards."""
+        """Notes by the number of the outcome; a pair's other notes are removed if the pair is dropped afterwards."""
         self._places: list[tuple[int, str, Place | None]] = []
         self._source_of, self._against, self._full = array("H"), array("b"), array("i")
         self._origins: dict[Origins, int] = {}
@@ -123,7 +123,7 @@ class Preparation:
         limit: int | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Reads rows until `limit` usable pairs are found. `progress` is told the rows seen of this source."""
+        """Read rows until `limit` usable pairs are found. `progress` receives the rows read so far of this source."""
         self._sources += 1
         seen, first = 0, len(self._spool)
 
@@ -145,7 +145,7 @@ class Preparation:
         self._seen += seen
 
     def finish(self) -> Prepared:
-        """All that was found. The pairs may be none."""
+        """The result, in which there may be no pairs."""
         alive = [n for n in range(len(self._spool)) if n not in self._dead]
         notes = [note for number in sorted(self._notes) for note in self._notes[number]]
         origins, chosen_cut = self._written_by(alive)
@@ -166,7 +166,7 @@ class Preparation:
     def _encode(
         self, batch: list[Located], first: int, layout: Layout
     ) -> Iterator[tuple[int, Place, Row, "Rejection | _Encoded"]]:
-        """Every pair of every row, or why there is none, in order; the whole batch is tokenised in one go."""
+        """Every pair of every row, or the reason why there is none, in order; the batch is tokenised in one call."""
         found: list[tuple[int, Place, Row, Pair | None, Rejection | Rendered]] = []
         for number, (place, row) in enumerate(batch, first):
             if isinstance(row, BadLine):
@@ -186,7 +186,7 @@ class Preparation:
             assert pair is not None
             if ids is None:
                 spelt = ", ".join(map(repr, text.hidden.values()))
-                detail = f"{spelt} stands in a message, and this tokenizer cannot read it as ordinary text"
+                detail = f"a message contains {spelt}, which this tokenizer cannot read as ordinary text"
                 yield number, place, row, Rejection(number, "special_token_in_text", detail)
             else:
                 yield number, place, row, _Encoded(pair, text, ids)
@@ -220,7 +220,7 @@ class Preparation:
             self._origin_of.append(self._origins.setdefault(origins_of(row), len(self._origins)))
 
     def _written_by(self, pairs: list[int]) -> tuple[Counter[Origin | None], int]:
-        """Answers by origin, and pairs whose chosen one was cut when it was drawn."""
+        """Answers by origin, and the number of pairs whose chosen answer was cut when it was drawn."""
         known = list(self._origins)
         found = [known[self._origin_of[pair]] for pair in pairs]
         chosen_cut = sum(chosen is not None and chosen.cut for chosen, _rejected in found)
@@ -244,7 +244,7 @@ class Preparation:
         return f"row {self._spool.rows[index]}" + ("" if source == where.source else f" of {source}")
 
     def _shortened(self, found: "_Encoded") -> "_Encoded":
-        """Without as many of its oldest exchanges as the prompt is too long for."""
+        """The pair without as many of its oldest exchanges as needed for the prompt to fit."""
         allowed = min(self._limits.max_prompt_tokens, self._limits.max_tokens - 1)
         pair, text, ids, dropped = found.pair, found.text, found.ids, 0
         while len(ids[0]) > allowed:
@@ -252,7 +252,7 @@ class Preparation:
             again = self._renderer.render(shorter) if shorter is not None else None
             encoded = next(self._encoder.encode([again])) if isinstance(again, Rendered) else None
             if shorter is None or encoded is None or not isinstance(again, Rendered):
-                return found  # its prompt stays too long, and is reported as that
+                return found  # the prompt stays too long, and is reported as such
             dropped += len(pair.prompt) - len(shorter.prompt)
             pair, ids, text = shorter, encoded, again
         if not dropped:
@@ -276,11 +276,11 @@ def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def nothing_usable(prepared: Prepared) -> DataError:
-    """The error for a data set of which no row is left."""
+    """The error for a data set without a usable row."""
     counted = ", ".join(f"{reason} {count}" for reason, count in prepared.dropped.most_common())
     notes = [note for note in prepared.notes if note.action == "dropped"]
     first = f" Row {notes[0].row}: {notes[0].detail}." if notes else ""
     return DataError(
         f"None of the {prepared.seen} rows can be used ({counted or 'there are none'}).{first} Check data.path and "
-        "data.columns, and for length reasons data.max_tokens and data.max_prompt_tokens."
+        "data.columns; if they are too long, also data.max_tokens and data.max_prompt_tokens."
     )

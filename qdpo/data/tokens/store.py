@@ -1,4 +1,4 @@
-"""Prepared pairs on disk: token ids one after the other in a file that is mapped into memory, never read whole."""
+"""Stores prepared pairs on disk: token ids in a memory-mapped file, which is never read whole."""
 
 import json
 import tempfile
@@ -33,12 +33,12 @@ class TokenPair:
 
     @property
     def tokens(self) -> int:
-        """Prompt + chosen + rejected, as a shared-prompt row holds them."""
+        """Tokens of prompt + chosen + rejected, as in a shared-prompt row."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over lengths and ids: the same for the same pair wherever it stands."""
+        """SHA-256 over lengths and ids; independent of the pair's place in the data."""
         return digest_of(self.prompt, self.chosen, self.rejected).hex()
 
 
@@ -49,7 +49,7 @@ def digest_of(*arrays: Ids) -> bytes:
 
 
 class PairStore(Sequence[TokenPair]):
-    """Pairs whose ids lie in one array, usually mapped from a file; an index, and every pair made when asked for."""
+    """Pairs whose ids are stored in one array, usually mapped from a file; each pair is made when it is indexed."""
 
     def __init__(self, ids: Ids, starts: npt.NDArray[np.int64], lengths: Ids, rows: npt.NDArray[np.int64]):
         self._ids, self._starts, self.lengths, self.rows = ids, starts, lengths, rows
@@ -70,13 +70,13 @@ class PairStore(Sequence[TokenPair]):
         return TokenPair(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], int(self.rows[place]))
 
     def select(self, places: Sequence[int] | npt.NDArray[Any]) -> "PairStore":
-        """The pairs at these places, in this order; a place may come several times."""
+        """The pairs at these places, in this order; a place may occur several times."""
         at = np.asarray(places, np.int64)
         return PairStore(self._ids, self._starts[at], self.lengths[at], self.rows[at])
 
 
 class Spool:
-    """Pairs as they are found, written to a temporary file in `folder`; what they were found in is kept beside."""
+    """Writes pairs, as they are found, to a temporary file in `folder`; their rows are kept in memory."""
 
     def __init__(self, folder: Path | None = None):
         if folder is not None:
@@ -89,7 +89,7 @@ class Spool:
         return len(self.rows)
 
     def add(self, pair: TokenPair) -> int:
-        """Its index."""
+        """Append a pair; return its index."""
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             self._file.write(ids.tobytes())
             self._lengths.append(len(ids))
@@ -108,7 +108,7 @@ class Spool:
 
 
 def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
-    """Writes the pairs into one safetensors file, whole or not at all, one pair at a time. Raises DiskError."""
+    """Write the pairs into one safetensors file, atomically, one pair at a time. Raises: DiskError."""
     lengths = np.array([[len(p.prompt), len(p.chosen), len(p.rejected)] for p in pairs], "<i4").reshape(len(pairs), 3)
     rows = np.array([pair.row for pair in pairs], "<i8")
     header, end = {}, 0
@@ -129,7 +129,7 @@ def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
 
 
 def load_pairs(path: Path) -> PairStore:
-    """The pairs of `save_pairs`, byte for byte. Raises DataError if the file is missing, damaged or another one."""
+    """The pairs of `save_pairs`, byte for byte. Raises: DataError if the file is missing, damaged or another kind."""
     try:
         with safe_open(path, "numpy") as file:  # checks the header against the size of the file
             lengths, rows = file.get_tensor("lengths"), file.get_tensor("rows")
@@ -140,7 +140,7 @@ def load_pairs(path: Path) -> PairStore:
         ids = np.memmap(path, np.int32, "r", place, (count,)) if count else np.zeros(0, np.int32)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(
-            f"{path} does not hold prepared pairs ({error}). Remove it to prepare the data again."
+            f"{path} is not a file of prepared pairs ({error}). Remove it to prepare the data again."
         ) from error
     totals = lengths.sum(1, dtype=np.int64)
     return PairStore(ids, totals.cumsum() - totals, lengths, rows)

@@ -1,4 +1,4 @@
-"""The chat template of a run: the tokenizer's own, one of ours, or a file; and what can be told from it alone."""
+"""The chat template of a run: the tokenizer's own, a built-in one, or a file; and warnings about the template."""
 
 import re
 from pathlib import Path
@@ -27,9 +27,9 @@ DATES = ("strftime_now", "date_string")
 
 
 def settle_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> str | None:
-    """Gives the tokenizer the template that `data.template` names; returns a sentence for the user where it changed.
+    """Set the tokenizer's template to the one in `data.template`; return a sentence for the user if it changed.
 
-    Raises: ConfigError for a file that is not there, or a template whose tokens the tokenizer does not have.
+    Raises: ConfigError for a file that does not exist, or a template whose tokens the tokenizer lacks.
     """
     if template in ("auto", "plain"):
         return None
@@ -43,16 +43,16 @@ def settle_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> str 
         source = _from_file(template)
     if tokenizer.chat_template == source:
         return None
-    had = "in the place of its own" if tokenizer.chat_template else "which had none"
+    had = "replacing its own" if tokenizer.chat_template else "which had none"
     tokenizer.chat_template = source
     return (
-        f"data.template={template}: written to the tokenizer, {had}, and saved with the adapter. Serve the model with "
-        "this template: with another one it would see prompts that it was not trained on."
+        f"data.template={template}: set in the tokenizer, {had}, and saved with the adapter. Serve the model with this "
+        "template: with another template it would see prompts that it was not trained on."
     )
 
 
 def uses_chat_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> bool:
-    """True where rows are rendered with the tokenizer's chat template."""
+    """True if rows are rendered with the tokenizer's chat template."""
     return template != "plain" and bool(tokenizer.chat_template)
 
 
@@ -60,14 +60,14 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The token that ends a text. Raises: DataError if there is none."""
     if not tokenizer.eos_token:
         raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so answers could not be taught to "
-            "end. Set eos_token in its tokenizer_config.json."
+            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-text token, so the model could not learn to end "
+            "an answer. Set eos_token in its tokenizer_config.json."
         )
     return str(tokenizer.eos_token)
 
 
 def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[str]:
-    """What the template puts into every prompt by itself: a system message of its own, or today's date."""
+    """Warnings about text that the template adds to every prompt: a system message of its own, or today's date."""
     if not uses_chat_template(tokenizer, template):
         return []
     from jinja2 import TemplateError
@@ -77,19 +77,19 @@ def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str) -> li
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
         )
-    except TemplateError:  # such rows will be dropped one by one, with its words
+    except TemplateError:  # such rows will be dropped one by one, with the template's message
         return []
     before = re.sub(r"<[^<>]*>(system|user|assistant|model)?|\[/?\w+\]", " ", str(text).split(QUESTION)[0])
     own = " ".join(before.split())
     if len(own.split()) > 3:
         warnings.append(
             "the chat template puts text of its own before every conversation without a system message: "
-            f"{own[:120]!r}. It is trained on as it will be served; data.system=… replaces it"
+            f"{own[:120]!r}. It is trained on, as it will be served; data.system=… replaces it"
         )
     if any(word in str(source) for word in DATES):
         warnings.append(
-            "the chat template writes a date into prompts. The token ids of this run are stored once, with the date of "
-            "today, and a resumed run does not change them"
+            "the chat template writes a date into prompts. The token ids of this run are stored once, with today's "
+            "date, and a resumed run does not change them"
         )
     return warnings
 
@@ -99,20 +99,20 @@ def _from_file(template: str) -> str:
     if not path.is_file():
         raise ConfigError(
             f"data.template={template} is neither auto, plain, {', '.join(OWN)} nor a file. Give the path of a Jinja "
-            "chat template, such as the chat_template.jinja of a model."
+            "chat template, such as a model's chat_template.jinja."
         )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"data.template={template} is not a text in UTF-8: {error}.") from None
+        raise ConfigError(f"data.template={template} is not UTF-8 text: {error}.") from None
 
 
 def _need_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, tokens: tuple[str, ...]) -> None:
     missing = [token for token in tokens if not _is_token(tokenizer, token)]
     if missing:
         raise ConfigError(
-            f"data.template={name} needs the tokens {', '.join(tokens)}, and the tokenizer {tokenizer.name_or_path!r} "
-            f"does not have {', '.join(missing)}. Use data.template=chatml, which works with any tokenizer, or plain."
+            f"data.template={name} needs the tokens {', '.join(tokens)}, but the tokenizer {tokenizer.name_or_path!r} "
+            f"lacks {', '.join(missing)}. Use data.template=chatml, which works with any tokenizer, or plain."
         )
 
 

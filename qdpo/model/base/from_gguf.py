@@ -248,7 +248,7 @@ def _model_card(gguf: Path, facts: GgufFacts, digest: str) -> str:
     front_matter = f"---\nlicense: {json.dumps(facts.license)}\n---\n" if facts.license else ""
     return (
         f"{front_matter}# {gguf.stem}\n\nConverted by qdpo from `{gguf.name}` (sha256 {digest}) to bf16 safetensors. "
-        "The weights are those of that file, dequantised: they are no closer to the original than the file is.\n"
+        "The weights are those of that file, dequantised, and as far from the original as the file is.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Which pictures a report has: from a run's records to panels, for one run or several over each other."""
+"""The pictures of a report: panels made from the records, for one run or for several overlaid."""
 
 import math
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def panels(facts: Facts) -> list[Panel]:
 
 
 def distributions(facts: Facts) -> list[Histogram]:
-    """What training did to each held-out pair; nothing for a run that is not evaluated yet."""
+    """Distributions of the change of each held-out pair; empty for a run that is not evaluated yet."""
     pairs = [line for line in facts.pairs if "before" in line and "after" in line]
     if not pairs:
         return []
@@ -99,7 +99,7 @@ def distributions(facts: Facts) -> list[Histogram]:
         ),
         Histogram(
             "Reward margins",
-            "margin after training; every pair began at the dotted line"
+            "margin after training; every pair started at the dotted line"
             if all(line["before"]["margin"] == 0 for line in pairs)
             else "margin after training",
             margins,
@@ -109,12 +109,12 @@ def distributions(facts: Facts) -> list[Histogram]:
 
 
 def overlays(runs: Sequence[Facts]) -> list[Panel]:
-    """The curves that can be compared between runs, a colour a run."""
+    """The curves that can be compared between runs, one colour a run."""
     legend = [(f"run-{place}", facts.name) for place, facts in enumerate(runs)]
     found = []
     for title, unit, name, level, per_beta in (
         ("Held-out accuracy", "share of pairs ordered as labelled", "eval_rewards/accuracies", 0.5, False),
-        ("Held-out loss", "not to be compared between losses or values of β", "eval_loss", None, False),
+        ("Held-out loss", "not comparable between losses or values of β", "eval_loss", None, False),
         ("Held-out margin / β", "nats: comparable between values of β", "eval_rewards/margins", 0.0, True),
         ("Held-out log-prob of chosen", "nats a token", "eval_logps/chosen_per_token", None, False),
         ("Proxy kl, held out", "nats a token", "eval_kl", None, False),
@@ -136,13 +136,13 @@ def overlays(runs: Sequence[Facts]) -> list[Panel]:
 
 
 def _drawn(panels: list[Panel]) -> list[Panel]:
-    """Those with points; an axis that may be logarithmic is where values above 0 span two orders of magnitude."""
+    """The panels that have points; an axis that may be logarithmic is so if its values span two orders of magnitude."""
     found = []
     for panel in panels:
         values = [y for line in panel.lines for y in line.y if y is not None and math.isfinite(y)]
         above = [value for value in values if value > 0]
         if panel.logarithmic and above and max(above) > 100 * min(above):
-            # No zeros there: those of the untouched adapter go.
+            # A logarithmic axis has no zeros: those of the untouched adapter are left out.
             panel = replace(panel, lines=[replace(line, y=[y or None for y in line.y]) for line in panel.lines])
         else:
             panel = replace(panel, logarithmic=False)
@@ -152,7 +152,7 @@ def _drawn(panels: list[Panel]) -> list[Panel]:
 
 
 def _trained(facts: Facts, name: str, colour: str) -> Line:
-    """A training metric, averaged over the steps that the rules call recent."""
+    """A training metric, averaged over recent steps as the rules define them."""
     window = Course(facts.terms).window
     known = [record for record in facts.steps if record.get(name) is not None]
     x, y, total = [], [], 0.0

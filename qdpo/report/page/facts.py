@@ -1,4 +1,4 @@
-"""All that a run folder holds about a run, finished or not, read without torch."""
+"""Reads everything that a run folder says about a run, finished or not, without torch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Facts:
-    """One run."""
+    """Everything that is known about one run."""
 
     known: KnownRun
     steps: list[Record]
@@ -64,7 +64,7 @@ class Facts:
 
     @property
     def settings(self) -> Values:
-        """By full name, with the values that were found in the place of `auto`."""
+        """Settings by full name, with `auto` replaced by the values that were found."""
         known = self.record.settings
         return {**known, **{name: value for name, value in self.record.found.settings().items() if name in known}}
 
@@ -83,7 +83,7 @@ class Facts:
 
     @cached_property
     def seen(self) -> list[Seen]:
-        """What the rules found, at the end or on the way."""
+        """Findings of the rules, at the end or during the run."""
         return follow(read_metrics(self.run.metrics), self.terms)
 
     @property
@@ -98,7 +98,7 @@ class Facts:
 
     @property
     def dropped(self) -> list[tuple[str, str, int]]:
-        """(what was done, reason, rows) of the data report, most frequent first."""
+        """(action, reason, rows) of the data report, most frequent first."""
         counted = Counter((line["action"], line["reason"]) for line in self.data_report)
         return [(action, reason, rows) for (action, reason), rows in counted.most_common()]
 
@@ -118,7 +118,7 @@ class Facts:
         return load_pairs(self.run.held_out_pairs)
 
     def tokenizer(self) -> Tokenizer | None:
-        """To turn prepared ids into text: saved beside the adapter, or in the base's folder; None if in neither."""
+        """Tokenizer for decoding prepared ids: saved with the adapter, or in the base's folder; None if in neither."""
         for folder in (self.run.adapter, Path(self.record.base.folder)):
             if (folder / "tokenizer.json").is_file():
                 return Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -126,7 +126,7 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """Raises: ConfigError if the folder is not a run."""
+    """Read a run folder. Raises: ConfigError if it is not a run."""
     known = any_run(folder)
     run, records = known.run, read_metrics(known.run.metrics)
     return Facts(

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page on a run, or on several side by side."""
+"""Writes report.html: a self-contained page on one run, or on several side by side."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ from qdpo.train.watch.prompts import question
 PAGES = Path(__file__).with_name("pages")
 MOST_RUNS = 6
 MOST_PROMPTS, OPEN_PROMPTS, MOST_TEXT, MOST_PAIRS = 25, 6, 2000, 4
-# Result → label, format, and whether it is of the evaluations (before and after).
+# Metric → label and format.
 FIGURES = {
     "rewards/accuracies": ("reward accuracy", "{:.3f}"),
     "rewards/margins": ("reward margin", "{:+.3f}"),
@@ -35,9 +35,9 @@ FIGURES = {
 
 
 def write_report(folders: Sequence[Path], out: Path | None) -> Path:
-    """Writes the page, by default into the run's folder (several runs: here). Raises: ConfigError, DiskError."""
+    """Write the page, by default into the run's folder (several runs: here). Raises: ConfigError, DiskError."""
     if len(folders) > MOST_RUNS:
-        raise ConfigError(f"{len(folders)} runs are too many to tell apart in one picture; give at most {MOST_RUNS}.")
+        raise ConfigError(f"{len(folders)} runs are too many to tell apart in one picture. Give at most {MOST_RUNS}.")
     runs = [read_facts(folder) for folder in folders]
     target = out or (runs[0].run.report if len(runs) == 1 else Path("report.html"))
     text = run_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
@@ -71,7 +71,7 @@ def run_page(facts: Facts) -> str:
 
 
 def comparison_page(runs: Sequence[Facts]) -> str:
-    """The page on several runs: curves over each other, what differs in their settings, and what came out."""
+    """The page on several runs: overlaid curves, differing settings, and results."""
     names = dict.fromkeys(name for facts in runs for name in facts.settings)
     differing = []
     for name in names:
@@ -93,7 +93,7 @@ def comparison_page(runs: Sequence[Facts]) -> str:
 
 
 def _render(template: str, **values: Any) -> str:
-    # Everything is escaped but the pictures, which hold no text of users.
+    # Everything is escaped except the pictures, which contain no text of users.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -108,7 +108,7 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _figures(facts: Facts) -> list[tuple[str, str, str]]:
-    """Label, before, after; a dash for what is not known."""
+    """Label, value before, value after; a dash for unknown values."""
     found = []
     for name, (label, form) in FIGURES.items():
         before, after = _value(facts.first, name), _value(facts.latest, name)
@@ -130,7 +130,7 @@ def _setting(value: Any) -> str:
 
 
 def _coded(text: str) -> Markup:
-    """Escaped text whose `names` are set as code."""
+    """Escaped text, with `names` in backticks marked up as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -152,7 +152,7 @@ def _sample(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extremes(facts: Facts) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Held-out pairs with the largest and the smallest margins, as text; none without a tokenizer."""
+    """Held-out pairs with the largest and the smallest margins, as text; empty without a tokenizer."""
     scored = sorted((line for line in facts.pairs if "after" in line), key=lambda line: -line["after"]["margin"])
     tokenizer = facts.tokenizer()
     if not scored or tokenizer is None:

@@ -1,4 +1,4 @@
-"""Curves and distributions as SVG that takes its colours from the page, light or dark.
+"""Draws curves and distributions as SVG that takes its colours from the page, light or dark.
 
 matplotlib draws with placeholder colours, which are then replaced by CSS variables. No text of users is drawn.
 """
@@ -14,7 +14,7 @@ from qdpo.errors import ConfigError
 
 WIDTH_IN, HEIGHT_IN = 5.2, 2.5
 MOST_POINTS = 400
-# Placeholder → what stands in the page. The placeholders are colours that nothing else would use.
+# Placeholder colours, which nothing else would use; the page's CSS variables replace them.
 INK, FAINT = "#010203", "#010204"
 NAMES = ("chosen", "rejected", "train", "held", "run-0", "run-1", "run-2", "run-3", "run-4", "run-5")
 COLOURS = {name: f"#0102{place + 16:02x}" for place, name in enumerate(NAMES)}
@@ -22,7 +22,7 @@ COLOURS = {name: f"#0102{place + 16:02x}" for place, name in enumerate(NAMES)}
 
 @dataclass(frozen=True)
 class Line:
-    """Points in one colour: a curve, or evaluations as dots that a thin line joins."""
+    """Points in one colour: a curve, or evaluations as dots joined by a thin line."""
 
     x: Sequence[float]
     y: Sequence[float | None]
@@ -41,18 +41,18 @@ class Panel:
     legend: list[tuple[str, str]] = field(default_factory=list)
     """(colour name, label)."""
     level: float | None = None
-    """A value worth a line of its own, such as 0."""
+    """A value to mark with a line, such as 0."""
     band: float = 0.0
     """Half the height of a band around that line."""
     logarithmic: bool = False
-    """The axis may be, where the values ask for it."""
+    """True if the axis may be logarithmic, depending on the values."""
     help: str = ""
     """The metric that `qdpo metrics` explains."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Several distributions over one axis."""
+    """Several distributions on one axis."""
 
     title: str
     unit: str
@@ -112,7 +112,7 @@ def _axes() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
-            "The report's curves need matplotlib, which is not installed. Type: pip install 'qdpo[report]'"
+            "The report's curves need matplotlib, which is not installed. Run `pip install 'qdpo[report]'`."
         ) from error
     matplotlib.rcParams.update({"svg.fonttype": "none", "path.simplify": True, "text.parse_math": False})
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
@@ -133,7 +133,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _number(value: float, _place: int) -> str:
-    """A tick's label: 0.0001 and 10,000 are hard to read in a narrow column."""
+    """Label of a tick; very small and very large values in scientific notation, which is easier to read."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
@@ -141,10 +141,10 @@ def _number(value: float, _place: int) -> str:
 
 
 def _svg(figure: Any, title: str) -> str:
-    """The figure without document head, fixed size, foreign identifiers and colours of its own."""
+    """The figure as SVG, without document head, fixed size, identifiers of groups and fixed colours."""
     import matplotlib
 
-    # Identifiers are hashes: a salt for each figure keeps two of one page apart, and the page the same each time.
+    # Identifiers are hashes: a salt for each figure makes them unique on the page, and the page reproducible.
     matplotlib.rcParams["svg.hashsalt"] = title
     content = io.StringIO()
     figure.savefig(content, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -163,7 +163,7 @@ def _svg(figure: Any, title: str) -> str:
 
 
 def _thinned(x: Sequence[float], y: Sequence[float | None]) -> tuple[list[float], list[float]]:
-    """Known points, and no more of them than can be told apart."""
+    """The known points, thinned to as many as can be told apart."""
     known = [(a, b) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(b)]
     every = max(1, math.ceil(len(known) / MOST_POINTS))
     kept = known[::every] + (known[-1:] if every > 1 else [])

@@ -1,4 +1,4 @@
-"""A run in one sentence, and the questions that users ask of their curves, answered from the records."""
+"""Sums up a run in one sentence, and answers the questions that users ask about their curves, from the records."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ Grade = Literal["good", "look", "bad", "open"]
 
 @dataclass(frozen=True)
 class ReportAnswer:
-    """A question, its answer, and whether that is as it should be."""
+    """A question, its answer, and a grade of the answer."""
 
     question: str
     answer: str
@@ -22,7 +22,7 @@ class ReportAnswer:
 
 
 def verdict(facts: Facts) -> tuple[Grade, str]:
-    """Whether it worked, in one sentence."""
+    """The grade of a run, and whether it worked, in one sentence."""
     so_far = "" if facts.result else f"So far, after {facts.done} of {facts.planned} steps: "
     failed, worked, learned = ("It did not work", "It worked", "It learned") if facts.result else NOT_OVER
     latest, lasting = facts.latest, [seen for seen in facts.seen if seen.lasting]
@@ -37,14 +37,14 @@ def verdict(facts: Facts) -> tuple[Grade, str]:
     if lasting and accuracy <= start + 2 * noise:
         return "bad", f"{so_far}{failed}: {counted}, within the noise (±{2 * noise:.0%}). Findings: {names}."
     if accuracy <= start + 2 * noise:
-        return "open", f"{so_far}No effect can be told from chance: {counted}; the noise is ±{2 * noise:.0%}."
+        return "open", f"{so_far}No effect beyond chance: {counted}; the noise is ±{2 * noise:.0%}."
     if lasting:
-        return "look", f"{so_far}{learned} the preference ({counted}), but look at this before you trust it: {names}."
+        return "look", f"{so_far}{learned} the preference ({counted}), but check this before you trust it: {names}."
     return "good", f"{so_far}{worked}: {counted}, and no rule finds anything wrong."
 
 
 def answers(facts: Facts) -> list[ReportAnswer]:
-    """What users ask, in the order in which one should look."""
+    """Answers to the users' questions, most important first."""
     if facts.latest is None:
         return []
     found = [_held_out(facts, facts.latest), _learned(facts), _chosen(facts), _moved(facts), _own_answers(facts)]
@@ -55,7 +55,7 @@ def _held_out(facts: Facts, latest: Record) -> ReportAnswer:
     accuracy, start, noise = _accuracy(facts, latest)
     mark: Grade = "good" if accuracy > start + 2 * noise else "bad" if accuracy < start - 2 * noise else "look"
     text = (
-        f"Accuracy {start:.2f} → {accuracy:.2f} on {facts.terms.held_out} pairs it was not trained on "
+        f"Accuracy {start:.2f} → {accuracy:.2f} on {facts.terms.held_out} pairs that it was not trained on "
         f"(chance alone: ±{2 * noise:.2f}); margin {latest['eval_rewards/margins']:+.2f}."
     ).replace("-", "−")
     return ReportAnswer("Does it prefer the chosen answers?", text, mark)
@@ -68,11 +68,11 @@ def _learned(facts: Facts) -> ReportAnswer | None:
         return None
     gap = trained - latest["eval_rewards/accuracies"]
     noise = 2 * course.noise(facts.terms.held_out)
-    text = f"Training accuracy is {trained:.2f} lately, held-out {latest['eval_rewards/accuracies']:.2f}."
+    text = f"Recent training accuracy is {trained:.2f}, held-out {latest['eval_rewards/accuracies']:.2f}."
     if any(seen.finding.rule == "overfit" and seen.lasting for seen in facts.seen):
         return ReportAnswer("Does it memorise?", f"Yes: held-out figures lag behind. {text}", "bad")
     if gap > noise:
-        return ReportAnswer("Does it memorise?", f"It begins to. {text}", "look")
+        return ReportAnswer("Does it memorise?", f"It is starting to. {text}", "look")
     return ReportAnswer("Does it memorise?", f"No. {text}", "good")
 
 
@@ -88,9 +88,7 @@ def _chosen(facts: Facts) -> ReportAnswer | None:
     if change["chosen"] < -DISPLACED:
         return ReportAnswer(title, f"They fall too far: {both} (bound: −{DISPLACED:g}).", "bad")
     if change["chosen"] < -0.02:
-        text = (
-            f"No: they fall a little, which is usual, since DPO trains the difference: {both} (bound: −{DISPLACED:g})."
-        )
+        text = f"No: they fall a little, as usual, since DPO trains the difference: {both} (bound: −{DISPLACED:g})."
         return ReportAnswer(title, text, "good")
     return ReportAnswer("Did the chosen answers become less likely?", f"No: {both}.", "good")
 
@@ -113,11 +111,11 @@ def _own_answers(facts: Facts) -> ReportAnswer | None:
         f"repetition {first['eval_samples/repetition']:.0%} → {latest['eval_samples/repetition']:.0%}; "
         f"{latest['eval_samples/cut']:.0%} reached the limit. Read them below: no figure replaces that."
     )
-    return ReportAnswer("What became of its own answers?", text, "look" if trouble else "good")
+    return ReportAnswer("How did its own answers change?", text, "look" if trouble else "good")
 
 
 def _accuracy(facts: Facts, latest: Record) -> tuple[float, float, float]:
-    """Of the held-out pairs: now, at the start, and its standard error."""
+    """Accuracy on held-out pairs: now, at the start, and its standard error."""
     course = Course(facts.terms, facts.steps, facts.evaluations)
     return latest["eval_rewards/accuracies"], course.first_accuracy, course.noise(facts.terms.held_out)
 
@@ -127,5 +125,5 @@ def _listed(words: list[str]) -> str:
 
 
 def grouped(seen: list[Seen]) -> tuple[list[Seen], list[Seen]]:
-    """What holds at the end, and what has passed."""
+    """Findings that hold at the end, and findings that have passed."""
     return [one for one in seen if one.lasting], [one for one in seen if not one.lasting]

@@ -1,4 +1,4 @@
-"""What `qdpo compare` prints: both answers to each prompt side by side, and a summary."""
+"""Output of `qdpo compare`: both answers to each prompt side by side, and a summary."""
 
 from typing import TYPE_CHECKING
 
@@ -18,18 +18,18 @@ LABELS = {
     "tuned_logp": "log-prob a token, tuned",
 }
 NOTES = (
-    "tokens: with the end token. repeated 4-grams: 1 − distinct / all runs of four tokens of an answer. log-prob: a "
-    "token's mean in nats, under either model. KL: KL(tuned ‖ base) of the whole next-token distributions along the "
+    "tokens: including the end token. repeated 4-grams: 1 − distinct / all runs of four tokens of an answer. log-prob: "
+    "mean a token in nats, under either model. KL: KL(tuned ‖ base) of the full next-token distributions along the "
     "tuned answer, in nats."
 )
 GREEDY = (
-    "The answers are greedy: this KL is that of the path shown. With --temperature 1 its sum estimates the KL of whole "
-    "answers without bias."
+    "The answers are greedy, so this KL is that of the path shown. With --temperature 1, its sum estimates the KL of "
+    "whole answers without bias."
 )
 
 
 def print_comparison(found: "Comparison", console: Console) -> None:
-    """Every prompt with both answers, then means and medians."""
+    """Print every prompt with both answers, then means and medians."""
     for number, one in enumerate(found.prompts, 1):
         _side_by_side(number, one, console)
     summary, drawing = found.summary(), found.drawing
@@ -58,7 +58,7 @@ def _side_by_side(number: int, one: "Compared", console: Console) -> None:
     table = Table(width=width, title=title, title_justify="left", title_style="bold")
     table.add_column("base", width=half)
     table.add_column("tuned" if one.changed else "tuned (the same)", width=half)
-    # Text, not str: an answer may hold what rich would take for its markup.
+    # Text, not str: rich would take parts of an answer for its markup.
     table.add_row(Text(one.base.text), Text(one.tuned.text))
     table.add_section()
     kl = f"KL {one.kl_per_token:.4f} a token, {one.kl:.3f} in all"

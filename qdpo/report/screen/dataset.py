@@ -1,4 +1,4 @@
-"""What `qdpo data check` and `qdpo data show` print: tables of a data set, and pairs as the model will read them."""
+"""Output of `qdpo data check` and `qdpo data show`: tables of a data set, and pairs as the model will read them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ SHOWN_TOKENS = 220
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """The whole report, the verdict last."""
+    """Print the report without its verdict."""
     for source in report.sources:
         licence = f" (licence: {source.license})" if source.license else ""
         console.print(f"data: {source.name}{licence}", markup=False)
@@ -42,7 +42,7 @@ def print_report(report: DataReport, console: Console) -> None:
 
 
 def print_verdict(report: DataReport, console: Console) -> None:
-    """Warnings in order of damage, and whether the data are fit to train on."""
+    """Print warnings, most harmful first, and whether the data are fit to train on."""
     console.print()
     for number, warning in enumerate(report.warnings, 1):
         console.print(f"warning {number}: {warning}", style="yellow", markup=False)
@@ -54,7 +54,7 @@ def print_verdict(report: DataReport, console: Console) -> None:
 
 
 def print_token_pair(pair: TokenPair, tokenizer: Any, console: Console) -> None:
-    """A pair as the model reads it, BOS and EOS shown; the trained spans are coloured, or ‹…› without colour."""
+    """Print a pair as the model reads it, with BOS and EOS; trained spans are coloured, or in ‹…› without colour."""
     console.print(f"\nrow {pair.row}: {len(pair.prompt):,} + {len(pair.chosen):,} / {len(pair.rejected):,} tokens")
     for side in SIDES:
         ids = getattr(pair, side)
@@ -69,7 +69,7 @@ def print_token_pair(pair: TokenPair, tokenizer: Any, console: Console) -> None:
 
 
 def print_row(number: int, found: Sequence[Pair | Rejection], console: Console) -> None:
-    """The pairs of a row as text, before any template."""
+    """Print the pairs of a row as text, before any template."""
     for pair in found:
         if isinstance(pair, Rejection):
             console.print(f"row {number} is not used ({pair.reason}): {pair.detail}", style="red", markup=False)
@@ -87,7 +87,7 @@ def print_row(number: int, found: Sequence[Pair | Rejection], console: Console) 
 
 
 def histogram(counts: Sequence[int]) -> str:
-    """One letter a bin; bins that hold anything are never blank."""
+    """One character a bin; non-empty bins are never blank."""
     top = max(counts) or 1
     return "".join(BARS[0 if not count else max(1, round(count / top * (len(BARS) - 1)))] for count in counts)
 

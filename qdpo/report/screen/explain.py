@@ -1,4 +1,4 @@
-"""Looks names up in metrics.md, the page that explains metrics, beta, losses and modifiers to users."""
+"""Looks up names in metrics.md, the page that explains metrics, beta, losses and modifiers to users."""
 
 import difflib
 import re
@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_name("metrics.md")
 def explain(name: str | None = None) -> str:
     """The whole page, or the section of `name`: a metric, a loss, a setting of [loss], or the title of a chapter.
 
-    `eval_` before a metric and `loss.` before a setting may be there. A part of a name, as in `margins` or `logps`,
-    finds all metrics that have it. Raises: ConfigError with the nearest names.
+    A metric may begin with `eval_`, a setting with `loss.`. A part of a name, such as `margins` or `logps`, finds all
+    metrics that contain it. Raises: ConfigError with the nearest names.
     """
     page = PAGE.read_text(encoding="utf-8")
     if name is None:
@@ -33,7 +33,7 @@ def explain(name: str | None = None) -> str:
 
 
 def _sections(page: str) -> list[tuple[list[str], str]]:
-    """Every section, down to the next of its level, with the names in its heading, or else with its title."""
+    """Every section, up to the next of its level, with the names in its heading, else with its title."""
     headings = list(re.finditer(r"^(##+) (.+)$", page, re.MULTILINE))
     found = []
     for number, heading in enumerate(headings):

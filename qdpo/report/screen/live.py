@@ -1,4 +1,4 @@
-"""What the one who watches sees: a live display on a terminal, plain lines elsewhere, and the result at the end."""
+"""Output of a running command: a live display on a terminal, plain lines elsewhere, and the result at the end."""
 
 import json
 import textwrap
@@ -31,7 +31,7 @@ from qdpo.train.watch.prompts import question
 if TYPE_CHECKING:
     from qdpo.review.score import Rescored
 
-# What is shown with its trend: metric → label and format.
+# Metrics shown with their trend: metric → label and format.
 TRENDS = {
     "loss": ("loss", "{:.4f}"),
     "rewards/accuracies": ("accuracy", "{:.2f}"),
@@ -43,10 +43,10 @@ PLAIN_EVERY_S = 20.0
 
 
 class Terminal:
-    """A Watcher that draws a bar with the newest metrics, or prints one line a step when there is no terminal."""
+    """A Watcher that draws a bar with the newest metrics, or prints one line a step if there is no terminal."""
 
     def __init__(self, *, stderr: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr, emoji=False)  # openai:m: is no Ⓜ
+        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr, emoji=False)  # else openai:m: becomes Ⓜ
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._live: Live | None = None
@@ -69,7 +69,7 @@ class Terminal:
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=total)
             self._newest = Text("")
-            # The metrics have a line of their own: beside the bar they would push the time left off a narrow terminal.
+            # The metrics have their own line: next to the bar they would push the time left off a narrow terminal.
             self._live = Live(Group(self._bar, self._newest), console=self.console, transient=True)
             self._live.start()
         elif unit != "step":
@@ -113,7 +113,7 @@ class Terminal:
                 self.say("\n".join(self._trend_lines()))
 
     def _trend_lines(self) -> list[str]:
-        """Newest value and trend so far of the essentials, two a line."""
+        """Newest value and trend of the main metrics, two a line."""
         cells = [
             f"  {label:<12} {form.format(self._trends[name][-1]):>8}  {sparkline(self._trends[name]):<16}"
             for name, (label, form) in TRENDS.items()
@@ -131,7 +131,7 @@ class Terminal:
 
 
 def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 2) -> None:
-    """Held-out figures before and after, completions side by side, where the adapter lies, and what to type next."""
+    """Print held-out figures before and after, completions side by side, the adapter's path, and the next commands."""
     table = Table("held-out pairs", "before", "after", title="result", title_justify="left")
     for label, name in (
         ("reward accuracy", "rewards/accuracies"),
@@ -156,13 +156,13 @@ def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 
     )
     commands = {
         f"qdpo report {run.path}": "a page that says whether it worked: curves, findings, answers",
-        f"qdpo eval {run.path}": "score it again, also on other pairs with data.path=…",
+        f"qdpo eval {run.path}": "score it again, or score it on other pairs (data.path=…)",
         "qdpo runs" if run.path.parent == Path("runs") else f"qdpo runs {run.path.parent}": "list all runs",
-        "qdpo run … --fresh": "the same settings from the start",
+        "qdpo run … --fresh": "train again with the same settings",
     }
     width = max(map(len, commands)) + 2
     console.print(
-        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are beside it)", markup=False
+        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are next to it)", markup=False
     )
     console.print("next:\n" + "\n".join(f"  {c:<{width}}{what}" for c, what in commands.items()), markup=False)
 
@@ -173,13 +173,13 @@ def _side_by_side(line: dict[str, Any], console: Console) -> None:
     table = Table(width=width, title=Text(question(line["prompt"])), title_justify="left")
     table.add_column("before", width=half)
     table.add_column("after", width=half)
-    # Text, not str: an answer may hold what rich would take for its markup.
+    # Text, not str: rich would take parts of an answer for its markup.
     table.add_row(*(Text(textwrap.shorten(line[side], 700, placeholder=" …")) for side in ("before", "after")))
     console.print(table)
 
 
 def print_evaluation(scored: "Rescored", *, as_json: bool) -> None:
-    """The metrics of `qdpo eval`, as a table or as one JSON object."""
+    """Print the metrics of `qdpo eval`, as a table or as one JSON object."""
     values = {**scored.evaluation.values, **scored.evaluation.perplexities}
     if as_json:
         print(json.dumps({"run": scored.run, "source": scored.source, "pairs": scored.pairs, **values}))

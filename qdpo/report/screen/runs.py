@@ -1,4 +1,4 @@
-"""The list of runs: state and result, from the run folders alone."""
+"""Lists runs with state and result, from the run folders alone."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def run_lines(folder: Path) -> list[str]:
         known = any_run(run.path)
         rows.append((run.path.name, _state(known), *_result(known)))
     if len(rows) == 1:
-        return [f"{folder} holds no runs yet."]
+        return [f"{folder} has no runs yet."]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

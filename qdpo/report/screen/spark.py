@@ -1,4 +1,4 @@
-"""A trend in one line of text."""
+"""Draws a trend in one line of text."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """The values from the lowest bar to the highest, means of neighbours where there are more than `width` of them."""
+    """The values as bars from lowest to highest; if there are more than `width` values, means of neighbours."""
     if not values:
         return ""
     parts = min(width, len(values))

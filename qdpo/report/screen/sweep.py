@@ -1,4 +1,4 @@
-"""What `qdpo sweep` leaves: a table of its runs, and sweep.json beside them."""
+"""Output of `qdpo sweep`: a table of its runs, and sweep.json next to them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ COLUMNS = {"accuracy": "rewards/accuracies", "margin": "rewards/margins", "loss"
 
 
 def write_sweep(folder: Path, ended: Sequence["Ended"]) -> Path:
-    """Writes sweep.json into `folder`: of the last sweep there, since the runs themselves hold everything."""
+    """Write sweep.json into `folder`, replacing an earlier sweep's; the run folders themselves have all the data."""
     path = folder / "sweep.json"
     disk.write_json(path, {"runs": [_row(one) for one in ended]})
     return path
 
 
 def print_sweep(ended: Sequence["Ended"], path: Path) -> None:
-    """One line a run: what differs, the held-out figures, minutes of training, and how it ended."""
+    """Print a line for each run: differing settings, held-out figures, minutes of training, and state."""
     console = Console(highlight=False, soft_wrap=True)
     names = list(ended[0].planned.differs)
     table = Table(*names, *COLUMNS, "minutes", "run", title="sweep, on held-out pairs", title_justify="left")

@@ -1,21 +1,21 @@
-// The flow of the page: what is shown, what the keys do, and what is saved.
+// Control flow of the page: showing prompts, handling keys, saving decisions.
 
 import * as server from "./server.js";
 import { $, FILTERS, cardOf, showAnswers, showBanner, showEditor, showFigures, showMarks, showPlace, showProgress, showTurns } from "./view.js";
 
 const KEPT_PLACE = "qdpo-place";
 const state = { rows: [], byId: new Map(), counts: {}, habits: null, last: null, again: null, out: "" };
-let list = []; // ids that filter and search leave, in the order of the files
+let list = []; // ids that match filter and search, in the order of the files
 let view = null; // the prompt that is shown
 let best = null, worst = null, marksAreSaved = false, editing = null;
 let isBusy = false, asksWhich = false;
 
-// Half-made work of a prompt lives in this tab until it is saved: a reload or a new server loses none of it.
+// Unsaved work on a prompt is kept in this tab until it is saved: it survives a reload or a new server.
 const draftOf = (id) => JSON.parse(sessionStorage.getItem(`qdpo-draft-${id}`) ?? "{}");
 const forget = (id) => sessionStorage.removeItem(`qdpo-draft-${id}`);
 const keep = (more) => sessionStorage.setItem(`qdpo-draft-${view.id}`, JSON.stringify({ ...draftOf(view.id), ...more }));
 
-// Time while the page is seen.
+// Time while the page is visible.
 const clock = { since: 0, spent: 0 };
 const spent = () => (clock.spent + (document.hidden ? 0 : performance.now() - clock.since)) / 1000;
 const restartClock = () => Object.assign(clock, { since: performance.now(), spent: 0 });
@@ -29,7 +29,7 @@ document.addEventListener("visibilitychange", () => {
 
 const say = (text) => ($("status").textContent = text);
 
-// One request at a time; what goes wrong is said, and stays until something works.
+// One request at a time; an error is shown until a request succeeds.
 async function guarded(work) {
   if (isBusy) return;
   isBusy = true;
@@ -129,7 +129,7 @@ async function save(kind, more = {}, said = "") {
   say(`Saved: ${said}.${left}`);
 }
 
-// The next undecided prompt, among those that filter and search leave as far as there is one.
+// The next undecided prompt: among those that match filter and search if there is one, else among all.
 function undecidedAfter(id) {
   const isUndecided = (other) => other !== id && FILTERS.undecided[1](rowOf(other).kind);
   const ring = (ids) => [...ids.slice(ids.indexOf(id) + 1), ...ids.slice(0, Math.max(0, ids.indexOf(id)))];
@@ -140,7 +140,7 @@ const placeOf = (id) => view.answers.findIndex((answer) => answer.id === id) + 1
 
 function mark(role, id) {
   if (editing || isBusy) return;
-  // A new choice on a decided prompt starts from nothing: else one key would overwrite half of the old one.
+  // A new choice on a decided prompt clears both marks: else one key would overwrite half of the old decision.
   if (marksAreSaved) best = worst = null;
   marksAreSaved = false;
   if (view.answers.length === 2) {
@@ -158,7 +158,7 @@ const act = {
   best: (id) => mark("best", id),
   worst: (id) => mark("worst", id),
   edit(id) {
-    if (view.again) return say("A prompt that is asked again is picked from, not edited.");
+    if (view.again) return say("A prompt that is asked again cannot be edited. Pick an answer.");
     if (editing) act.leaveEdit(editing);
     editing = id;
     const draft = draftOf(view.id);
@@ -187,7 +187,7 @@ const takeBack = (id) =>
   guarded(async () => {
     take(await server.decide({ prompt: id, kind: "undo", count: rowOf(id).count }));
     await open(id);
-    say("Taken back: this prompt is as it was before.");
+    say("Undone: this prompt is as it was before.");
   });
 const undo = () => (state.last ? takeBack(state.last) : say("There is nothing to undo."));
 
@@ -272,7 +272,7 @@ function wire() {
   $("keys-on").addEventListener("change", () => sessionStorage.setItem("qdpo-keys", $("keys-on").checked ? "on" : "off"));
   addEventListener("hashchange", () => {
     server.takeToken();
-    location.reload(); // the address of a server that was started anew, pasted into this tab
+    location.reload(); // the address of a restarted server was pasted into this tab
   });
 }
 

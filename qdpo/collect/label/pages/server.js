@@ -1,15 +1,15 @@
-// Talking to the server: the token, and what can go wrong, as errors that say what to do.
+// Requests to the server: the token, and failures as errors that say what to do.
 
 const KEPT = "qdpo-token";
 
 export class Overtaken extends Error {
   constructor(view) {
-    super("This prompt was decided in another tab meanwhile, and nothing was overwritten. It is shown as it stands.");
+    super("This prompt was decided in another tab meanwhile. Nothing was overwritten; its current state is shown.");
     this.view = view;
   }
 }
 
-// Takes the token out of the address into this tab: a reload keeps it, a copied address does not show it.
+// Moves the token from the address into this tab's storage: a reload keeps it, a copied address does not show it.
 export function takeToken() {
   const found = /^#token=([\w-]+)$/.exec(location.hash);
   if (!found) return;
@@ -37,7 +37,7 @@ async function ask(path, how = {}) {
   }
   if (answer.status === 401)
     throw new Error(
-      "The server was started anew, or this address lacks its token, so nothing was saved just now. Open the address " +
+      "The server was restarted, or this address lacks its token, so nothing was saved just now. Open the address " +
         "that `qdpo label` printed in this tab. What you have written is kept here.",
     );
   if (answer.status === 409) throw new Overtaken(value);

@@ -1,4 +1,4 @@
-// Puts what is known on the page. Texts of prompts and answers go through textContent only.
+// Fills the page. Texts of prompts and answers are set through textContent only.
 
 export const $ = (id) => document.getElementById(id);
 const ROLES = { system: "System", user: "User", assistant: "Assistant", tool: "Tool" };
@@ -91,19 +91,19 @@ export function showEditor(id, text) {
 
 export const cardOf = (id) => [...$("answers").children].find((box) => box.dataset.id === id);
 
-// What stands about this prompt, in a sentence.
+// The current decision about this prompt, in a sentence.
 export function showBanner(view) {
   const { decision } = view;
   const place = (id) => view.answers.findIndex((answer) => answer.id === id) + 1;
   const by = decision && decision.by !== "person" ? ` by ${decision.by}` : "";
   const said = decision && {
     pick: () => `Decided${by}: answer ${place(decision.best)} is best, answer ${place(decision.worst)} worst.`,
-    edit: () => `Decided${by}: your text stands in the place of answer ${place(decision.worst)}.`,
+    edit: () => `Decided${by}: your text replaces answer ${place(decision.worst)}.`,
     tie: () => `Decided${by}: a tie.`,
     skip: () => `Skipped${by}.`,
     open: () => `Left open${by}${decision.note ? `: ${decision.note}` : "."}`,
   }[decision.kind]();
-  const again = "Asked a second time, to see how well you agree with yourself. It changes no pair.";
+  const again = "Asked a second time, to measure how well you agree with yourself. Your choice changes no pair.";
   $("banner").hidden = !said && !view.again;
   $("banner").className = view.again ? "again" : (decision?.kind ?? "");
   $("banner-text").textContent = view.again ? again : (said ?? "");
