@@ -167,6 +167,8 @@ def test_bad_input_is_refused_and_writes_nothing(run: Path, tmp_path: Path) -> N
     for words in (("--to", "gguf"), ("--to", "ollama"), ("--to", "vllm")):
         assert "qdpo merge" in refused(run, *words)
     (run / "adapter" / "adapter_config.json").unlink()
+    assert "its adapter is missing" in refused(run, "--to", "peft")
+    (run / "result.json").unlink()
     assert "no adapter yet" in refused(run, "--to", "peft")
     assert not (run / "export").exists()
 

@@ -2,19 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from qdpo.report.screen.live import Terminal, print_result
 from qdpo.run.folder import RunDir
+from qdpo.run.record import Result
 
 VALUES = {"rewards/accuracies": 0.5, "rewards/margins": 0.0, "loss": 0.6931}
-RESULT: dict[str, Any] = {
-    "before": VALUES, "after": {**VALUES, "rewards/accuracies": 0.9}, "samples": None, "steps": 3, "pairs": 12,
-    "seconds": 60.0, "peak_gib": 1.5,
-}  # fmt: skip
+RESULT = Result(
+    before=VALUES, after={**VALUES, "rewards/accuracies": 0.9}, samples=None, steps=3, pairs=12, seconds=60.0,
+    training_seconds=50.0, peak_gib=1.5, overflows=0, adapter="adapter",
+)  # fmt: skip
 
 
 def test_answers_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def test_several_runs_are_compared(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run"):
         write_report([tmp_path], None)
 
 
