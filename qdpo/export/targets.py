@@ -14,6 +14,7 @@ from qdpo.export.merge.lora import is_plain, read_lora
 from qdpo.export.merge.weight_names import require_layers
 from qdpo.export.plain_peft import write_normal
 from qdpo.export.trained import TrainedRun, require_free
+from qdpo.families.config_fields import family_of
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
@@ -91,8 +92,10 @@ def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
 
 
 def _compare_logits(order: Order, merged: Path, out: Path, quant: str) -> None:
-    if model_config(merged).model_type == "gemma":
-        order.say("logits: not compared (transformers does not read GGUF files of the first Gemma)")
+    config = model_config(merged)
+    family = family_of(config)
+    if family is not None and family.gguf is not None and not family.gguf.is_readable:
+        order.say(f"logits: not compared (transformers does not read GGUF files of the family {config.model_type})")
         return
     count = sum(path.stat().st_size for path in merged.glob("*.safetensors")) // 2
     needed, free = BYTES_A_WEIGHT * count * 1.2, psutil.virtual_memory().available

@@ -36,6 +36,14 @@ class GgufForm:
     always_tied: bool = False
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
     """Rotary scalings that llama.cpp computes in the same way."""
+    heads_fill_hidden: bool = False
+    """True if llama.cpp assumes that the heads together are as wide as the hidden state."""
+    has_original_context: bool = False
+    """True if the file holds the context length before rotary scaling, and a window of 0."""
+    read_as: str | None = None
+    """The model_type as which transformers reads the file, if it is not the family's own."""
+    is_readable: bool = True
+    """False if transformers does not read the family's files at all."""
     window_pattern: int | None = None
     """Every n-th layer attends to all positions, the others within a window; None: llama.cpp has no window here."""
 
@@ -57,7 +65,7 @@ _GELU = "gelu_pytorch_tanh"
 
 FAMILIES = {
     "llama": Family(layer=LayerForm(), gguf=GgufForm(arch="llama", is_interleaved=True)),
-    "mistral": Family(layer=LayerForm(), gguf=GgufForm(arch="llama", is_interleaved=True)),
+    "mistral": Family(layer=LayerForm(), gguf=GgufForm(arch="llama", is_interleaved=True, read_as="llama")),
     "qwen2": Family(layer=LayerForm(), gguf=GgufForm(arch="qwen2", has_biases=True, ropes=("default", "linear"))),
     "qwen3": Family(layer=LayerForm(head_norms=True), gguf=GgufForm(arch="qwen3", ropes=("default", "linear"))),
     "smollm3": Family(layer=LayerForm(), tied=True),
@@ -65,7 +73,9 @@ FAMILIES = {
     "gemma": Family(
         layer=LayerForm(),
         tied=True,
-        gguf=GgufForm(arch="gemma", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",)),
+        gguf=GgufForm(
+            arch="gemma", norm_shift=1.0, activation=_GELU, always_tied=True, ropes=("default",), is_readable=False
+        ),
     ),
     "gemma2": Family(
         layer=LayerForm(norms=4, scored=True, copied_output=True),
@@ -79,7 +89,10 @@ FAMILIES = {
         tied=True,
         gguf=GgufForm(arch="gemma3", norm_shift=1.0, activation=_GELU, ropes=("default", "linear"), window_pattern=6),
     ),
-    "phi3": Family(layer=LayerForm(fused_mlp=True, copied_output=True), gguf=GgufForm(arch="phi3", ropes=("default",))),
+    "phi3": Family(
+        layer=LayerForm(fused_mlp=True, copied_output=True),
+        gguf=GgufForm(arch="phi3", ropes=("default",), heads_fill_hidden=True, has_original_context=True),
+    ),
     "olmo2": Family(layer=LayerForm(head_norms=True)),
     "gpt2": Family(transposed=True),
     "openai-gpt": Family(transposed=True),

@@ -187,7 +187,7 @@ def test_prompts_come_from_whatever_the_data_layer_reads(tmp_path: Path) -> None
         assert [prompt.turns[-1]["content"] for prompt in found] == expected
         assert ("1 prompts are repeated" in watcher.text) == (name == "text")
     assert len(read_prompts("bundled:demo-held-out.jsonl", None, 5, Quiet())) == 5
-    with pytest.raises(DataError, match="--column=nope: .* It has: question"):
+    with pytest.raises(DataError, match="--column=nope: .* Its columns are: question"):
         read_prompts(str(tmp_path / "text.jsonl"), "nope", None, Quiet())
     with pytest.raises(DataError, match=r"b\.jsonl line 2: prompt is empty"):
         read_prompts(str(write_jsonl(tmp_path / "b.jsonl", [{"prompt": "p"}, {"prompt": " "}])), None, None, Quiet())

@@ -68,7 +68,7 @@ def test_an_unknown_activation_stays_plain() -> None:
     for module in plain.peft.modules():
         if hasattr(module, "act_fn"):
             module.act_fn = nn.Hardswish()
-    assert "gated MLP LlamaMLP stays plain (its activation Hardswish is not known)" in str(
+    assert "gated MLP LlamaMLP stays plain (its activation Hardswish is unknown)" in str(
         install.install(plain.peft, CPU)
     )
 

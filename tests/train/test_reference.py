@@ -246,7 +246,7 @@ def test_a_read_only_folder(unprivileged: Path, before: str) -> None:
         for path in places.iterdir():
             path.chmod(0o444)
     places.chmod(0o555)
-    with pytest.raises(DiskError, match="Cannot use the reference cache .*cache.dir=") as refused:
+    with pytest.raises(DiskError, match="Cannot use the reference cache .*`cache.dir`") as refused:
         ReferenceCache(unprivileged / "cache", "name")
     assert refused.value.exit_code == 6 and "\n" not in str(refused.value) and not set_aside(places)
 

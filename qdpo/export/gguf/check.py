@@ -13,6 +13,7 @@ from qdpo.errors import VerificationError
 from qdpo.export.gguf.form import Array, Names, context_length, form_of, row_order
 from qdpo.export.gguf.vocabulary import PROBES
 from qdpo.export.merge.weight_names import weight_files, weights
+from qdpo.families.config_fields import family_of
 from qdpo.families.family import GgufForm
 from qdpo.model.base.load import model_config
 
@@ -102,15 +103,16 @@ def _read_gguf(path: Path, merged: Path) -> Any:
     """The file's weights, through transformers' own reader, in a model of the merged folder's config.
 
     The reader omits settings that llama.cpp reads (rotary scaling, head size, windows), so the file's config is not
-    used. Mistral's weights appear as Llama's, the only name that GGUF has for them.
+    used. The weights of a family that shares another's name in GGUF (Mistral) are read as the other's (Llama).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GgufConfig
 
     config = AutoConfig.from_pretrained(merged, local_files_only=True, trust_remote_code=False)
-    if config.model_type == "mistral":
-        fields = config.to_dict()
-        shared = LlamaConfig().to_dict().keys() & fields.keys() - {"model_type", "architectures"}
-        config = LlamaConfig(**{name: fields[name] for name in shared})
+    family = family_of(config)
+    if family is not None and family.gguf is not None and family.gguf.read_as is not None:
+        fields, other = config.to_dict(), CONFIG_MAPPING[family.gguf.read_as]
+        shared = other().to_dict().keys() & fields.keys() - {"model_type", "architectures"}
+        config = other(**{name: fields[name] for name in shared})
     return AutoModelForCausalLM.from_pretrained(
         path.parent,
         config=config,

@@ -56,7 +56,7 @@ def _inexact(form: GgufForm, config: Any) -> str | None:
         "attention in both directions": bool(getattr(config, "use_bidirectional_attention", False)),
         "sliding windows": bool(getattr(config, "use_sliding_window", False)),
         "a query scale of its own": getattr(config, "query_pre_attn_scalar", head_dim) != head_dim,
-        "heads that do not fill the hidden size": config.model_type == "phi3"
+        "heads that do not fill the hidden size": form.heads_fill_hidden
         and head_dim * config.num_attention_heads != config.hidden_size,
         "an unusual order of windowed layers": form.window_pattern is not None
         and any(

@@ -180,7 +180,7 @@ def _add_shape(writer: gguf.GGUFWriter, form: GgufForm, config: Any) -> None:
         writer.add_sliding_window(config.sliding_window)
         local = config.rope_parameters.get("sliding_attention", rope)
         writer.add_rope_freq_base_swa(local["rope_theta"])
-    elif config.model_type == "phi3":
+    elif form.has_original_context:
         writer.add_sliding_window(0)
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     if getattr(config, "attn_logit_softcapping", None):
