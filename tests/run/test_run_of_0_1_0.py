@@ -161,6 +161,7 @@ def test_it_is_merged(shared: Path, kind: str) -> None:
     assert (shared / f"merged-{kind}" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -180,6 +181,7 @@ def test_a_verb_takes_it(shared: Path, words: list[str]) -> None:
     qdpo(*words, cwd=shared)
 
 
+@pytest.mark.slow
 def test_it_talks(shared: Path) -> None:
     done = qdpo("chat", "runs/nf4-finished", "--max-new-tokens", "8", cwd=shared, said="about rivers\n/quit\n")
     assert done.stdout.strip()
