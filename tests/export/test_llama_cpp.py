@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, trainers
 from qdpo.export.gguf.adapter import write_gguf_adapter
 from qdpo.export.gguf.model import write_gguf
 from qdpo.export.gguf.vocabulary import BYTES, PROBES, SPLITS, TAKES_WORDS_WHOLE
-from qdpo.export.trained import TrainedRun
+from qdpo.export.trained import trained_run
 from qdpo.model.base import fetch
 from qdpo.model.base.load import load_tokenizer
 from qdpo.run.disk import cache_folder
@@ -24,6 +24,7 @@ from qdpo.settings.schema import RunConfig
 from tests.conftest import tiny_tokenizer
 from tests.export.made import WRITABLE, load, logits, pieces_tokenizer, save_adapter, save_base
 from tests.export.native import ask, installed
+from tests.run.made import write_records
 
 pytestmark = pytest.mark.slow
 PROMPTS = (
@@ -135,8 +136,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path | None]
             parameter.data *= 0.02  # enough to change what is said, and it is still language
     tensors.merge_and_unload().save_pretrained(folder / "merged")
     load_tokenizer(base).save_pretrained(folder / "merged")
-    record = {"base": {"source": model.model.path, "folder": str(base)}, "settings": {"cache.dir": None}}
-    return folder / "merged", TrainedRun(RunDir(folder), record).base_gguf(print)
+    write_records(RunDir(folder), base, ["data.path=pairs.jsonl"], source=model.model.path)
+    return folder / "merged", trained_run(folder).base_gguf(print)
 
 
 def test_smollm2_says_the_same_in_llama_cpp(merged: tuple[Path, Path | None], tools: Path, tmp_path: Path) -> None:

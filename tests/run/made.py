@@ -23,20 +23,20 @@ METRICS = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "log
 
 def write_records(
     run: RunDir, base: Path, words: list[str], *, dtype: str = "fp32", files: dict[str, FileRecord] | None = None,
-    marks: dict[str, FourBitMark] | None = None, data: str = "pairs.jsonl",
+    marks: dict[str, FourBitMark] | None = None, data: str = "pairs.jsonl", source: str | None = None,
 ) -> None:  # fmt: skip
-    """run.json, environment.json and result.json; `words` are settings as key=value."""
+    """run.json, environment.json and result.json; `words` are settings as key=value, `source` what model.path named."""
     resolved = layered.resolve([f"model.path={base}", *words])
     found = FoundValues(
         dtype=dtype, optimizer="adamw", tokens_per_row=0, kept_layers=0, offload=False, embeddings="device", steps=1,
         total_pairs=1, warmup_steps=0,
     )  # fmt: skip
-    source = BaseRecord(
-        folder=str(base), source=str(base), name=str(base), commit=None, license=None, revision=None
+    where = BaseRecord(
+        folder=str(base), source=source or str(base), name=str(base), commit=None, license=None, revision=None
     )  # fmt: skip
     about = DataRecord(source=data, revision=None, license=None, train_pairs=1, held_out_pairs=1, dropped=0)
     record = RunRecord(
-        settings=layered.flat(resolved.config), preset=None, found=found, base=source, data=about, files=files or {},
+        settings=layered.flat(resolved.config), preset=None, found=found, base=where, data=about, files=files or {},
         four_bit=marks, version=VERSION,
     )  # fmt: skip
     environment = Environment(packages={"qdpo": "0"}, python="3", platform="here", device="cpu: x86_64", threads=1)
