@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qdpo.errors import ConfigError
+from qdpo.report.screen.runs import run_lines
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun, any_run, finished_run
 from qdpo.run.folder import RunDir
@@ -94,6 +95,15 @@ def test_a_torn_record_is_said(run: RunDir) -> None:
     run.record.write_text(run.record.read_text()[:100])
     with pytest.raises(ConfigError, match="cannot be read"):
         read_record(run)
+
+
+def test_a_damaged_run_does_not_hide_the_others(run: RunDir, tmp_path: Path) -> None:
+    broken = RunDir(tmp_path / "runs" / "broken")
+    broken.path.mkdir()
+    broken.record.write_text("{")
+    lines = run_lines(tmp_path / "runs")
+    assert any("made" in line and "finished" in line for line in lines)
+    assert any("broken" in line and "damaged" in line for line in lines)
 
 
 def test_one_door_for_any_run_and_for_finished_ones(run: RunDir, tmp_path: Path) -> None:

@@ -14,7 +14,11 @@ def run_lines(folder: Path) -> list[str]:
     found = [RunDir(path) for path in folder.iterdir() if (path / "run.json").is_file()]
     rows = [("run", "state", "accuracy", "margin", "loss")]
     for run in sorted(found, key=lambda run: run.record.stat().st_mtime):
-        known = any_run(run.path)
+        try:
+            known = any_run(run.path)
+        except ConfigError:
+            rows.append((run.path.name, "damaged: a record cannot be read", "", "", ""))
+            continue
         rows.append((run.path.name, _state(known), *_result(known)))
     if len(rows) == 1:
         return [f"{folder} has no runs yet."]
