@@ -167,13 +167,7 @@ def _read(
 ) -> ReadData:
     if note := templates.settle_template(tokenizer, config.template):
         watcher.say(note)
-    renderer = Renderer(
-        tokenizer=tokenizer,
-        template=config.template,
-        system=config.system,
-        refused_system=config.refused_system,
-        merge_same_role=config.merge_same_role,
-    )
+    renderer = Renderer.of(tokenizer, config)
     work = sieve.Preparation(
         tokenizer, limits_of(config), renderer, keep_empty_rejected=config.keep_empty_rejected, scratch=scratch
     )

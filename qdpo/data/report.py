@@ -41,8 +41,14 @@ FACTS = {
     "system_unfoldable": "the chat template does not take system messages ({example}): {count:,} were left out, as "
     "they are followed by an answer, not by a question to put them before. The data report names these rows "
     "(system_unfoldable); begin them with a question, or remove them",
-    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought; it counts as part "
-    "of the prompt, as at inference with enable_thinking=false",
+    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought, and it is trained "
+    "as part of them. Where the model will be served without thinking, set the template's switch, as in "
+    "data.template_options.enable_thinking=false",
+    "thought_closed": "the prompt opens a thought, and {count:,} answers have none: each is trained with {example!r} "
+    "before it. Where the model will be served without thinking, set the template's switch (data.template_options)",
+    "calls_not_in_prompt": "the chat template leaves out {count:,} tool calls of earlier turns (first: {example})",
+    "tools_not_in_prompt": "the chat template does not tell the model its functions in {count:,} pairs (first: "
+    "{example}), as it will not when the model is served",
 }
 
 

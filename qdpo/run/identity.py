@@ -13,7 +13,7 @@ from qdpo.errors import ConfigError
 from qdpo.run.folder import RunDir
 from qdpo.run.record import FileRecord, FoundValues, file_record, read_record, write_record
 from qdpo.settings import layered
-from qdpo.settings.layered import Resolved, Value, Values
+from qdpo.settings.layered import Resolved, Value, Values, in_open_table
 from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY, RunConfig
 
 
@@ -34,9 +34,10 @@ def check_unchanged(run: RunDir, resolved: Resolved) -> None:
     """Raises: ConfigError that lists the settings and files that have changed since the run's first start."""
     record = read_record(run)
     now, then = trajectory_settings(resolved), record.settings
-    changed = [name for name in now if now[name] != then.get(name, now[name])]
+    changed = [name for name in now if now[name] != then.get(name, None if in_open_table(name) else now[name])]
+    changed += [name for name in then if in_open_table(name) and name not in now]
     if changed:
-        lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
+        lines = "\n".join(f"  {name}: was {then.get(name)}, now {now.get(name)}" for name in changed)
         raise ConfigError(
             f"The run {run.path} was started with other settings:\n{lines}\n"
             "Give the old values to continue it, choose another `output.name`, or start again with `--fresh` (the old "

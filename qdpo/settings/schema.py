@@ -133,6 +133,10 @@ class DataConfig(Section):
     """System message for conversations without one. Default: whatever the chat template does."""
     refused_system: Literal["fold", "drop", "error"] = "fold"
     """If the chat template refuses a system message: put it before the first question, drop it, or stop."""
+    reasoning: Literal["train", "drop", "ignore"] = "drop"
+    """Thoughts that the chat template cannot write: put them in <think> tags, drop the row, or leave them out."""
+    template_options: dict[str, bool | int | float | str] = {}
+    """Switches of the chat template, as in data.template_options.enable_thinking=false; also used by every export."""
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 

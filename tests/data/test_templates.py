@@ -103,23 +103,14 @@ def usable(talk: Talk, name: str) -> tuple[list[int], list[int], list[int]]:
 
 def inference_prompts(talk: Talk, name: str) -> list[str]:
     """The texts that a server may put before the answer; more than one where no rule decides."""
-    prompt, *answers = talk
-    prompts = [prompt]
+    prompt, prompts = talk[0], [talk[0]]
     if FAMILIES[name].refuses_system and prompt[0]["role"] == "system":
         system, user = (turn["content"] for turn in prompt[:2])
         folded = f"{system}\n\n{user}", f"{system.strip()}\n\n{user.strip()}"
         prompts = [[message("user", text), *prompt[2:]] for text in folded]
-    modes = [True]
-    if name == "qwen3":
-        is_thought = [answer.lstrip().startswith("<think>") and "</think>" in answer for answer in answers]
-        says_think = any(tag in answer for answer in answers for tag in ("<think>", "</think>"))
-        modes = [True] if all(is_thought) else [True, False] if says_think else [False]
     return [
-        tokenizer_of(name).apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
+        tokenizer_of(name).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         for turns in prompts
-        for enable_thinking in modes
     ]
 
 
@@ -131,10 +122,17 @@ def written(talk: Talk, name: str) -> Iterator[tuple[str, set[str]]]:
         if name == "phi3":  # the token before it swallows white space
             forms.add(answer.lstrip())
         if name == "qwen3":
-            forms.add(answer.lstrip("\n"))
-            if any("think>" in other for other in answers) and "</think>" not in answer:
-                forms |= {EMPTY_THOUGHT + form for form in forms}  # the prompt was left open for the other answer
+            bare = {answer, answer.lstrip("\n"), answer.strip()}
+            forms = bare if is_thought(answer) else {EMPTY_THOUGHT + form for form in bare}
+            if "</think>" in answer and not is_thought(answer):  # as a model writes behind a prompt that opens a thought
+                thought, _, rest = answer.partition("</think>")
+                forms.add(f"<think>\n{thought.strip()}\n</think>\n\n{rest.lstrip()}")
+                forms.add(f"<think>\n{thought.strip()}\n</think>\n\n{rest.strip()}")
         yield answer, {normal(family.before + form + family.end, name) for form in forms}
+
+
+def is_thought(answer: str) -> bool:
+    return answer.lstrip().startswith("<think>") and "</think>" in answer
 
 
 def normal(text: str, name: str) -> str:

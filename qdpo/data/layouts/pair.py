@@ -234,7 +234,7 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
             "prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would continue"
         )
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
-        if not turn["content"].strip() and "tool_calls" not in turn:
+        if not turn["content"].strip() and not {"tool_calls", "reasoning_content"} & turn.keys():
             if side == "chosen":
                 raise RowProblem("empty_response", "chosen is empty")
             if not keep_empty_rejected:

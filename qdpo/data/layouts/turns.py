@@ -24,7 +24,10 @@ ROLES = {
     "developer": "system",  # OpenAI's newer name
     "observation": "tool",  # ShareGPT
 }
-BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that hold a thought: transformers' and vLLM's, gpt-oss's and Anthropic's, OpenRouter's."""
+THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_content", "summary_text")
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -118,7 +121,8 @@ def same_turn(one: Message, other: Message) -> bool:
     """True if two turns are equal up to white space at the ends, which data sets add and lose arbitrarily."""
     if one["role"] != other["role"] or one["content"].strip() != other["content"].strip():
         return False
-    return one.get("tool_calls") == other.get("tool_calls")
+    one_thought, other_thought = (str(turn.get("reasoning_content", "")).strip() for turn in (one, other))
+    return one_thought == other_thought and one.get("tool_calls") == other.get("tool_calls")
 
 
 def excerpt(value: Any, length: int = 60) -> str:
@@ -136,9 +140,34 @@ def _read_turn(turn: Any, where: str) -> Message:
     content = turn.get("content", turn.get("value"))
     if content is None and "tool_calls" in beside:
         content = ""
+    thoughts = [turn[key] for key in THOUGHTS if turn.get(key) not in (None, "", [])]
     if isinstance(content, list):  # the newer form: [{"type": "text", "text": …}]
-        content = "".join(read_text(_text_part(part, where), where) for part in content)
+        thoughts += [part for part in content if _is_thought(part)]
+        content = "".join(read_text(_text_part(part, where), where) for part in content if not _is_thought(part))
+    if thoughts and ROLES[role] == "assistant":
+        texts = dict.fromkeys(_thought_text(thought, where) for thought in thoughts)
+        if any(text.strip() for text in texts):
+            beside["reasoning_content"] = "\n\n".join(texts)
+            content = "" if content is None else content
     return {"role": ROLES[role], "content": read_text(content, where), **beside}
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
+
+
+def _thought_text(thought: Any, where: str) -> str:
+    """The text of a thought: of a string, of a typed part, or of a list of parts."""
+    if isinstance(thought, list):
+        return "\n\n".join(_thought_text(part, where) for part in thought)
+    if isinstance(thought, Mapping):
+        kept = [
+            thought[key]
+            for key in ("thinking", "text", "reasoning", "reasoning_content", "content", "summary")
+            if thought.get(key)
+        ]
+        thought = _thought_text(kept[0], where) if kept else None
+    return read_text(thought, f"{where}'s thought")
 
 
 def _text_part(part: Any, where: str) -> Any:
