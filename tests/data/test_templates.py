@@ -87,7 +87,7 @@ def talks(draw: st.DrawFn, family: Family, *, special: bool = False) -> Talk:
         prompt += [message("user", draw(text)), message("assistant", draw(text))]
     prompt.append(message("user", draw(text)))
     chosen, rejected = draw(text), draw(text)
-    assume(chosen.strip() != rejected.strip())
+    assume(chosen.strip() != rejected.strip() and max(chosen.count("</think>"), rejected.count("</think>")) < 2)
     return prompt, chosen, rejected
 
 
@@ -126,8 +126,9 @@ def written(talk: Talk, name: str) -> Iterator[tuple[str, set[str]]]:
             forms = bare if is_thought(answer) else {EMPTY_THOUGHT + form for form in bare}
             if "</think>" in answer and not is_thought(answer):  # as a model writes behind a prompt that opens a thought
                 thought, _, rest = answer.partition("</think>")
-                forms.add(f"<think>\n{thought.strip()}\n</think>\n\n{rest.lstrip()}")
-                forms.add(f"<think>\n{thought.strip()}\n</think>\n\n{rest.strip()}")
+                forms |= {EMPTY_THOUGHT + end for end in (rest, rest.strip(), rest.lstrip())}
+                for inner in (thought.strip(), thought.strip("\n")):
+                    forms |= {f"<think>\n{inner}\n</think>\n\n{end}" for end in (rest.lstrip(), rest.strip())}
         yield answer, {normal(family.before + form + family.end, name) for form in forms}
 
 

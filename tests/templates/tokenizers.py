@@ -6,6 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+KEPT = Path(__file__).with_name("kept")
+"""Published templates under free licences; README.md there says where each is from."""
 SPECIAL = re.compile(
     r"<\|[^\s<>|'\"{}]+\|>|<\|[^\s<>|'\"{}]+>|<[^\s<>|'\"{}]+\|>|<｜[^\s<>'\"{}]+｜>|</?s>|<(?:bos|eos|pad|unk)>"
     r"|<(?:start|end)_of_turn>|\[/?[A-Z][A-Z_]+\]|\]~!?b\[|\]~b\]|\[e~\[|<\[[a-z_]+\]>|<seed:(?:bos|eos)>"
@@ -13,7 +15,7 @@ SPECIAL = re.compile(
 WORDS = re.compile(r"</?(?:seed:)?(?:think|thinking|tool_calls?|tool_response|arg_key|arg_value)>")
 """Added tokens that are not special, as reasoning models have them."""
 ENDS = (
-    "<|im_end|>", "<|eot_id|>", "<|return|>", "<turn|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>",
+    "<|im_end|>", "<|eot_id|>", "<|return|>", "<|end_of_msg|>", "<|role_end|>", "<|eot|>", "<|message_sep|>", "<turn|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>",
     "<｜end▁of▁sentence｜>", "<seed:eos>", "[e~[", "<|endoftext|>", "</s>", "<|end|>", "<|user|>",
 )  # fmt: skip
 STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<seed:bos>", "[gMASK]")
@@ -28,6 +30,9 @@ def tokenizer_of(source: str, *, name: str = "template", eos: str | None = None)
     special = set(SPECIAL.findall(source))
     eos = eos or next((token for token in ENDS if token in special), "<|endoftext|>")
     bos = next((token for token in STARTS if token in special), None)
+    if bos is None and "bos_token" in source:
+        bos = "<s>"
+        special.add(bos)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

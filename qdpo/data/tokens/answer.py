@@ -71,12 +71,13 @@ class Answers:
         apart = {**answer, "content": inline.rest, "reasoning_content": inline.thought}
         if thoughts.is_closed(asked.prompt) or opened is not None:
             return apart if inline.thought else {**answer, "content": inline.rest}
-        if self.chat.names(inline.close) and inline.is_open and not has_calls:
+        knows_tag = self.chat.names(inline.close)
+        if knows_tag and inline.is_open and not has_calls:
             text = f"{answer['content']}{self._end(asked)}"
             if not self.chat.apply([*asked.turns, answer], asked.tools).startswith(asked.prompt + text):
                 self.note("thinking_kept", excerpt(answer["content"]))
             return text
-        return apart if self.chat.thought_form is not None else answer
+        return apart if knows_tag or self.chat.thought_form is not None else answer
 
     def _unwritten_thought(self, asked: Asked, answer: Message) -> tuple[str, list[tuple[str, str]]]:
         """The answer with a thought that the template does not write: in an open thought, else by the setting."""
@@ -86,6 +87,10 @@ class Answers:
             written = self._as_template_writes(asked, plain)
             rest = thoughts.without_closed(written)
             return f"{thought.strip()}{closing}{rest.removeprefix(closing).lstrip()}", []
+        written = self._as_template_writes(asked, plain)
+        empty = thoughts.starts_closed(written)
+        if (filled := thoughts.filled(empty, thought)) and not thoughts.is_closed(asked.prompt):
+            return filled + written[len(empty) :], []
         what = f"the chat template does not write the thought {excerpt(thought)!r}"
         if self.reasoning == "drop":
             closed = " after this prompt (its switches turn thinking off)" * thoughts.is_closed(asked.prompt)
@@ -93,7 +98,6 @@ class Answers:
                 "reasoning_not_in_template",
                 f"{what}{closed}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
             )
-        written = self._as_template_writes(asked, plain)
         self._check(written, plain)
         if self.reasoning == "ignore":
             return written, [("reasoning_not_in_template", f"{what}: it was left out")]
@@ -126,9 +130,9 @@ class Answers:
         if thoughts.opened(own):
             bare = thoughts.without_opening(rest)
             return bare.removeprefix("\n") if bare != rest and own.endswith("\n") else bare
-        if self.chat.thought_form is not None and own.strip():
+        if self.chat.opens_in_words:
             return rest
-        raise _rerendered(prompt, full)
+        return self._behind_changed_prompt(asked, full, prompt[max(question, 0) :])
 
     def _same_question(self, asked: Asked, shared: str) -> bool:
         """True if the shared text holds all turns; for a last turn whose text the template rewrites."""
@@ -138,8 +142,13 @@ class Answers:
         """As above, where the template changes earlier turns once an answer follows: the prompt stays as it is."""
         before, found, after = self._frame(asked)
         _earlier, same_end, space = before.rpartition(tail)
-        if not found or not same_end or space.strip() or not full.startswith(before):
+        if not full.startswith(before) or not found:
             raise _rerendered(asked.prompt, full)
+        if not same_end or space.strip():
+            bare_before, bare_tail, bare_prompt = ("".join(text.split()) for text in (before, tail, asked.prompt))
+            if not (bare_before.endswith(bare_tail) or bare_prompt.startswith(bare_before)):
+                raise _rerendered(asked.prompt, full)
+            space = ""
         self.note("prompt_kept", parting(asked.prompt, before))
         return space + full[len(before) :]
 
@@ -154,6 +163,12 @@ class Answers:
                 raise RowProblem("template_changes_answer", f"the template changes the answer: {excerpt(content)!r}")
         if after is not None and len(after) <= len(rest):
             return rest[: len(rest) - len(after)] + self._stop(after)
+        eos = end_token(self.chat.tokenizer)
+        said = [rest.rfind(text) for name, arguments in _calls(answer) for text in (name, *leaves(arguments))]
+        if (place := rest.find(eos, max([0, *said]))) >= 0:
+            return rest[: place + len(eos)]
+        if not special_tokens(self.chat.tokenizer).search(self._frame(asked)[2]):
+            return rest.rstrip() + eos
         places = [match.start() for match in special_tokens(self.chat.tokenizer).finditer(rest)]
         return self._until(rest, places[-1] if places else len(rest))
 
@@ -220,12 +235,15 @@ class Answers:
 
     def _until(self, text: str, start: int) -> str:
         """`text` up to the end of the first special tokens from place `start`; if there are none, EOS is added."""
-        pattern = special_tokens(self.chat.tokenizer)
+        pattern, eos = special_tokens(self.chat.tokenizer), end_token(self.chat.tokenizer)
         match = pattern.search(text, start)
         if match is None:
-            return text.rstrip() + end_token(self.chat.tokenizer)
+            return text.rstrip() + eos
+        place = text.find(eos, match.start())
+        if place >= 0 and pattern.sub("", text[match.end() : place]).strip():
+            return text[: place + len(eos)]  # the first one closes a part of the answer
         end = match.end()
-        while following := pattern.match(text, end):
+        while text[end - len(eos) : end] != eos and (following := pattern.match(text, end)):
             end = following.end()
         # The rest is never generated: a line break, or the header of a turn that some templates always open.
         return text[: end if not pattern.sub("", text[end:]).strip() else match.end()]

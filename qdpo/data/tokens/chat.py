@@ -57,6 +57,8 @@ class CallForm:
     takes_text: bool
     takes_object: bool
     nested: bool
+    without_content: bool
+    """A call stands only in a message whose content is null."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,13 @@ class ChatTemplate:
     @cached_property
     def call_form(self) -> CallForm | None:
         """How the template takes tool calls, found by trying each form; None if it writes none of them."""
-        for nested in (True, False):
-            as_object = self._call_text(CALL, nested)
-            as_text = self._call_text({**CALL, "arguments": json.dumps(CALL["arguments"])}, nested)
+        for content, nested in (("", True), ("", False), (None, True), (None, False)):
+            as_object = self._call_text(CALL, nested, content)
+            as_text = self._call_text({**CALL, "arguments": json.dumps(CALL["arguments"])}, nested, content)
             takes_object = "vqdpo wqdpo" in as_object and "'kqdpo'" not in as_object
             takes_text = "vqdpo wqdpo" in as_text and r"\"kqdpo" not in as_text
             if takes_object or takes_text:
-                return CallForm(takes_text, takes_object, nested)
+                return CallForm(takes_text, takes_object, nested, content is None)
         return None
 
     @cached_property
@@ -118,12 +120,13 @@ class ChatTemplate:
         has_tag = thoughts.opened(own) is not None or thoughts.is_closed(own)
         return self.thought_form is not None and bool(own.strip()) and not has_tag
 
-    def _call_text(self, call: dict[str, Any], nested: bool) -> str:
+    def _call_text(self, call: dict[str, Any], nested: bool, content: str | None) -> str:
         made = {"type": "function", "id": "call00001"} | ({"function": call} if nested else call)
-        turns = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [made]}]
+        turns = [QUESTION, {"role": "assistant", "content": content, "tool_calls": [made]}]
         answered = {"role": "tool", "tool_call_id": "call00001", "name": "fqdpo", "content": "rqdpo"}
         # Some templates write a call only together with its result.
-        return self._tried(turns, [FUNCTION]) or self._tried([*turns, answered], [FUNCTION])
+        text = self._tried(turns, [FUNCTION]) or self._tried([*turns, answered], [FUNCTION])
+        return text[text.rfind(QUESTION["content"]) :]  # before it stand the functions
 
     def _tried(self, turns: list[Message], tools: list[Any] | None = None, *, opens: bool = False) -> str:
         try:
@@ -135,6 +138,8 @@ class ChatTemplate:
         """The turn with its thought and its tool calls in the forms that the template takes."""
         if "tool_calls" in turn:
             turn = {**turn, "tool_calls": [self._call(call) for call in turn["tool_calls"]]}
+            if self.call_form is not None and self.call_form.without_content and not turn["content"]:
+                turn = {**turn, "content": None}
         if "reasoning_content" in turn and self.thought_form is not None:
             others = {name: value for name, value in turn.items() if name not in ("reasoning_content", "content")}
             turn = {**others, **self.thought_form.fields(turn["reasoning_content"], turn["content"])}

@@ -67,6 +67,15 @@ def starts_closed(text: str) -> str:
     return found[0] if found else ""
 
 
+def filled(empty: str, thought: str) -> str:
+    """A closed thought without words, with the thought in it; empty if its opening tag is not there."""
+    opening = _OPEN_AT_START.match(empty)
+    if opening is None:
+        return ""
+    space = "\n" * ("\n" in empty[opening.end() : empty.rfind(closing_of(opening["open"]))])
+    return f"{empty[: opening.end()]}{space}{thought.strip()}{space}{closing_of(opening['open'])}"
+
+
 def inline(text: str) -> Inline | None:
     """The thought at the start of an answer's text, with its tags or with the closing tag alone; None if none."""
     opening = _OPEN_AT_START.match(text)
