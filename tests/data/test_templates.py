@@ -109,8 +109,7 @@ def inference_prompts(talk: Talk, name: str) -> list[str]:
         folded = f"{system}\n\n{user}", f"{system.strip()}\n\n{user.strip()}"
         prompts = [[message("user", text), *prompt[2:]] for text in folded]
     return [
-        tokenizer_of(name).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        for turns in prompts
+        tokenizer_of(name).apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in prompts
     ]
 
 
@@ -124,7 +123,9 @@ def written(talk: Talk, name: str) -> Iterator[tuple[str, set[str]]]:
         if name == "qwen3":
             bare = {answer, answer.lstrip("\n"), answer.strip()}
             forms = bare if is_thought(answer) else {EMPTY_THOUGHT + form for form in bare}
-            if "</think>" in answer and not is_thought(answer):  # as a model writes behind a prompt that opens a thought
+            if "</think>" in answer and not is_thought(
+                answer
+            ):  # as a model writes behind a prompt that opens a thought
                 thought, _, rest = answer.partition("</think>")
                 forms |= {EMPTY_THOUGHT + end for end in (rest, rest.strip(), rest.lstrip())}
                 for inner in (thought.strip(), thought.strip("\n")):

@@ -6,8 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-KEPT = Path(__file__).with_name("kept")
-"""Published templates under free licences; README.md there says where each is from."""
+KEPT = Path(__file__).parent
+"""The templates kept here; README.md says where each is from."""
 SPECIAL = re.compile(
     r"<\|[^\s<>|'\"{}]+\|>|<\|[^\s<>|'\"{}]+>|<[^\s<>|'\"{}]+\|>|<｜[^\s<>'\"{}]+｜>|</?s>|<(?:bos|eos|pad|unk)>"
     r"|<(?:start|end)_of_turn>|\[/?[A-Z][A-Z_]+\]|\]~!?b\[|\]~b\]|\[e~\[|<\[[a-z_]+\]>|<seed:(?:bos|eos)>"
