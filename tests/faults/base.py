@@ -29,6 +29,7 @@ ADAPTER = "runs/run/adapter/adapter_model.safetensors"
 REFUSED = frozenset({"refused"})  # exit code 2, 3, 5, 6, 7 or 9
 SAME = frozenset({"same"})  # exit code 0, and the adapter of the undamaged run
 DONE = frozenset({"done"})  # exit code 0
+NOT_FINITE = frozenset({"not finite"})  # exit code 4: for settings that make a healthy model overflow
 PAIRS = 12
 
 
@@ -45,7 +46,7 @@ class Case:
     """What was damaged; unique in its kind."""
     make: Callable[[Path], list[str]]
     right: frozenset[str]
-    """Of REFUSED | SAME | DONE: the outcomes that are right."""
+    """Of REFUSED | SAME | DONE | NOT_FINITE: the outcomes that are right."""
     near: str | None = None
     """A text that a refusal must hold, such as the name of the damaged file."""
     around: Callable[[Path], AbstractContextManager[object]] | None = None
