@@ -1,4 +1,4 @@
-"""Keeps text from outside (servers, data, names, templates) from controlling the terminal: the door of all plain output.
+"""Keeps text from outside (servers, data, names, templates) from controlling the terminal: the door of plain output.
 
 `protect_terminal` puts the door in front of stdout and stderr; `console.Screen` has its own, behind rich's colours.
 """
