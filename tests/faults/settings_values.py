@@ -31,16 +31,16 @@ UNBOUNDED = {
 
 
 def cases(rng: random.Random, good: Good) -> Iterator[Case]:
-    names = sorted(setting_names())
     yield from _files(rng, good)
-    for _ in range(120):
-        name, value = rng.choice(names), rng.choice(TYPED)
+    names = sorted(setting_names())
+    texts = [
+        name for name in names if "str" in str(setting_names()[name].model_fields[name.rpartition(".")[2]].annotation)
+    ]
+    for number in range(240):
+        name = rng.choice(texts if number % 2 else names)
+        build, value = rng.choice([*((_typed, value) for value in TYPED), *((_written, value) for value in WRITTEN)])
         if not (name in UNBOUNDED and _is_large(value)):
-            yield _typed(good, name, value)
-    for _ in range(120):
-        name, value = rng.choice(names), rng.choice(WRITTEN)
-        if not (name in UNBOUNDED and _is_large(value)):
-            yield _written(good, name, value)
+            yield build(good, name, value)
 
 
 def _is_large(text: str) -> bool:
