@@ -24,8 +24,8 @@ from rich.text import Text
 from qdpo.diagnose.course import Record
 from qdpo.report.screen.console import Screen
 from qdpo.report.screen.spark import sparkline
-from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import is_sampled, read_lines
 from qdpo.run.record import Result
 from qdpo.train.watch.prompts import question
 
@@ -148,7 +148,7 @@ def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 
             f"{lengths.median_tokens_after:g}",
         )
     console.print(table)
-    for line in read_lines(run.samples)[:shown]:
+    for line in read_lines(run.samples, is_sampled)[:shown]:
         _side_by_side(line, console)
     console.print(
         f"{result.steps} steps, {result.pairs} pairs, {result.seconds / 60:.1f} minutes, peak memory "
