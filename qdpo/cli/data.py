@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qdpo.cli.common import EXTRA, SettingArguments, quiet_libraries
+from qdpo.cli.common import EXTRA, SettingArguments, finite, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
@@ -108,7 +108,9 @@ def split(
     path: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
-    fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,
+    fraction: Annotated[
+        float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5, callback=finite)
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Random seed: which prompts are held out.")] = 0,
     force: Force = False,
 ) -> None:

@@ -213,6 +213,8 @@ def opened(out: Path, items: list[Candidates]) -> Iterator[Decisions]:
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Lock the file against other qdpo processes. Raises: ConfigError if another process holds the lock; DiskError."""
+    if not out.name:
+        raise ConfigError(f"--out={out} names no file. Give one, as in `--out pairs.jsonl`.")
     place = out.with_name(f".{out.name}.lock")
     for path in (place, out, journal_of(out)):
         places.check_file(path)
