@@ -13,9 +13,11 @@ import torch
 
 from qdpo import __version__
 from qdpo.data import prepare
+from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
+from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
@@ -198,17 +200,16 @@ def _first_start(
     watcher: Watcher,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all."""
-    config = resolved.config
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ConfigError(
             f"{run.path} exists but is not a qdpo run. Choose another `output.name`, or remove the folder."
         )
-    say = watcher.say
+    say, shape = watcher.say, model_config(folder.folder)
+    config = within_positions(resolved, positions(shape), say)
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
-    shape = model_config(folder.folder)
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
