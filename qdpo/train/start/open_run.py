@@ -36,7 +36,7 @@ from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
-from qdpo.train.start.length import Passes, RunLength, measure_speed, plan_steps, within_hours
+from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -209,6 +209,8 @@ def _first_start(
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    if few := few_held_out(config.data, len(data.train), len(data.held_out)):
+        say(few)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
