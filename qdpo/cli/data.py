@@ -40,13 +40,16 @@ def check(
     """
     quiet_libraries()
     from qdpo.data.check import check_data
+    from qdpo.data.positions import within_positions
+    from qdpo.families.config_fields import positions_of
     from qdpo.report.screen.dataset import print_report, print_token_pair, print_verdict
     from qdpo.report.screen.live import Terminal
 
-    config = layered.resolve([*(settings or []), f"data.path={path}"]).config
+    resolved = layered.resolve([*(settings or []), f"data.path={path}"])
     terminal = Terminal(stderr=json_)
     try:
-        tokenizer, policy = model_side(config, terminal.say)
+        tokenizer, policy = model_side(resolved.config, terminal.say)
+        config = within_positions(resolved, positions_of(Path(tokenizer.name_or_path)), terminal.say)
         checked = check_data(config, tokenizer, policy, terminal, report)
     finally:
         terminal.finish()

@@ -47,7 +47,7 @@ def run(
         typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
     from qdpo.report.screen.live import Terminal, print_result
     from qdpo.run.finished import finished_run, is_finished
-    from qdpo.run.record import read_result
+    from qdpo.run.record import read_record, read_result
 
     terminal = Terminal()
     places.check_places(folder)
@@ -68,7 +68,7 @@ def run(
         with lock.exclusive(folder):
             lock.clear_leftovers(folder)
             write_card(finished_run(folder.path))
-    print_result(folder, result, terminal.console)
+    print_result(folder, result, terminal.console, held_out=read_record(folder).data.held_out_pairs)
 
 
 def _train(resolved: layered.Resolved, terminal: "Terminal") -> "Result":

@@ -220,6 +220,8 @@ class _Bytes:
 
 def _tell(found: ReadData, say: Any, before: str) -> None:
     lines = report.summary_lines(found.prepared, found.layouts, found.sources)
+    if before:  # the number of held-out pairs has a warning of its own
+        lines = [line for line in lines if report.FEW not in line]
     lines += [f"warning: {note}" for note in found.template_notes]
     for line in lines:
         say(before + line)

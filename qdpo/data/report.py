@@ -20,6 +20,7 @@ from qdpo.run import disk
 
 LENGTH_BIAS = 0.9
 """Share of longer chosen answers from which length alone tells the answers apart."""
+FEW = "pairs are few"
 FEW_PAIRS = 200
 MUCH_CUT = 0.1
 NOT_COUNTED = {"tie"}
@@ -211,7 +212,7 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
             "inference"
         )
     if len(prepared.pairs) < FEW_PAIRS:
-        warnings.append(f"{len(prepared.pairs):,} pairs are few: a noticeable change takes some hundreds")
+        warnings.append(f"{len(prepared.pairs):,} {FEW}: a noticeable change takes some hundreds")
     return warnings
 
 

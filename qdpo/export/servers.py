@@ -43,8 +43,10 @@ def stop_texts(tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _sampling(folder: Path) -> dict[str, float]:
-    """The sampling settings of generation_config.json, under Ollama's names."""
+    """The sampling settings of generation_config.json, under Ollama's names; do_sample=false is temperature 0."""
     stated = _generation(folder)
+    if stated.get("do_sample") is False:  # transformers then ignores what else it says about drawing
+        stated = {**stated, "temperature": 0, "top_p": None, "top_k": None}
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
     return {name: float(stated[key]) for key, name in names.items() if isinstance(stated.get(key), int | float)}
 

@@ -8,6 +8,7 @@ from qdpo.diagnose.course import Record
 from qdpo.run import disk
 from qdpo.run.lines import is_scored, mend_lines
 from qdpo.run.record import AnswerLengths
+from qdpo.run.watcher import PAIRS
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.start.open_run import Job
 from qdpo.train.watch.alarm import Alarm
@@ -47,7 +48,7 @@ class Checkup:
         if step not in self._metrics.evaluated:
             self._metrics.write(line)
             self._alarm.check(line)
-        job.watcher.step(line)
+        job.watcher.step({**line, PAIRS: len(pairs)})
         self._is_ahead = True
         self._saver.try_save(self.write)
         return evaluation

@@ -17,7 +17,7 @@ from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, lock, places
 from qdpo.run.folder import RunDir
 from qdpo.run.record import Result, damaged, read_record, write_record, write_sealed
-from qdpo.run.watcher import Watcher
+from qdpo.run.watcher import PAIRS, Watcher
 from qdpo.settings.layered import Resolved
 from qdpo.train.between_steps import Checkup
 from qdpo.train.keep import checkpoint
@@ -140,7 +140,7 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
         progress = _after_step(job, progress, step, report, seconds)
         line = _step_record(job, progress, report, rate, seconds, tokens)
         metrics.write(line)
-        job.watcher.step(line)
+        job.watcher.step({**line, PAIRS: report.pairs})
         job.watcher.advance(1)
         alarm.check(line)
         done = step + 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qdpo.errors import ConfigError, DiskError
+from qdpo.report.accuracy import accuracy_text
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun, KnownRun, any_run
 from qdpo.run.folder import RunDir
@@ -49,7 +50,7 @@ def _result(known: KnownRun) -> tuple[str, str, str]:
     before, after = known.result.before, known.result.after
     accuracy, margin = "rewards/accuracies", "rewards/margins"
     return (
-        f"{before[accuracy]:.3f} → {after[accuracy]:.3f}",
+        f"{before[accuracy]:.3f} → {accuracy_text(after[accuracy], known.record.data.held_out_pairs)}",
         f"{before[margin]:+.3f} → {after[margin]:+.3f}",
         f"{before['loss']:.4f} → {after['loss']:.4f}",
     )

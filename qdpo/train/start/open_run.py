@@ -13,9 +13,11 @@ import torch
 
 from qdpo import __version__
 from qdpo.data import prepare
+from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError, DiskError
+from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
@@ -43,7 +45,7 @@ from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
-from qdpo.train.start.length import Passes, RunLength, measure_speed, plan_steps, within_hours
+from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -214,18 +216,19 @@ def _first_start(
     watcher: Watcher,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all."""
-    config = resolved.config
     if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
             f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
             "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
-    say = watcher.say
+    say, shape = watcher.say, model_config(folder.folder)
+    config = within_positions(resolved, positions(shape), say)
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    if few := few_held_out(config.data, len(data.train), len(data.held_out)):
+        say(few)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
-    shape = model_config(folder.folder)
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
