@@ -55,7 +55,7 @@ def clear_leftovers(run: RunDir) -> None:
     A leftover that is a link is removed, never what it points to.
     """
     beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
-    inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
+    inside = r"\.tmp-[\w.-]+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
     for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):
         if folder == run.adapter and not places.is_folder(folder):
             continue
