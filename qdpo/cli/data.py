@@ -73,13 +73,12 @@ def show(
 
     Example: qdpo data show pairs.jsonl --row 17
     """
-    from rich.console import Console
-
     from qdpo.data.convert import pairs_of_rows
+    from qdpo.report.screen.console import Screen
     from qdpo.report.screen.dataset import print_row
     from qdpo.report.screen.live import Terminal
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     found = pairs_of_rows(_data(path, settings), {row} if row else {1, 2, 3}, Terminal(stderr=True))
     for number, pairs in found:
         print_row(number, pairs, console)

@@ -12,6 +12,7 @@ from qdpo import __version__
 from qdpo.cli import collect, common, data, forecast, machine, review, ship, train
 from qdpo.cli.common import EXTRA
 from qdpo.errors import QdpoError
+from qdpo.report.screen.outside_text import protect_terminal
 
 app = typer.Typer(
     add_completion=True,
@@ -61,6 +62,7 @@ def _main(
 
 def main() -> None:
     """Console entry point. Exit codes are those of `errors`; 130 for an interruption before anything was saved."""
+    protect_terminal()
     try:
         app()
     except QdpoError as error:

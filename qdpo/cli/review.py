@@ -129,12 +129,12 @@ def metrics(
 
     Example: qdpo metrics rewards/margins
     """
-    from rich.console import Console
     from rich.markdown import Markdown
 
+    from qdpo.report.screen.console import Screen
     from qdpo.report.screen.explain import explain
 
-    text, console = explain(name), Console()
+    text, console = explain(name), Screen()
     if console.is_terminal:
         console.print(Markdown(text))
     else:
