@@ -15,6 +15,7 @@ from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, Verific
 from qdpo.model.device import peak_gib, release_memory
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, lock, places
+from qdpo.run.finished import adapter_settings, adapter_weights
 from qdpo.run.folder import RunDir
 from qdpo.run.record import Result, damaged, read_record, write_record, write_sealed
 from qdpo.run.watcher import PAIRS, Watcher
@@ -280,6 +281,8 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
         peak_gib=peak_gib(policy.device),
         overflows=outcome.progress.overflows,
         adapter=str(job.run.adapter),
+        adapter_weights=adapter_weights(job.run.adapter),
+        adapter_settings=adapter_settings(job.run.adapter),
     )
     saver.save_or_wait(lambda: write_sealed(job.run.result, result))
     return result

@@ -281,7 +281,7 @@ BAD: list[tuple[Callable[[RunDir, Path], None], type[QdpoError], str]] = [
     (torn_file, ConfigError, "ends inside"),
     (other_shape, ConfigError, "belongs to another base: for .* it has 32x96, but .* has 32x64"),
     (other_targets, ConfigError, "do not hold weights that the adapter or the run names: gpt_neox"),
-    (dora, ConfigError, "use_dora=True, which is not supported"),
+    (dora, ConfigError, "use_dora=True.* which is not supported"),
     (embedding, ConfigError, "which is not the A or B of a linear layer"),
     (experts, ConfigError, "mixture of experts"),
     (exists, ConfigError, "exists already"),

@@ -22,7 +22,7 @@ from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
-from qdpo.model.policy import adapter
+from qdpo.model.policy import adapter, adapter_source
 from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
 from qdpo.run.record import (
@@ -103,6 +103,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
+    adapter_source.check_adapter(
+        config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
+    )
     tokenizer = load_tokenizer(folder.folder)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
@@ -233,7 +236,7 @@ def _first_start(
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
-        files.append(Path(config.adapter.start) / adapter.WEIGHTS)
+        files += [Path(config.adapter.start) / name for name in (adapter.WEIGHTS, adapter.CONFIG)]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
     found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
