@@ -7,7 +7,7 @@ from pathlib import Path
 from qdpo.data import prepare
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.load import model_config
 from qdpo.model.policy import adapter
 from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
@@ -16,6 +16,7 @@ from qdpo.train.policy.build import probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start.open_run import cache_folder
+from qdpo.train.start.tokenizer import tokenizer_of
 from qdpo.train.watch.evaluate import Evaluation, evaluate
 
 
@@ -73,7 +74,10 @@ def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
     opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
     if not any(argument.removeprefix("--").startswith("data.") for argument in arguments):
         return Chosen(opened, "the run's held-out pairs", prepare.load(opened.run)[1])
-    tokenizer = load_tokenizer(opened.place.folder)
-    source, pairs = prepare.read_pairs(opened.config.data, tokenizer, watcher)
+    tokenizer = tokenizer_of(opened.finished, opened.place.folder).tokenizer
+    data = opened.config.data
+    if data.template == opened.finished.config().data.template != "plain":
+        data = data.model_copy(update={"template": "auto"})  # the run's tokenizer has it; its file may be gone
+    source, pairs = prepare.read_pairs(data, tokenizer, watcher)
     prepare.check_ids(pairs, model_config(opened.place.folder).get_text_config().vocab_size, tokenizer)
     return Chosen(opened, source, pairs)

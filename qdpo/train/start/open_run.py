@@ -19,7 +19,9 @@ from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
+from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy import adapter
 from qdpo.run import disk, identity, record
 from qdpo.run.folder import RunDir
@@ -35,6 +37,7 @@ from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Passes, RunLength, measure_speed, plan_steps, within_hours
+from qdpo.train.start.tokenizer import take_start, trained_ends
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -93,6 +96,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
     tokenizer = load_tokenizer(folder.folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not run.record.exists():
         _first_start(resolved, run, folder, device, tokenizer, watcher)
@@ -108,6 +112,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )
     watcher.finish()
     _check_weights(run, folder, loaded)
+    stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(
@@ -213,7 +218,7 @@ def _first_start(
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
-        files.append(Path(config.adapter.start) / adapter.WEIGHTS)
+        files += [Path(config.adapter.start) / adapter.WEIGHTS, *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
     found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
