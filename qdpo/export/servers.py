@@ -8,7 +8,7 @@ from typing import Any
 from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.template_pieces import turn_text
-from qdpo.model.base.tokenizer_files import JINJA, generation_settings, stated_ends
+from qdpo.model.base.tokenizer_files import JINJA, sampling_settings, stated_ends
 
 # The values that vLLM accepts for --max-lora-rank (read in vllm/config/lora.py; vLLM itself was never run here).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,11 +44,11 @@ def stop_texts(tokenizer: Any, folder: Path, ends: Sequence[int] = ()) -> list[s
 
 def _sampling(folder: Path) -> dict[str, float]:
     """The sampling settings of generation_config.json, under Ollama's names; without sampling, temperature 0."""
-    stated = generation_settings(folder)
+    stated = sampling_settings(folder)
     if stated.get("do_sample") is False:
         stated = {**stated, "temperature": 0.0}
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
-    return {name: float(stated[key]) for key, name in names.items() if isinstance(stated.get(key), int | float)}
+    return {name: float(stated[key]) for key, name in names.items() if key in stated}
 
 
 def _value(path: str) -> str:

@@ -73,7 +73,7 @@ def turn_text(tokenizer: Any) -> TurnText:
     if not tokenizer.chat_template:
         raise ConfigError(
             "The run has no chat template: it was trained on bare text, so it takes no chats and no Modelfile. Serve "
-            "it with vLLM or llama.cpp as a text completer (`--to vllm`, `--to gguf`), or train with data.template=chatml."
+            "it as a text completer with vLLM or llama.cpp (`--to vllm`, `--to gguf`), or train with a data.template."
         )
     user = {"role": "user", "content": FIRST}
     more = [user, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": SECOND}]

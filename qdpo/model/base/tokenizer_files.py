@@ -121,14 +121,16 @@ def write_conversation(folder: Path, *, template: Template | None, eos: str | No
         path.write_bytes(source.encode("utf-8"))  # write_text would change line ends on some systems
 
 
-def write_ends(folder: Path, ends: Sequence[int], *, base: Mapping[str, Any]) -> None:
-    """generation_config.json: the base's, which ends at these tokens as well."""
-    _write(folder / GENERATION, {**base, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)})
+def write_ends(folder: Path, ends: Sequence[int], *, base: Path) -> None:
+    """Writes the generation_config.json of the folder `base`, with these ends. Raises: ConfigError."""
+    settings = _object(base / GENERATION)
+    _write(folder / GENERATION, {**settings, "eos_token_id": ends[0] if len(ends) == 1 else list(ends)})
 
 
-def generation_settings(folder: Path) -> dict[str, Any]:  # the file's own form
-    """The content of generation_config.json; empty if there is none. Raises: ConfigError."""
-    return _object(folder / GENERATION)
+def sampling_settings(folder: Path) -> dict[str, float]:
+    """The switches and numbers of generation_config.json by name; empty without the file. Raises: ConfigError."""
+    content = _object(folder / GENERATION)
+    return {name: value for name, value in content.items() if isinstance(value, int | float)}
 
 
 def _token(value: Any) -> str | None:

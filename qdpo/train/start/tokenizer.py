@@ -134,7 +134,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, run: RunDir, record: RunRecord,
     _as_trained(shipped, data, trained, run)
     shipped.save_pretrained(folder)
     if ends:
-        tokenizer_files.write_ends(folder, ends, base=tokenizer_files.generation_settings(base))
+        tokenizer_files.write_ends(folder, ends, base=base)
 
 
 def tokenizer_of(finished: FinishedRun, folder: Path) -> RunTokenizer:
@@ -184,7 +184,7 @@ def keeps_conversation(found: RunTokenizer, folder: Path) -> bool:
 def write_conversation_files(found: RunTokenizer, folder: Path, base: Path) -> None:
     """chat_template.jinja and generation_config.json as a model's folder holds them, and nothing else."""
     tokenizer_files.write_conversation(folder, template=found.template, eos=None)
-    tokenizer_files.write_ends(folder, found.ends.every, base=tokenizer_files.generation_settings(base))
+    tokenizer_files.write_ends(folder, found.ends.every, base=base)
 
 
 def put_conversation(found: RunTokenizer, folder: Path) -> None:
@@ -196,9 +196,8 @@ def put_conversation(found: RunTokenizer, folder: Path) -> None:
     eos = found.tokenizer.eos_token
     if (before.template, before.tokenizer.eos_token) != (found.template, eos):
         tokenizer_files.write_conversation(folder, template=found.template, eos=eos)
-    settings = tokenizer_files.generation_settings(folder)
     if not set(found.ends.trained) <= set(tokenizer_files.stated_ends(folder, "generation_config.json")):
-        tokenizer_files.write_ends(folder, found.ends.every, base=settings)
+        tokenizer_files.write_ends(folder, found.ends.every, base=folder)
 
 
 def _with_base(trained: Sequence[int], tokenizer: Any, folder: Path) -> list[int]:
