@@ -143,9 +143,11 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
         return tokenizer, Origin(name)
     from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder
     from qdpo.run.record import file_record
+    from qdpo.train.start.tokenizer import take_start
 
     folder = Path(config.adapter.start)
     check_adapter_folder(folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS).sha256)
 
 

@@ -11,6 +11,7 @@ from qdpo.data.tokens.templates import settle_template
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import choose_device, choose_dtype
+from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder, start_adapter
 from qdpo.model.policy.adapter_source import check_adapter
 from qdpo.review.open import reopen, tuned
@@ -20,6 +21,7 @@ from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import DataConfig
 from qdpo.train.policy.build import base_of, check_base_unchanged
+from qdpo.train.start.tokenizer import start_ends, take_start
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
     )
     check_adapter(config.adapter.start, config.adapter.targets, place, say)
     tokenizer = load_tokenizer(place.folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     if note := settle_template(tokenizer, config.data.template):
         say(note)
     watcher.begin("loading the model", 1, "model")
@@ -62,6 +65,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
         name = "/".join(folder.resolve().parts[-2:])
         origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS).sha256)
     watcher.finish()
+    stop_at(model, start_ends(tokenizer, config.adapter.start, config.data.template))
     return Sampler(model, tokenizer, config.data, device, origin)
 
 

@@ -1,5 +1,6 @@
 """Prepares the pairs of a run in its folder: read, recognise, render, tokenise once, split, report."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def prepare_data(
     first = main.sources[0]
     other_name = other_revision = None
     sources, notes = list(main.sources), list(main.prepared.notes)
-    pairs, source_of = main.prepared.pairs, main.prepared.source_of
+    pairs, source_of, ends = main.prepared.pairs, main.prepared.source_of, Counter(main.prepared.ends)
     if config.eval_path or config.eval_split:
         other = read_held_out(config, tokenizer, watcher, scratch=scratch)
         _tell(other, say, "held out: ")
@@ -75,6 +76,7 @@ def prepare_data(
         held_out = other.prepared.pairs[: config.eval_limit]
         sources += other.sources
         notes += other.prepared.notes
+        ends += other.prepared.ends
         other_name, other_revision = other.name, other.sources[0].revision
         held_out = _without_overlap(config, pairs, held_out, say)
         places: Sequence[int] = range(len(pairs))
@@ -91,6 +93,7 @@ def prepare_data(
     about = DataRecord(
         source=main.name, revision=first.revision, license=first.license, train_pairs=len(train),
         held_out_pairs=len(held_out), dropped=dropped, held_out_source=other_name, held_out_revision=other_revision,
+        ends=[token for token, _count in ends.most_common()],
     )  # fmt: skip
     say(f"pairs: {len(train)} to train, {len(held_out)} held out")
     files = [Path(name) for entry in sources for name in entry.files]

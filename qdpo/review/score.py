@@ -12,7 +12,7 @@ from qdpo.data.positions import shortened
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.families.config_fields import positions
-from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.load import model_config
 from qdpo.model.policy import adapter
 from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
@@ -22,6 +22,7 @@ from qdpo.train.policy.build import probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start.open_run import cache_folder
+from qdpo.train.start.tokenizer import tokenizer_of
 from qdpo.train.watch.evaluate import Evaluation, evaluate
 
 
@@ -118,8 +119,10 @@ def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
     opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
     if not any(argument.removeprefix("--").startswith("data.") for argument in arguments):
         return Chosen(opened, "the run's held-out pairs", prepare.load(opened.run)[1])
-    tokenizer, shape = load_tokenizer(opened.place.folder), model_config(opened.place.folder)
+    tokenizer, shape = tokenizer_of(opened.finished, opened.place.folder).tokenizer, model_config(opened.place.folder)
     data, limit = opened.config.data, positions(shape)
+    if data.template == opened.finished.config().data.template != "plain":
+        data = data.model_copy(update={"template": "auto"})  # the run's tokenizer has it; its file may be gone
     if limit is not None and data.max_tokens > limit.count and (limit.has_table or not _is_set(data)):
         watcher.say(f"data.max_tokens: {limit.count:,}, the model's positions; longer pairs are cut or dropped")
         data = shortened(data, limit.count)

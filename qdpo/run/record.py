@@ -91,6 +91,8 @@ class DataRecord(Part):
     dropped: int
     held_out_source: str | None = None
     held_out_revision: str | None = None
+    ends: list[int] | None = None
+    """Ids of the special tokens with which uncut answers end, the most frequent first; None in runs before 0.2."""
     more: dict[str, object] = field(default_factory=dict)
 
 

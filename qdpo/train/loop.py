@@ -29,6 +29,7 @@ from qdpo.train.keep.stop import StopRequest, catch_signals
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
+from qdpo.train.start.tokenizer import save_tokenizer
 from qdpo.train.step.feed import Feed, ReadyRow
 from qdpo.train.step.optimizer import learning_rate, make_optimizer
 from qdpo.train.step.out_of_memory import Recovery
@@ -265,7 +266,7 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
 
     def fill(path: Path) -> None:
         adapter.save_adapter(policy, path, base_name=job.base.name, revision=job.base.commit)
-        job.tokenizer.save_pretrained(path)
+        save_tokenizer(job.tokenizer, path, job.run, read_record(job.run), job.config.data, job.base.folder)
 
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
     saver.save_or_wait(lambda: disk.write_folder(job.run.adapter, fill))

@@ -151,6 +151,15 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted(ends)
 
 
+def stop_at(model: Any, ends: Sequence[int]) -> None:
+    """Makes the model's answers end at these tokens as well, whoever generates them."""
+    config = model.generation_config
+    own = config.eos_token_id
+    stated = own if isinstance(own, list) else [] if own is None else [own]
+    if missing := [token for token in ends if token not in stated]:
+        config.eos_token_id = [*stated, *missing]
+
+
 def until_end(ids: list[int], ends: list[int]) -> list[int]:
     for place, token in enumerate(ids):
         if token in ends:

@@ -21,7 +21,9 @@ from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
+from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy import adapter, adapter_source
 from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
@@ -46,6 +48,7 @@ from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
+from qdpo.train.start.tokenizer import take_start, trained_ends
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -107,6 +110,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
     )
     tokenizer = load_tokenizer(folder.folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
         _first_start(resolved, run, folder, device, tokenizer, watcher)
@@ -128,6 +132,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )
     watcher.finish()
     _check_weights(run, folder, loaded)
+    stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(
@@ -236,7 +241,8 @@ def _first_start(
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
-        files += [Path(config.adapter.start) / name for name in (adapter.WEIGHTS, adapter.CONFIG)]
+        names = (adapter.WEIGHTS, adapter.CONFIG)
+        files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
     found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
