@@ -186,6 +186,8 @@ class _Look:
     def _answer_kind(self, chosen: str, rejected: str) -> CellKind:
         kinds = {column: self._column_kind(column) for column in (chosen, rejected)}
         if len(set(kinds.values())) > 1 and "turns" in kinds.values():
+            if not any(self._holds_messages(column) for column in kinds):
+                return "text"  # messages that are only spelt out, and only on one side, are answers in JSON
             raise DataError(
                 f"{self.origin}: {chosen} holds {_words(kinds[chosen])}, but {rejected} holds "
                 f"{_words(kinds[rejected])}. Rewrite one of the columns: both answers must have the same form."
@@ -197,6 +199,9 @@ class _Look:
         if kind == "text" and "prompt" not in self.found.named:
             return self._dialogue_or_error(chosen, rejected)
         return kind
+
+    def _holds_messages(self, column: str) -> bool:
+        return any(kind_of(row.get(column)) == "turns" for row in self.sample.rows.values())
 
     def _dialogue_or_error(self, chosen: str, rejected: str) -> CellKind:
         rows = self.sample.rows

@@ -24,6 +24,8 @@ ROLES = {
     "developer": "system",  # OpenAI's newer name
     "observation": "tool",  # ShareGPT
 }
+SPEAKER_KEYS = ('"role"', "'role'", '"from"', "'from'")
+MESSAGE_KEYS = {"role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "weight"}
 BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
@@ -59,9 +61,15 @@ def is_dialogue(text: str) -> bool:
 
 
 def decode_turns(text: str) -> Any | None:
-    """Parse a text as a message list; None if it is ordinary text. Nothing is executed."""
+    """Parse a text as a conversation; None if it is ordinary text, such as an answer in JSON. Nothing is executed."""
+    value = _parsed(text)
+    return value if _is_conversation(value) else None
+
+
+def _parsed(text: str) -> Any | None:
+    """The list or mapping that a text spells out as JSON or Python, if it has the keys of messages."""
     text = text.strip()
-    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}")) and any(key in text for key in SPEAKER_KEYS)):
         return None
     try:
         value = json.loads(text)
@@ -74,6 +82,24 @@ def decode_turns(text: str) -> Any | None:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
     return value if _looks_like_turns(value) else None
+
+
+def _is_conversation(value: Any) -> bool:
+    """True if text that was parsed is certainly messages: `{"from": "Paris", "to": "Rome"}` is an answer."""
+    if isinstance(value, Mapping):
+        return _is_message(value) and _role(value) in ROLES
+    if not isinstance(value, list) or not all(map(_is_message, value)):
+        return False
+    return any(_role(turn) in ROLES for turn in value) or all(turn.keys() <= MESSAGE_KEYS for turn in value)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    content = turn.get("content", turn.get("value"))
+    return isinstance(_role(turn), str) and (isinstance(content, str | list) or bool(turn.get("tool_calls")))
+
+
+def _role(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
 
 
 def read_text(value: Any, column: str) -> str:
@@ -95,7 +121,7 @@ def read_turns(value: Any, column: str) -> list[Message]:
     if _is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowProblem("null_field", f"{column} is empty")
     if isinstance(value, str):
-        value = decode_turns(value)
+        value = _parsed(value)
     if not _looks_like_turns(value):
         raise RowProblem("not_text", f"{column} is not a list of messages, but in the other rows it is")
     turns = [value] if isinstance(value, Mapping) else value
