@@ -40,7 +40,7 @@ class RowProblem(Exception):
 
 def kind_of(value: Any) -> CellKind:
     """The kind of a cell's content; `encoded` is a message list written as JSON or Python text, as in CSV files."""
-    if _is_null(value):
+    if is_null(value):
         return "null"
     if isinstance(value, str):
         if not value.strip():
@@ -104,7 +104,7 @@ def _role(turn: Mapping[str, Any]) -> Any:
 
 def read_text(value: Any, column: str) -> str:
     """The text of a cell. Raises RowProblem `null_field` or `not_text`."""
-    if _is_null(value):
+    if is_null(value):
         raise RowProblem("null_field", f"{column} is empty (null)")
     if not isinstance(value, str):
         raise RowProblem("not_text", f"{column} holds {type(value).__name__}, not text: {excerpt(value)}")
@@ -118,7 +118,7 @@ def read_text(value: Any, column: str) -> str:
 def read_turns(value: Any, column: str) -> list[Message]:
     """The turns of a cell. Raises RowProblem `null_field`, `not_text` or `unknown_role`."""
     value = _unwrapped(value)
-    if _is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
+    if is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowProblem("null_field", f"{column} is empty")
     if isinstance(value, str):
         value = _parsed(value)
@@ -188,5 +188,6 @@ def _looks_like_turns(value: Any) -> bool:
     return all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
+    """True for a cell without a value: null, or the NaN of a table."""
     return value is None or (isinstance(value, float) and value != value)  # NaN means null in tables

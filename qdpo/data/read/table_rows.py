@@ -63,7 +63,7 @@ def _table_rows(batches: Iterator[Any], count: int | None, reading: Reading) -> 
 
 
 def _has_keys(kind: Any) -> bool:
-    import pyarrow.types
+    import pyarrow.types  # type: ignore[import-untyped]
 
     if pyarrow.types.is_struct(kind):
         return True
