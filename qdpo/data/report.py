@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qdpo.data.layouts.before import unused_warning
 from qdpo.data.layouts.layout import Layout
 from qdpo.data.layouts.notes import RowNote
 from qdpo.data.layouts.origin import Origin
@@ -188,6 +189,7 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
         share = prepared.scores_disagree / pairs
         advice = ": the labels look swapped" if share > 0.5 else ""
         warnings.append(f"{scores[0]} is below {scores[1]} in {share:.0%} of the pairs{advice}")
+    warnings += [unused_warning(layout.unused) for layout in layouts if layout.unused]
     if contradictions := prepared.dropped["contradiction"]:
         warnings.append(
             f"{contradictions:,} pairs contradict another pair (same answers, labels swapped) and are left out: the "

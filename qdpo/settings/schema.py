@@ -88,6 +88,12 @@ class ColumnsConfig(Section):
     """Name of the column that says which of two answers (chosen and rejected) is the better one."""
     tools: str | None = None
     """Name of the column that holds the functions a model may call."""
+    context: str | None = None
+    """Name of a column whose text is put below the prompt, such as a passage; several: a+b."""
+    history: str | None = None
+    """Name of the column that holds the turns before the prompt: messages, or lists of question and answer."""
+    ignore: str | None = None
+    """Names of columns with text that are left out on purpose: a+b. Nothing is asked or said of them."""
 
 
 class DataConfig(Section):

@@ -24,10 +24,12 @@ ROLES = {
     "developer": "system",  # OpenAI's newer name
     "observation": "tool",  # ShareGPT
 }
-BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name")
+SPEAKER_KEYS = ('"role"', "'role'", '"from"', "'from'")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """Keys of a turn that hold a thought: transformers' and vLLM's, gpt-oss's and Anthropic's, OpenRouter's."""
 THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_content", "summary_text")
+BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name")
+MESSAGE_KEYS = {"role", "from", "content", "value", "weight", *BESIDE_CONTENT, *THOUGHTS}
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -41,7 +43,7 @@ class RowProblem(Exception):
 
 def kind_of(value: Any) -> CellKind:
     """The kind of a cell's content; `encoded` is a message list written as JSON or Python text, as in CSV files."""
-    if _is_null(value):
+    if is_null(value):
         return "null"
     if isinstance(value, str):
         if not value.strip():
@@ -62,9 +64,15 @@ def is_dialogue(text: str) -> bool:
 
 
 def decode_turns(text: str) -> Any | None:
-    """Parse a text as a message list; None if it is ordinary text. Nothing is executed."""
+    """Parse a text as a conversation; None if it is ordinary text, such as an answer in JSON. Nothing is executed."""
+    value = _parsed(text)
+    return value if _is_conversation(value) else None
+
+
+def _parsed(text: str) -> Any | None:
+    """The list or mapping that a text spells out as JSON or Python, if it has the keys of messages."""
     text = text.strip()
-    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}")) and any(key in text for key in SPEAKER_KEYS)):
         return None
     try:
         value = json.loads(text)
@@ -79,9 +87,27 @@ def decode_turns(text: str) -> Any | None:
     return value if _looks_like_turns(value) else None
 
 
+def _is_conversation(value: Any) -> bool:
+    """True if text that was parsed is certainly messages: `{"from": "Paris", "to": "Rome"}` is an answer."""
+    if isinstance(value, Mapping):
+        return _is_message(value) and _role(value) in ROLES
+    if not isinstance(value, list) or not all(map(_is_message, value)):
+        return False
+    return any(_role(turn) in ROLES for turn in value) or all(turn.keys() <= MESSAGE_KEYS for turn in value)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    content = turn.get("content", turn.get("value"))
+    return isinstance(_role(turn), str) and (isinstance(content, str | list) or bool(turn.get("tool_calls")))
+
+
+def _role(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
 def read_text(value: Any, column: str) -> str:
     """The text of a cell. Raises RowProblem `null_field` or `not_text`."""
-    if _is_null(value):
+    if is_null(value):
         raise RowProblem("null_field", f"{column} is empty (null)")
     if not isinstance(value, str):
         raise RowProblem("not_text", f"{column} holds {type(value).__name__}, not text: {excerpt(value)}")
@@ -95,10 +121,10 @@ def read_text(value: Any, column: str) -> str:
 def read_turns(value: Any, column: str) -> list[Message]:
     """The turns of a cell. Raises RowProblem `null_field`, `not_text` or `unknown_role`."""
     value = _unwrapped(value)
-    if _is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
+    if is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowProblem("null_field", f"{column} is empty")
     if isinstance(value, str):
-        value = decode_turns(value)
+        value = _parsed(value)
     if not _looks_like_turns(value):
         raise RowProblem("not_text", f"{column} is not a list of messages, but in the other rows it is")
     turns = [value] if isinstance(value, Mapping) else value
@@ -191,5 +217,6 @@ def _looks_like_turns(value: Any) -> bool:
     return all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
+    """True for a cell without a value: null, or the NaN of a table."""
     return value is None or (isinstance(value, float) and value != value)  # NaN means null in tables
