@@ -199,7 +199,12 @@ def _read(
         work.add(one.rows.located(), layout, source=one.name, limit=limit, progress=advance)
         watcher.finish()
     sources, layouts = [one for one, _, _ in opened], [layout for _, layout, _ in opened]
-    return ReadData(sources, layouts, work.finish(), templates.template_warnings(tokenizer, config.template))
+    return ReadData(
+        sources,
+        layouts,
+        work.finish(),
+        templates.template_warnings(tokenizer, config.template, config.template_options),
+    )
 
 
 class _Bytes:

@@ -158,10 +158,10 @@ def test_what_a_template_adds_by_itself_is_said(with_template):
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a very helpful friend. "
         "Today is {{ strftime_now('%d') }}.<|im_end|>{% endif %}" + CHATML
     )
-    system, date = template_warnings(with_template(own), "auto")
+    system, date = template_warnings(with_template(own), "auto", {})
     assert "You are a very helpful friend" in system and "a date" in date
-    assert template_warnings(with_template(CHATML), "auto") == []
-    assert template_warnings(with_template("{{ raise_exception('no') }}"), "auto") == []
+    assert template_warnings(with_template(CHATML), "auto", {}) == []
+    assert template_warnings(with_template("{{ raise_exception('no') }}"), "auto", {}) == []
 
 
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML

@@ -174,6 +174,22 @@ def test_a_list_of_losses_and_a_name_from_elsewhere() -> None:
     assert renamed.notes == ["loss aot_pair is called aot_unpaired here"]
 
 
+def test_switches_of_a_template_have_names_of_their_own(tmp_path: Path) -> None:
+    given = ["preset=demo", "data.template_options.enable_thinking=false", "data.template_options.level=3"]
+    resolved = layered.resolve([*given, "data.template_options.mode=short"])
+    switches = {"enable_thinking": False, "level": 3, "mode": "short"}
+    assert resolved.config.data.template_options == switches
+    file = tmp_path / "again.toml"
+    file.write_text(config_toml(resolved))
+    assert layered.resolve([str(file)]).config.data.template_options == switches
+    for wrong in ("data.template_options=x", "data.template_options.a.b=1"):
+        with pytest.raises(ConfigError, match=r"data\.template_options"):
+            layered.resolve(["preset=demo", wrong])
+    file.write_text("[data.template_options]\nlevels = [1, 2]\n")
+    with pytest.raises(ConfigError, match=r"levels=\[1, 2\].* is not a word, a number, true or false"):
+        layered.resolve(["preset=demo", str(file)])
+
+
 def test_another_loss_brings_its_own_beta() -> None:
     """A preset's beta belongs to the preset's loss."""
     assert layered.resolve(["preset=demo", "loss.name=simpo"]).config.loss.beta == 2.0

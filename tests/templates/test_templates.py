@@ -6,6 +6,8 @@ import pytest
 
 from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
 from qdpo.data.tokens.render import Rendered, Renderer
+from qdpo.errors import ConfigError
+from qdpo.settings.schema import DataConfig
 from tests.data.chat import prepare_rows
 from tests.templates.judged import KINDS, judge
 from tests.templates.tokenizers import KEPT, tokenizer_of, tokenizer_of_file
@@ -156,3 +158,24 @@ def test_a_template_that_knows_no_thoughts_trains_their_text() -> None:
         pair = to_pair(KINDS[kind], 1, detect_layout([KINDS[kind]], {}, "the row"))
         found = Renderer(tokenizer=tokenizer).render(pair)  # type: ignore[arg-type]
         assert isinstance(found, Rendered) and found.chosen == KINDS[kind]["chosen"][0]["content"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tokenize"])
+def test_a_switch_that_the_template_does_not_have_is_refused(name: str) -> None:
+    config = DataConfig(template_options={name: False})
+    with pytest.raises(
+        ConfigError, match=f"template_options.{name}: .* has no such switch. It reads: .*enable_thinking"
+    ):
+        Renderer.of(tokenizer_of_file(FILES["Qwen3.5-4B"]), config)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [("{% for m in messages %}\n{{ m.content }}\n{{ nothing.at_all }}{% endfor %}", 3), ("{% if %}", 1)],
+)
+def test_a_broken_template_is_named_with_its_line(source: str, line: int) -> None:
+    pair = to_pair(KINDS["plain"], 1, detect_layout([KINDS["plain"]], {}, "the row"))
+    with pytest.raises(
+        ConfigError, match=rf"chat template of 'template' cannot be used: line {line} .*data\.template=FILE"
+    ):
+        Renderer(tokenizer=tokenizer_of(source)).render(pair)  # type: ignore[arg-type]

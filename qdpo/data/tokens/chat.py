@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from qdpo.data.layouts.pair import Message
 from qdpo.data.layouts.turns import RowProblem
 from qdpo.data.tokens import thoughts
+from qdpo.data.tokens.template_bounds import TemplateFault, probe_template, render
+from qdpo.data.tokens.templates import Options
+from qdpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Options = Mapping[str, bool | int | float | str]
-"""The template's switches, as in data.template_options."""
 
 QUESTION: Message = {"role": "user", "content": "Qqdpo"}
 THOUGHT, ANSWER = "Tqdpo", "Aqdpo"
@@ -76,10 +74,24 @@ class ChatTemplate:
         given = [self._as_taken(turn) for turn in turns]
         try:
             return self._render(given, tools, opens)
-        except (TemplateError, TypeError, ValueError) as error:  # unexpected fields for the template
+        except TemplateFault as fault:
+            if fault.bound or (not fault.refused and self._is_broken):
+                raise ConfigError(
+                    f"The chat template of {self.tokenizer.name_or_path!r} cannot be used: {fault}. Take the model's "
+                    "own template from its source, or give another with data.template=FILE."
+                ) from None
             roles = [turn["role"] for turn in turns]
             offer = "; data.merge_same_role=true joins turns of one role" * any(map(str.__eq__, roles, roles[1:]))
-            raise RowProblem("template_refuses", f"{error} (turns: {', '.join(roles)}{offer})") from None
+            raise RowProblem("template_refuses", f"{fault} (turns: {', '.join(roles)}{offer})") from None
+
+    @cached_property
+    def _is_broken(self) -> bool:
+        """True if the template fails for plain conversations as well, which every template takes."""
+        try:
+            probe_template(self.tokenizer, **self.options)
+        except TemplateFault:
+            return True
+        return False
 
     def names(self, word: str) -> bool:
         """True if the word stands in the template's source."""
@@ -131,7 +143,7 @@ class ChatTemplate:
     def _tried(self, turns: list[Message], tools: list[Any] | None = None, *, opens: bool = False) -> str:
         try:
             return self._render(turns, tools, opens)
-        except (TemplateError, TypeError, ValueError):
+        except TemplateFault:
             return ""
 
     def _as_taken(self, turn: Message) -> Message:
@@ -166,8 +178,4 @@ class ChatTemplate:
         return {**beside, "function": inner} if form.nested else {**beside, **inner}
 
     def _render(self, turns: list[Message], tools: list[Any] | None, opens: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=opens, **self.options
-            )
-        )
+        return render(self.tokenizer, turns, tools, add_generation_prompt=opens, **self.options)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qdpo.data.layouts.pair import Message, Pair, Rejection
 from qdpo.data.layouts.turns import RowProblem, excerpt
 from qdpo.data.tokens.answer import Answers, Asked, Reasoning
-from qdpo.data.tokens.chat import ChatTemplate, Options
+from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import hide
 from qdpo.data.tokens.same_text import holds, leaves
-from qdpo.data.tokens.templates import end_token, uses_chat_template
+from qdpo.data.tokens.templates import Options, check_options, end_token, uses_chat_template
 from qdpo.errors import DataError
 from qdpo.settings.schema import DataConfig
 
@@ -77,7 +77,9 @@ class Renderer:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> "Renderer":
-        """A renderer with the settings of data.*."""
+        """A renderer with the settings of data.*. Raises: ConfigError for a switch that the template does not have."""
+        if config.template_options and uses_chat_template(tokenizer, config.template):
+            check_options(tokenizer, config.template_options)
         return cls(
             tokenizer=tokenizer,
             template=config.template,

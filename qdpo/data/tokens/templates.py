@@ -1,9 +1,15 @@
 """The chat template of a run: the tokenizer's own, a built-in one, or a file; and warnings about the template."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
+
+from qdpo.data.tokens.shipped import TAKEN, Switch
+from qdpo.data.tokens.template_bounds import LONGEST_TEMPLATE, TemplateFault, render
 from qdpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -23,6 +29,13 @@ LLAMA3 = (
 )
 OWN = ("chatml", "llama3")
 QUESTION = "Qqdpo"
+Options = Mapping[str, Switch]
+"""The template's switches, as in data.template_options."""
+RESERVED = TAKEN | {
+    "tokenize", "chat_template", "conversation", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+"""What apply_chat_template takes for itself."""
 DATES = ("strftime_now", "date_string")
 
 
@@ -66,18 +79,36 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(tokenizer.eos_token)
 
 
-def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[str]:
+def check_options(tokenizer: "PreTrainedTokenizerBase", options: Options) -> None:
+    """Raises: ConfigError for a switch that the chat template does not have."""
+    source = tokenizer.chat_template
+    sources = [str(one) for one in (source.values() if isinstance(source, dict) else [source])]
+    for name in options:
+        if name in RESERVED or not any(re.search(rf"\b{re.escape(name)}\b", one) for one in sources):
+            known = sorted(set().union(*map(_switches, sources)) - RESERVED)
+            raise ConfigError(
+                f"data.template_options.{name}: the chat template of {tokenizer.name_or_path!r} has no such switch. It "
+                f"reads: {', '.join(known) or 'none'}."
+            )
+
+
+def _switches(source: str) -> set[str]:
+    """The names that a template reads and does not set itself."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except (TemplateError, RecursionError):
+        return set()
+    return find_undeclared_variables(parsed)
+
+
+def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str, options: Options) -> list[str]:
     """Warnings about text that the template adds to every prompt: a system message of its own, or today's date."""
     if not uses_chat_template(tokenizer, template):
         return []
-    from jinja2 import TemplateError
-
     warnings, source = [], tokenizer.chat_template
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError:  # such rows will be dropped one by one, with the template's message
+        text = render(tokenizer, [{"role": "user", "content": QUESTION}], None, add_generation_prompt=True, **options)
+    except TemplateFault:  # such rows will be dropped one by one, with the template's message
         return []
     before = re.sub(r"<[^<>]*>(system|user|assistant|model)?|\[/?\w+\]", " ", str(text).split(QUESTION)[0])
     own = " ".join(before.split())
@@ -96,15 +127,23 @@ def template_warnings(tokenizer: "PreTrainedTokenizerBase", template: str) -> li
 
 def _from_file(template: str) -> str:
     path = Path(template).expanduser()
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # a name that is too long
+        is_file = False
+    if not is_file:
         raise ConfigError(
             f"data.template={template} is neither auto, plain, {', '.join(OWN)} nor a file. Give the path of a Jinja "
             "chat template, such as a model's chat_template.jinja."
         )
     try:
+        if path.stat().st_size > 4 * LONGEST_TEMPLATE:
+            raise ConfigError(
+                f"data.template={template} has {path.stat().st_size:,} bytes: no chat template is so long."
+            )
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.template={template} is not UTF-8 text: {error}.") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"data.template={template} cannot be read as UTF-8 text: {error}.") from None
 
 
 def _need_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, tokens: tuple[str, ...]) -> None:

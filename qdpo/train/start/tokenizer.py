@@ -5,7 +5,7 @@ all that generates text or ships a model reads it there.
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from qdpo.data import prepare
 from qdpo.data.tokens.ends import ends_of_pairs, ends_of_template
-from qdpo.data.tokens.shipped import PLAIN_ANSWER, Switch, plain_template, shipped_template
+from qdpo.data.tokens.shipped import PLAIN_ANSWER, plain_template, shipped_template
 from qdpo.data.tokens.store import TokenPair
 from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
@@ -121,11 +121,6 @@ def start_ends(tokenizer: Any, start: str | None, template: str) -> list[int]:
     return [token for token in dict.fromkeys(ends) if 0 <= token < len(tokenizer)]
 
 
-def template_options(data: DataConfig) -> Mapping[str, Switch]:
-    """The switches of the chat template that rows are rendered with (data.template_options)."""
-    return dict(getattr(data, "template_options", None) or {})
-
-
 def save_tokenizer(tokenizer: Any, folder: Path, run: RunDir, record: RunRecord, data: DataConfig, base: Path) -> None:
     """Writes the tokenizer as trained into an adapter folder, with a generation_config.json that has its ends."""
     trained = trained_ends(run, record, tokenizer, data)
@@ -212,7 +207,7 @@ def _as_trained(tokenizer: Any, data: DataConfig, trained: Sequence[int], run: R
         pairs = prepare.load(run)[0] if run.train_pairs.is_file() else []
         tokenizer.chat_template = plain_template(tokenizer) if _are_conversations(pairs, tokenizer) else None
     source = tokenizer.chat_template or None
-    options = template_options(data)
+    options = data.template_options
     if isinstance(source, dict):
         tokenizer.chat_template = {name: shipped_template(one, options) for name, one in source.items()}
     elif source is not None and data.template != "plain":
