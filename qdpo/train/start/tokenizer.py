@@ -122,13 +122,16 @@ def start_ends(tokenizer: Any, start: str | None, template: str) -> list[int]:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, run: RunDir, record: RunRecord, data: DataConfig, base: Path) -> None:
-    """Writes the tokenizer as trained into an adapter folder, with a generation_config.json that has its ends."""
+    """Writes the tokenizer as trained into an adapter folder.
+
+    Where the base does not state the trained ends, a generation_config.json there does.
+    """
     trained = trained_ends(run, record, tokenizer, data)
     ends = _with_base(trained, tokenizer, base)
     shipped = copy.deepcopy(tokenizer)
     _as_trained(shipped, data, trained, run)
     shipped.save_pretrained(folder)
-    if ends:
+    if not set(trained) <= set(tokenizer_files.stated_ends(base)):
         tokenizer_files.write_ends(folder, ends, base=base)
 
 
