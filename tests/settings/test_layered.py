@@ -192,7 +192,7 @@ def test_another_loss_brings_its_own_beta() -> None:
         (f"train.seed = {'9' * 5000}", "digits"),
         ('output.name = "a\\u0000b"', "output.name"),
         ("train.learning_rate = inf", "train.learning_rate"),
-        ("data.weights = [1e308]", "data.weights"),
+        ("loss.weights = [inf]", "loss.weights"),
     ],
 )
 def test_a_file_of_settings_that_no_one_could_mean_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -217,6 +217,10 @@ def test_only_a_regular_file_of_sensible_size_is_read(build: Callable[[Path], No
     build(tmp_path / "odd.toml")
     with pytest.raises(ConfigError, match="odd.toml"):
         layered.resolve([*ANSWERED, str(tmp_path / "odd.toml")])
+
+
+def test_a_weight_that_no_list_of_pairs_could_hold_is_refused() -> None:
+    assert "data.weights=1e308" in problems(*ANSWERED, "data.weights=1e308")[0]
 
 
 def test_text_that_is_no_utf_8_is_refused() -> None:
