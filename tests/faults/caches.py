@@ -13,8 +13,11 @@ from tests.faults.base import DONE, REFUSED, SAME, Case, Good
 
 KIND = "caches"
 Damage = Callable[[Path, random.Random], object]
-VERBS = {"ls": ["cache", "ls", "--dir", "cache"], "verify": ["cache", "verify", "--dir", "cache"],
-         "clear": ["cache", "clear", "--all", "--dir", "cache"], "corrupt": ["cache", "clear", "--corrupt", "--dir", "cache"]}  # fmt: skip
+VERBS = {
+    "ls": ["cache", "ls", "--dir", "cache"], "verify": ["cache", "verify", "--dir", "cache"],
+    "clear": ["cache", "clear", "--all", "--dir", "cache"],
+    "corrupt": ["cache", "clear", "--corrupt", "--dir", "cache"],
+}  # fmt: skip
 
 
 def cases(rng: random.Random, good: Good) -> Iterator[Case]:
