@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qdpo.cli.common import EXTRA, SettingArguments, quiet_libraries
+from qdpo.cli.common import EXTRA, SettingArguments, finite, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
@@ -73,13 +73,12 @@ def show(
 
     Example: qdpo data show pairs.jsonl --row 17
     """
-    from rich.console import Console
-
     from qdpo.data.convert import pairs_of_rows
+    from qdpo.report.screen.console import Screen
     from qdpo.report.screen.dataset import print_row
     from qdpo.report.screen.live import Terminal
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     found = pairs_of_rows(_data(path, settings), {row} if row else {1, 2, 3}, Terminal(stderr=True))
     for number, pairs in found:
         print_row(number, pairs, console)
@@ -109,7 +108,9 @@ def split(
     path: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
-    fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,
+    fraction: Annotated[
+        float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5, callback=finite)
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Random seed: which prompts are held out.")] = 0,
     force: Force = False,
 ) -> None:

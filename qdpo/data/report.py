@@ -17,6 +17,7 @@ from qdpo.data.tokens.cut import Limits
 from qdpo.data.tokens.render import Fact
 from qdpo.data.tokens.sieve import Prepared
 from qdpo.data.tokens.store import TokenPair
+from qdpo.run import disk
 
 LENGTH_BIAS = 0.9
 """Share of longer chosen answers from which length alone tells the answers apart."""
@@ -100,14 +101,16 @@ class DataReport:
 
 
 def write_report(path: Path, notes: Sequence[RowNote]) -> None:
-    """Append a JSON line for each row that was dropped, cut or mended, with its file and line."""
+    """Append a JSON line for each row that was dropped, cut or mended, with its file and line.
+
+    Raises: DiskError.
+    """
     lines = []
     for note in notes:
         entry = asdict(note)
         entry["file"], entry["line"] = entry.pop("place") or (None, None)
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    with path.open("a", encoding="utf-8") as report:
-        report.writelines(lines)
+    disk.append_text(path, "".join(lines))
 
 
 def summary_lines(prepared: Prepared, layouts: Sequence[Layout], sources: Sequence[Source]) -> list[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdpo.errors import ConfigError
-from qdpo.run import disk
+from qdpo.run import disk, places
 from qdpo.run.folder import RunDir
 from qdpo.run.record import Environment, Result, RunRecord, read_environment, read_record, read_result
 from qdpo.settings import layered
@@ -55,9 +55,10 @@ def is_finished(run: RunDir) -> bool:
 def any_run(folder: Path) -> KnownRun:
     """The run in `folder`: a FinishedRun if it is finished.
 
-    Raises: ConfigError if the folder is not a run, or if one of its files cannot be read.
+    Raises: ConfigError if the folder is not a run; DiskError if one of its files is damaged, or of another kind.
     """
     run = RunDir(folder)
+    places.check_places(run)
     record, environment = read_record(run), read_environment(run)
     if not is_finished(run):
         return KnownRun(run=run, record=record, environment=environment)

@@ -5,11 +5,13 @@ Imports nothing heavy, so that a finished run or a changed setting is reported a
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from qdpo.errors import ConfigError
+from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.record import FileRecord, FoundValues, file_record, read_record, write_record
 from qdpo.settings import layered
@@ -51,6 +53,8 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
         path = Path(name)
         if not path.exists():
             problem = "it is missing"
+        elif not path.is_file():
+            problem = "it is not a file"
         elif path.stat().st_size != then.bytes:
             problem = f"it has {path.stat().st_size} bytes instead of {then.bytes}"
         elif path.stat().st_mtime_ns != then.mtime_ns and file_record(path).sha256 != then.sha256:
@@ -77,6 +81,15 @@ def config_toml(resolved: Resolved, found: FoundValues | None = None) -> str:
             value, origin = settled[name], f"{origin}; found at the first start"
         lines.append(f"# {field} is not set" if value is None else f"{field} = {toml_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"
+
+
+def is_config(path: Path) -> bool:
+    """True if the file is there and is TOML. Raises: DiskError if it is not a file."""
+    try:
+        tomllib.loads(disk.read_bytes(path).decode())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def toml_value(value: Value) -> str:

@@ -18,6 +18,7 @@ from qdpo.errors import ConfigError
 from qdpo.settings.bad_value import explain
 from qdpo.settings.loss_rules import RENAMED
 from qdpo.settings.schema import RunConfig, Section, problems_across
+from qdpo.settings.toml_file import read_toml
 
 # The types of a setting's value, and settings by full name.
 Value = str | int | float | bool | None | list[str] | list[float]
@@ -111,11 +112,9 @@ def resolve(arguments: list[str]) -> Resolved:
             problems += error.problems
     for file in files:
         try:
-            layers.append((str(file), _flatten(tomllib.loads(Path(file).read_text(encoding="utf-8")))))
-        except FileNotFoundError:
-            problems.append(f"No settings file {file!r}. Give an existing .toml file, or settings as key=value.")
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            problems.append(f"{file} is not valid TOML: {error}.")
+            layers.append((str(file), _flatten(read_toml(Path(file)))))
+        except ConfigError as error:
+            problems += error.problems
     layers.append(("the command line", overrides))
     return _resolved(layers, preset, problems)
 
@@ -213,7 +212,9 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
             for name in [name for name in values if name.startswith(BELONG_TO[source])]:
                 del values[name], origins[name]
         for name, value in layer.items():
-            if name in known:
+            if fault := no_text(name) or no_text(value):
+                problems.append(f"{name} (from {origin}) {fault}, which no setting takes. Write it without.")
+            elif name in known:
                 values[name] = _from_text(name, value, known[name]) if isinstance(value, str) else value
                 origins[name] = origin
             elif name in sections:
@@ -221,6 +222,17 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
             else:
                 problems.append(f"Unknown setting {name!r} (from {origin}). {_nearest_setting(name, list(known))}")
     return values, origins
+
+
+def no_text(value: Any) -> str | None:
+    """What keeps a value, or a part of it, from being a text that can be stored and name a file; None if nothing."""
+    if isinstance(value, list):
+        return next((fault for part in value if (fault := no_text(part))), None)
+    if isinstance(value, str) and "\0" in value:
+        return "has a NUL character"
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        return "has bytes that are not UTF-8"
+    return None
 
 
 def _rename(values: dict[str, Any]) -> list[str]:

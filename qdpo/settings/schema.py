@@ -38,7 +38,9 @@ def _as_list(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -97,7 +99,7 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     path: str | None = None
     """Preference pairs: hub id, json, jsonl, csv, tsv (.gz), parquet, arrow, a folder, bundled:NAME; several: A+B."""
-    weights: list[Annotated[float, Field(ge=0)]] | None = None
+    weights: list[Annotated[float, Field(ge=0, le=1000)]] | None = None
     """How often each of several sources' training pairs are used: 2 is twice, 0.5 is half of them. Default: 1 each."""
     format: Literal["auto", "pairs", "winner", "ranked"] = "auto"
     """pairs: a better and a worse answer; winner: two answers and which won; ranked: a list. auto: from columns."""

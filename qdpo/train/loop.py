@@ -14,9 +14,9 @@ from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model.device import peak_gib, release_memory
 from qdpo.model.policy import adapter
-from qdpo.run import disk, identity, lock
+from qdpo.run import disk, identity, lock, places
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Result, read_record, write_record
+from qdpo.run.record import Result, damaged, read_record, write_record, write_sealed
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import Resolved
 from qdpo.train.between_steps import Checkup
@@ -54,6 +54,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> Result:
 
 
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Result:
+    places.check_places(run)
     lock.clear_leftovers(run)
     job = open_run(resolved, run, watcher, stop)
     try:
@@ -102,6 +103,8 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
     )  # fmt: skip
 
     def save() -> None:
+        metrics.flush()  # a checkpoint must not be ahead of its steps and samples: they would be lost
+        checkup.write()
         checkpoint.save_checkpoint(job.run.checkpoints, trained, progress, keep=config.train.keep_checkpoints)
 
     last: Evaluation | None = None
@@ -160,7 +163,8 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
             raise _stopped(alarm.stops_on, done, plan)
     job.watcher.finish()
     before = read_record(job.run).before
-    assert before is not None
+    if before is None:
+        raise damaged(job.run.record, "it has no 'before', although steps are done")
     return TrainingOutcome(before, last or checkup.evaluate(plan.steps), progress, checkup)
 
 
@@ -171,16 +175,18 @@ def _resume_or_evaluate(
     config = job.config
     progress = Progress()
     newest = (
-        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
+        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.is_dir() else None
     )
     if newest is None:
         keep_through = -1
     else:
         progress = checkpoint.load_checkpoint(newest, trained)
+        if progress.step > plan.steps:
+            raise damaged(newest, f"it is of step {progress.step}, but the run has {plan.steps}")
         checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
         job.watcher.say(f"resuming after step {progress.step} of {plan.steps}")
         keep_through = progress.step
-    metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker)
+    metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker, say=job.watcher.say)
     saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
     alarm = Alarm(
         terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
@@ -275,5 +281,5 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
         overflows=outcome.progress.overflows,
         adapter=str(job.run.adapter),
     )
-    saver.save_or_wait(lambda: disk.write_json(job.run.result, result.to_json()))
+    saver.save_or_wait(lambda: write_sealed(job.run.result, result))
     return result

@@ -1,7 +1,9 @@
 """Sends a question to an OpenAI-compatible server: key, retries, and a message for every failure."""
 
+import json
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,10 +13,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
-from urllib3.util import Retry
 from urllib3.util.retry import RequestHistory
 
+from qdpo.collect.judge.bounded import (
+    BROKEN,
+    BoundedAdapter,
+    DirectSession,
+    OverBound,
+    PatientRetry,
+    Received,
+    bound_answers,
+    read_body,
+)
 from qdpo.data.layouts.turns import Message, excerpt
 from qdpo.errors import ConfigError
 
@@ -22,8 +32,10 @@ OWN_KEY, OPENAI_KEY, OPENAI_HOST = "QDPO_JUDGE_KEY", "OPENAI_API_KEY", "api.open
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """HTTP statuses that are retried. In the APIs that send them, 409 means a lock and 529 an overload."""
 CONNECT_TIMEOUT_S = 10.0
-LONGEST_WAIT_S = 300
-"""Longest Retry-After of a server that is honoured."""
+PATIENCE = 5
+"""A question, with all its retries and pauses, takes at most this many times --timeout and one answer more."""
+SHOWN = 4096
+"""Characters of an answer that are looked through for its words."""
 ADAPTED = {"max_tokens": "max_completion_tokens", "temperature": None}
 """Fields that OpenAI's newer models refuse, with the field that replaces each, if any."""
 
@@ -73,7 +85,13 @@ def endpoint(url: str) -> Endpoint:
 
     Raises: ConfigError for a URL that is not an http address or contains a password, and for an invalid key.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # read here: urlsplit leaves a wrong one unread
+    except ValueError as error:
+        raise ConfigError(
+            f"--by openai:URL is not an address: {error}. Write it as in `openai:http://localhost:8000/v1`."
+        ) from None
     if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may be a secret
         raise ConfigError(
             f"--by openai:URL must not contain a password, ? or #. Put a key into the environment variable {OWN_KEY}."
@@ -108,10 +126,9 @@ class Server:
         self.say: Callable[[str], None] = lambda line: None
         self._timeout = (min(CONNECT_TIMEOUT_S, timeout_s), timeout_s)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
-        self._retry = Retry(
+        self._retry = PatientRetry(
             total=6, connect=3, read=2, other=3, status=6, redirect=0, allowed_methods=None, status_forcelist=RETRIED,
             backoff_factor=backoff_s, backoff_max=60, backoff_jitter=backoff_s, raise_on_status=False,
-            retry_after_max=LONGEST_WAIT_S,
         )  # fmt: skip
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -125,26 +142,32 @@ class Server:
         while True:
             options = dict(self._options)
             response = self._post({"model": self.model, "messages": messages, **options})
-            if response.status_code == HTTPStatus.BAD_REQUEST and self._adapt(response, options):
+            if response.status == HTTPStatus.BAD_REQUEST and self._adapt(response, options):
                 continue
             self._check(response)
             return _reply(response)
 
-    def _post(self, payload: dict[str, Any]) -> requests.Response:
+    def _post(self, payload: dict[str, Any]) -> Received:
+        bound_answers(self._timeout[1])
         try:
             # Redirects are not followed: they could send question and key elsewhere.
             response = self._session().post(
                 f"{self.where.url}/chat/completions", json=payload, timeout=self._timeout, allow_redirects=False,
-                stream=True,
+                stream=True, headers={"Accept-Encoding": "identity"},
             )  # fmt: skip
-        except requests.RequestException as error:
+        except OverBound as error:
+            raise NoAnswer(str(error)) from None
+        except BROKEN as error:
             raise NoAnswer(_failure(error, self._timeout[1])) from None
-        try:
-            response.content  # noqa: B018  # reads the body, which requests keeps
-        except requests.RequestException as error:
-            raise TornReply(_failure(error, self._timeout[1])) from None
-        self._note_retries(response.raw.retries.history if response.raw.retries else ())
-        return response
+        with response:
+            try:
+                body = read_body(response)
+            except OverBound as error:
+                raise NoAnswer(str(error)) from None
+            except BROKEN as error:
+                raise TornReply(_failure(error, self._timeout[1])) from None
+            self._note_retries(response.raw.retries.history if response.raw.retries else ())
+            return Received(response.status_code, response.headers, body)
 
     def _note_retries(self, history: Iterable[RequestHistory]) -> None:
         with self._lock:
@@ -157,11 +180,15 @@ class Server:
     def _session(self) -> requests.Session:
         """The thread's own session: requests does not guarantee that a session can be shared."""
         if not hasattr(self._local, "session"):
-            session = requests.Session()
+            session = DirectSession()
             session.auth = self._sign  # set even without a key: else requests would look for a password in ~/.netrc
+            self._local.adapter = BoundedAdapter()
             for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=self._retry))
+                session.mount(scheme, self._local.adapter)
             self._local.session = session
+        retry = self._retry.new()
+        retry.until = time.monotonic() + PATIENCE * self._timeout[1]
+        self._local.adapter.max_retries = retry
         found: requests.Session = self._local.session
         return found
 
@@ -170,10 +197,10 @@ class Server:
             request.headers["Authorization"] = f"Bearer {self.where.key}"
         return request
 
-    def _adapt(self, response: requests.Response, sent: dict[str, Any]) -> bool:
+    def _adapt(self, response: Received, sent: dict[str, Any]) -> bool:
         """Leave out or rename a field that the server refused, if possible; True if the request should be repeated."""
         field = _error(response).get("param")
-        if field not in ADAPTED or field not in sent:
+        if not isinstance(field, str) or field not in ADAPTED or field not in sent:
             return False
         with self._lock:
             if field in self._options:  # else another thread was faster
@@ -182,8 +209,8 @@ class Server:
                 self.say(f"{self.model} refuses `{field}`: " + (f"`{other}` is sent instead" if other else "left out"))
         return True
 
-    def _check(self, response: requests.Response) -> None:
-        status = response.status_code
+    def _check(self, response: Received) -> None:
+        status = response.status
         if status == HTTPStatus.OK:
             return
         shown, url = f"{status}: {self._words(response)}", self.where.url
@@ -204,35 +231,46 @@ class Server:
             raise ConfigError(f"{url} asks for payment first ({shown}).")
         raise NoAnswer(f"the server says {shown}")
 
-    def _words(self, response: requests.Response) -> str:
+    def _words(self, response: Received) -> str:
         """The server's error message, with the key removed, which some servers echo."""
-        said = str(_error(response).get("message") or response.text or response.reason)
+        message = _error(response).get("message")
+        said = (message if isinstance(message, str) and message else response.text)[:SHOWN]
         return excerpt(said.replace(self.where.key, "…") if self.where.key else said, 200)
 
 
-def _error(response: requests.Response) -> dict[str, Any]:
+def _json(response: Received) -> Any:
+    """The body as JSON. Raises: ValueError, also for JSON that is too deep."""
+    try:
+        return json.loads(response.body)
+    except RecursionError:
+        raise ValueError("too deep") from None
+
+
+def _error(response: Received) -> dict[str, Any]:
     """The error object in the response; empty if it has none."""
     try:
-        found = response.json()
+        found = _json(response)
     except ValueError:
         return {}
     error = found.get("error", found) if isinstance(found, dict) else {}
     return error if isinstance(error, dict) else {"message": error}
 
 
-def _reply(response: requests.Response) -> Reply:
+def _reply(response: Received) -> Reply:
     """The model's reply. Thoughts, which some servers send in a separate field, are not part of it."""
     try:
-        choice = response.json()["choices"][0]
+        choice = _json(response)["choices"][0]
         content = choice["message"]["content"]
     except (ValueError, LookupError, TypeError):
-        raise NoAnswer(f"the server's answer holds no message: {excerpt(response.text)!r}") from None
+        raise NoAnswer(f"the server's answer holds no message: {excerpt(response.text[:SHOWN])!r}") from None
     if isinstance(content, list):  # parts, as some servers send them
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        content = "".join(
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
     return Reply(content if isinstance(content, str) else "", choice.get("finish_reason") == "length")
 
 
-def _failure(error: requests.RequestException, timeout_s: float) -> str:
+def _failure(error: Exception, timeout_s: float) -> str:
     """Reason of a failure. Equal failures get equal reasons, without addresses of objects, so they can be counted."""
     text = str(error)
     if isinstance(error, requests.ConnectTimeout):

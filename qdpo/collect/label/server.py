@@ -5,11 +5,15 @@ every request must name this host, every request for data must carry the token, 
 contains, and every request that writes must come from this page itself (its Origin header).
 """
 
+import io
 import json
 import os
 import secrets
 import socketserver
 import sys
+import threading
+import time
+import traceback
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -30,6 +34,9 @@ PAGES = {
 """The only files served: a path from a request is never used as a file name."""
 TOKEN_HEADER = "X-Qdpo-Token"
 LARGEST_BODY = 4 * 1024 * 1024
+MOST_CONNECTIONS = 128
+REQUEST_S = 60
+"""Seconds until a silent connection, or a request that does not end, is closed."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -50,6 +57,7 @@ class LabelServer(ThreadingHTTPServer):
     def __init__(self, labelling: Labelling, port: int = 0):
         """Port 0 takes any free port. Raises: ConfigError if the port cannot be used."""
         self.labelling, self.token = labelling, secrets.token_urlsafe(24)
+        self._lock, self._connections = threading.Lock(), 0
         folder = resources.files("qdpo.collect.label") / "pages"
         self.pages = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in PAGES.items()}
         try:
@@ -64,10 +72,32 @@ class LabelServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own; above MOST_CONNECTIONS the connection is closed, and the page goes on."""
+        with self._lock:
+            self._connections += 1
+            full = self._connections > MOST_CONNECTIONS
+        if full:
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection, which makes room for another."""
+        with self._lock:
+            self._connections -= 1
+        super().shutdown_request(request)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore tabs that close before they are answered."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+        """Ignore connections that break off; anything else is a bug, said in one line."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            return
+        if os.environ.get("QDPO_VERBOSE"):
+            traceback.print_exc()
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(
+            f"qdpo label: a request failed by a bug in qdpo ({what}; -v shows more); please report it", file=sys.stderr
+        )
 
     @property
     def address(self) -> str:
@@ -86,12 +116,51 @@ class _Refused(Exception):
         self.status = status
 
 
+class _Clock(io.RawIOBase):
+    """The bytes of a connection, until a moment."""
+
+    def __init__(self, connection: Any):
+        self._connection, self._inner = connection, connection.makefile("rb", buffering=0)
+        self.until = time.monotonic() + REQUEST_S
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        read: int = self._inner.readinto(into)
+        self._connection.settimeout(REQUEST_S)
+        return read
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: LabelServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "qdpo", ""
-    timeout = 60
-    """Seconds until a silent connection is closed."""
+    timeout = REQUEST_S
+
+    def setup(self) -> None:
+        """Read through a clock: the timeout of a socket begins anew with every byte."""
+        super().setup()
+        self._clock = _Clock(self.connection)
+        self.rfile = io.BufferedReader(self._clock)
+
+    def handle_one_request(self) -> None:
+        self._clock.until = time.monotonic() + REQUEST_S
+        super().handle_one_request()
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer what http.server itself refuses: a bad request line, headers without end, an unknown method."""
+        status = HTTPStatus.METHOD_NOT_ALLOWED if code == HTTPStatus.NOT_IMPLEMENTED else HTTPStatus(code)
+        self.close_connection = True
+        self._send_json({"error": f"This is not a request that the page makes ({status.phrase})."}, status)
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -100,6 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def _answer(self, work: Any) -> None:
+        if self.command == "GET" and ("Content-Length" in self.headers or "Transfer-Encoding" in self.headers):
+            self.close_connection = True  # a body that nobody reads would be taken for the next request
         try:
             self._check_sender()
             work()
@@ -112,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error)}, HTTPStatus.INSUFFICIENT_STORAGE)
 
     def _check_sender(self) -> None:
-        if self.headers.get("Host") not in self.server.hosts:
+        if len(self.headers.get_all("Host", [])) > 1 or self.headers.get("Host") not in self.server.hosts:
             raise _Refused(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost only.")
         origin = self.headers.get("Origin")
         if (origin is not None or self.command == "POST") and origin != f"http://{self.headers['Host']}":
@@ -123,7 +194,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.UNAUTHORIZED, "The token is not that of this server.")
 
     def _get(self) -> None:
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:  # such as http://[
+            raise _Refused(HTTPStatus.BAD_REQUEST, "This is not an address.") from None
         if self.path in self.server.pages:
             content, kind = self.server.pages[self.path]
             return self._send(content, kind)
@@ -152,9 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "A decision is sent as application/json.")
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
+        if not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers:
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "A decision says how long it is (Content-Length).")
-        if int(length) > LARGEST_BODY:
+        if len(length) > len(str(LARGEST_BODY)) or int(length) > LARGEST_BODY:
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"A decision has at most {LARGEST_BODY:,} bytes.")
         try:
             value = json.loads(self.rfile.read(int(length)))
@@ -174,7 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in HEADERS.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the terminal is for the user."""

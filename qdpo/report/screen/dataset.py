@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -77,11 +76,11 @@ def print_row(number: int, found: Sequence[Pair | Rejection], console: Console) 
         console.print(f"row {number}", style="bold")
         for turn in pair.prompt:
             role = turn["role"] if pair.is_chat else "prompt"
-            console.print(f"[bold]{role}:[/bold] {escape(turn['content'])}")
+            console.print(Text.assemble((f"{role}:", "bold"), f" {turn['content']}"))
         for side, turn in zip(("chosen", "rejected"), pair.answers(), strict=True):
             calls = f" {turn['tool_calls']}" if "tool_calls" in turn else ""
             style = "green" if side == "chosen" else "red"
-            console.print(f"[bold {style}]{side}:[/bold {style}] {escape(turn['content'] + calls)}")
+            console.print(Text.assemble((f"{side}:", f"bold {style}"), f" {turn['content']}{calls}"))
         for _reason, detail in pair.mended:
             console.print(f"mended: {detail}", markup=False)
 

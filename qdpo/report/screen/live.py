@@ -22,9 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from qdpo.diagnose.course import Record
+from qdpo.report.screen.console import Screen
 from qdpo.report.screen.spark import sparkline
-from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import is_sampled, read_lines
 from qdpo.run.record import Result
 from qdpo.train.watch.prompts import question
 
@@ -46,7 +47,7 @@ class Terminal:
     """A Watcher that draws a bar with the newest metrics, or prints one line a step if there is no terminal."""
 
     def __init__(self, *, stderr: bool = False):
-        self.console = Console(highlight=False, soft_wrap=True, stderr=stderr, emoji=False)  # else openai:m: becomes Ⓜ
+        self.console = Screen(stderr=stderr)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._live: Live | None = None
@@ -64,7 +65,7 @@ class Terminal:
         self._begun = self._told = time.monotonic()
         if self.console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                 TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             )  # fmt: skip
             self._task = self._bar.add_task(what, total=total)
@@ -147,7 +148,7 @@ def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 
             f"{lengths.median_tokens_after:g}",
         )
     console.print(table)
-    for line in read_lines(run.samples)[:shown]:
+    for line in read_lines(run.samples, is_sampled)[:shown]:
         _side_by_side(line, console)
     console.print(
         f"{result.steps} steps, {result.pairs} pairs, {result.seconds / 60:.1f} minutes, peak memory "

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from qdpo.report.screen.console import Screen
 from qdpo.run import disk
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def write_sweep(folder: Path, ended: Sequence["Ended"]) -> Path:
 
 def print_sweep(ended: Sequence["Ended"], path: Path) -> None:
     """Print a line for each run: differing settings, held-out figures, minutes of training, and state."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Screen()
     names = list(ended[0].planned.differs)
     table = Table(*names, *COLUMNS, "minutes", "run", title="sweep, on held-out pairs", title_justify="left")
     for one in ended:

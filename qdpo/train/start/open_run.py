@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,15 +15,24 @@ from qdpo import __version__
 from qdpo.data import prepare
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, DiskError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.policy import adapter
-from qdpo.run import disk, identity, record
+from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
-from qdpo.run.record import BaseRecord, Environment, FoundValues, RunRecord, read_record, write_record
+from qdpo.run.record import (
+    BaseRecord,
+    Environment,
+    FoundValues,
+    RunRecord,
+    read_environment,
+    read_record,
+    write_record,
+    write_sealed,
+)
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -77,7 +86,7 @@ class Job:
 def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Job:
     """Opens a run, up to a loaded policy; creates the run folder once data and settings are known to be usable."""
     config, say, started = resolved.config, watcher.say, time.monotonic()
-    if run.record.exists():
+    if disk.is_there(run.record):
         identity.check_unchanged(run, resolved)
         say(f"continuing {run.path}")
     check_package(config.track.to)
@@ -87,18 +96,24 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.train.deterministic and device.type == "cuda":
         use_deterministic_kernels()
     cache_dir = cache_folder(config)
-    pinned = read_record(run).base.commit if run.record.exists() else None
+    pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
     tokenizer = load_tokenizer(folder.folder)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
-    if not run.record.exists():
+    if not disk.is_there(run.record):
         _first_start(resolved, run, folder, device, tokenizer, watcher)
+    train, held_out = prepare.load_or_prepare(
+        run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
+    )
+    vocab_size = model_config(folder.folder).get_text_config().vocab_size
+    for part in (train, held_out):
+        prepare.check_ids(part, vocab_size, tokenizer)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
     identity.take_neutral(run, config)
-    train, held_out = prepare.load(run)
+    _mend(run, resolved, device, say)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     found = read_record(run).found
     config = auto_memory.settled(config, found.memory)
@@ -173,7 +188,8 @@ def plan_run(job: Job) -> RunLength:
             plan = min(plan, shorter, key=lambda candidate: candidate.steps)
         job.keep(steps=plan.steps, total_pairs=plan.total_pairs, warmup_steps=plan.warmup_steps)
     else:
-        assert found.total_pairs is not None and found.warmup_steps is not None
+        if found.total_pairs is None or found.warmup_steps is None:
+            raise record.damaged(job.run.record, "it has the number of steps, but not of pairs or warm-up steps")
         plan = RunLength(found.steps, found.total_pairs, found.warmup_steps)
     job.watcher.say(f"plan: {plan.steps} steps of {train.pairs_per_step} pairs, {plan.warmup_steps} of them warm-up")
     return plan
@@ -199,9 +215,10 @@ def _first_start(
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all."""
     config = resolved.config
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
-            f"{run.path} exists but is not a qdpo run. Choose another `output.name`, or remove the folder."
+            f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
+            "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
     say = watcher.say
     dtype = choose_dtype(config.model.dtype, device, say)
@@ -220,9 +237,9 @@ def _first_start(
 
     def fill(path: Path) -> None:
         new = RunDir(path)
-        prepare.store(new, data)
+        digests = prepare.store(new, data)
         disk.write_text(new.config, identity.config_toml(resolved, found))
-        disk.write_json(new.environment, environment(device).to_json())
+        write_sealed(new.environment, environment(device))
         content = RunRecord(
             settings=layered.flat(resolved.config),
             preset=resolved.preset,
@@ -230,12 +247,26 @@ def _first_start(
             base=BaseRecord(**{**dataclasses.asdict(folder), "folder": str(folder.folder)}),
             data=data.about,
             files={str(file.absolute()): record.file_record(file) for file in files},
+            prepared=digests,
             version=record.VERSION,
         )
         write_record(new, content)
 
     disk.write_folder(run.path, fill)
     say(f"run folder: {run.path}")
+
+
+def _mend(run: RunDir, resolved: Resolved, device: torch.device, say: Callable[[str], None]) -> None:
+    """Writes config.toml and environment.json again if they are missing or damaged, and says so."""
+    try:
+        read_environment(run)
+    except DiskError as error:
+        write_sealed(run.environment, environment(device))
+        say(f"warning: {error}")
+        say(f"{run.environment.name} is written again, with today's versions")
+    if not identity.is_config(run.config):
+        disk.write_text(run.config, identity.config_toml(resolved, read_record(run).found))
+        say(f"warning: {run.config} was missing or damaged; it is written again")
 
 
 def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
