@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qdpo.cli.common import quiet_libraries
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, VerificationError
 from qdpo.settings import layered
 
 cache = typer.Typer(no_args_is_help=True, help="List, check or clear reference log-probs and converted models.")
@@ -18,7 +18,7 @@ CacheDir = Annotated[
 def doctor() -> None:
     """Check this machine: versions, card, 4-bit layers, memory, disk, hub; and list which presets fit.
 
-    Exits with code 1 if something prevents runs. Requests one page from the hub, unless HF_HUB_OFFLINE is set.
+    Exits with code 7 if something prevents runs. Requests one page from the hub, unless HF_HUB_OFFLINE is set.
     """
     quiet_libraries()
     from qdpo.machine.doctor import run_checks
@@ -31,7 +31,7 @@ def doctor() -> None:
     bad = sum(check.mark == "bad" for check in checks)
     if bad:
         typer.echo(f"{bad} of {len(checks)} checks failed. Each line says what to do.")
-        raise typer.Exit(1)
+        raise typer.Exit(VerificationError.exit_code)
 
 
 def _preset_here(name: str, device: str, free_gib: float) -> str:

@@ -80,7 +80,7 @@ def _rows(config: RunConfig, watcher: Watcher) -> Iterator[tuple[int, list[Pair 
         for _place, row in source.rows.located():
             number += 1
             if isinstance(row, BadLine):
-                yield number, [Rejection(number, "unreadable_line", row.detail)]
+                yield number, [Rejection(number, row.reason, row.detail)]
             else:
                 yield number, pair.to_pairs(row, number, layout, keep_empty_rejected=config.data.keep_empty_rejected)
 

@@ -158,8 +158,9 @@ def open_sources(
     found = []
     for one in source.split_paths(path):
         opened = source.open_source(
-            one, split=chosen_split, revision=config.revision, shipped=shipped_folder(), skip_bad=config.skip_bad_lines
-        )
+            one, split=chosen_split, revision=config.revision, shipped=shipped_folder(),
+            skip_bad=config.skip_bad_lines, row_bytes=round(config.max_row_mib * MIB),
+        )  # fmt: skip
         bar = _Bytes(watcher, opened.rows.bytes, f"reading {one}")
         sample = opened.rows.read_sample(bar.advance)
         bar.finish()

@@ -74,7 +74,7 @@ def sampled(config: RunConfig, tokenizer_file: Path | None) -> Known:
     for path in source.split_paths(name):
         opened = source.open_source(
             path, split=config.data.split, revision=config.data.revision, shipped=shipped_folder(),
-            skip_bad=config.data.skip_bad_lines,
+            skip_bad=config.data.skip_bad_lines, row_bytes=round(config.data.max_row_mib * 2**20),
         )  # fmt: skip
         columns = {role: value for role, value in config.data.columns.model_dump().items() if value is not None}
         layout = pair.detect_layout(

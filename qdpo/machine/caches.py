@@ -1,7 +1,6 @@
 """Lists, checks and clears the cache folder, without torch."""
 
 import difflib
-import json
 import shlex
 import shutil
 import sqlite3
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
+from qdpo.run import disk
 from qdpo.run.disk import cache_folder
 from qdpo.train.policy.reference_cache import ERRORS, is_damage, is_intact
 
@@ -150,12 +150,12 @@ def _about(path: Path) -> tuple[str, ...]:
         with _opened(path) as database:
             answers = str(database.execute("SELECT count(*) FROM logps").fetchone()[0])
             (text,) = database.execute("SELECT description FROM about").fetchone() or ("{}",)
-            with suppress(json.JSONDecodeError):
-                about = json.loads(text)
+            with suppress(ValueError):
+                about = described if isinstance(described := disk.parse(str(text)), dict) else {}
     except ERRORS as error:
         if not is_damage(error, path):
             raise
-    start = f", adapter {about['adapter'][:SHOWN_DIGITS]}" if about.get("adapter") else ""
+    start = f", adapter {str(about['adapter'])[:SHOWN_DIGITS]}" if about.get("adapter") else ""
     how = ", ".join(str(about[part]) for part in ("dtype", "attention", "device") if part in about) + start
     used = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     return path.stem[:SHOWN_DIGITS], answers, _size(path), used, str(about.get("base") or "unknown"), how or "unknown"

@@ -129,6 +129,8 @@ class DataConfig(Section):
     """Leave out held-out pairs whose prompt is also trained on, if the two come from different sources."""
     skip_bad_lines: bool = False
     """Skip and report lines that cannot be read, instead of stopping at the first."""
+    max_row_mib: Annotated[float, Field(gt=0, le=1024)] = 4
+    """Drop rows with more MiB of text than this (row_too_large); they are not read into memory as a whole."""
     keep_empty_rejected: bool = False
     """Keep pairs whose rejected answer is empty: saying nothing was the worse answer."""
     last_answer_only: bool = False

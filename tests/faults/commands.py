@@ -31,7 +31,8 @@ DAMAGED = (
 )  # fmt: skip
 WEIGHTS = "adapter/adapter_model.safetensors"
 ODD_LINES = [
-    "", "{", "null", "[]", "1", '"x"', "{}", '{"prompt": 1}', '{"prompt": null}', '{"prompt": ""}', '{"prompt": "\\u0000"}',
+    "", "{", "null", "[]", "1", '"x"', "{}", '{"prompt": 1}', '{"prompt": null}', '{"prompt": ""}',
+    '{"prompt": "\\u0000"}',
     '{"prompt": "\\ud800"}', '{"messages": []}', '{"messages": {}}', '{"messages": [{"role": "user"}]}',
     '{"messages": [{"role": 1, "content": "x"}]}', '{"messages": [{"role": "assistant", "content": "x"}]}',
     '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', '{"prompt": "' + "x " * 5000 + '"}',
@@ -39,7 +40,8 @@ ODD_LINES = [
     '{"prompt": "<|im_end|>"}', '{"prompt": "x", "prompt": "y"}',
 ]  # fmt: skip
 ODD_CANDIDATES = [
-    "", "{", "null", "[]", "{}", '{"prompt": "x"}', '{"prompt": "x", "answers": []}', '{"prompt": "x", "answers": ["a"]}',
+    "", "{", "null", "[]", "{}", '{"prompt": "x"}', '{"prompt": "x", "answers": []}',
+    '{"prompt": "x", "answers": ["a"]}',
     '{"prompt": "x", "answers": "a"}', '{"prompt": "x", "answers": [1, 2]}', '{"prompt": 1, "answers": ["a", "b"]}',
     '{"prompt": "x", "answers": [null, null]}', '{"prompt": "x", "answers": [{"text": 1}, {"text": 2}]}',
     '{"prompt": "x", "answers": [{"text": "a"}, {"text": "b", "tokens": "many"}]}',
@@ -51,7 +53,8 @@ ODD_CANDIDATES = [
     '{"prompt": "x", "answers": [{"text": "a", "cut": "yes"}, {"text": "b"}], "seed": "x"}', "\0\0\0",
 ]  # fmt: skip
 NAMES = {
-    "of 300 letters": "n" * 300, "above the folder": "../../out", "that is a folder": "base", "in a file": "pairs.jsonl/x",
+    "of 300 letters": "n" * 300, "above the folder": "../../out", "that is a folder": "base",
+    "in a file": "pairs.jsonl/x",
     "that is a device": "/dev/full", "that cannot be made": "/proc/x/y", "that is empty": "", "with a line end": "a\nb",
     "with a control code": "a\x1b[31m", "that is no UTF-8": "a\udcff", "that is the root": "/",
 }  # fmt: skip
@@ -236,11 +239,14 @@ def _odd_options(rng: random.Random, good: Good) -> Iterator[Case]:
             ["bench", *good.words(), "--limit-gib", value, "--steps", "1", "--longest", "64"],
             ["bench", *good.words(), "--steps", value, "--longest", "64"],
             ["compare", "runs/run", "model.device=cpu", "--temperature", value, "--n", "1", "--max-new-tokens", "2"],
-            ["compare", "runs/run", "model.device=cpu", "--seed", value, "--temperature", "1", "--n", "1", "--max-new-tokens", "2"],
+            ["compare", "runs/run", "model.device=cpu", "--seed", value, "--temperature", "1", "--n", "1",
+             "--max-new-tokens", "2"],
             ["chat", "runs/run", "model.device=cpu", "--top-p", value, "--max-new-tokens", "2"],
             ["judge", "c.jsonl", "--by", "length", "--margin", value, "--out", "judged.jsonl"],
-            ["judge", "c.jsonl", "--by", "openai:http://127.0.0.1:9/v1", "--judge-model", "m", "--timeout", value, "--out", "o.jsonl"],
-            ["data", "split", "pairs.jsonl", "out", "--fraction", value], ["data", "split", "pairs.jsonl", "out", "--seed", value],
+            ["judge", "c.jsonl", "--by", "openai:http://127.0.0.1:9/v1", "--judge-model", "m", "--timeout", value,
+             "--out", "o.jsonl"],
+            ["data", "split", "pairs.jsonl", "out", "--fraction", value],
+            ["data", "split", "pairs.jsonl", "out", "--seed", value],
             ["sweep", *good.words(), f"loss.beta=0.1,{value}"],
         ):  # fmt: skip
             said = " ".join(word for word in words if "=" not in word)
@@ -248,9 +254,11 @@ def _odd_options(rng: random.Random, good: Good) -> Iterator[Case]:
             yield _case(
                 f"{shown}" + (f" {value[:5]}" if "…" in shown else ""), laid(*words), REFUSED | DONE, typed="hello\n"
             )
-    for by in ("", "length:", "length:x", "regex:", "regex:(", "regex:(a+)+$", "regex:!", "reward-model:", "reward-model:base",
+    for by in ("", "length:", "length:x", "regex:", "regex:(", "regex:(a+)+$", "regex:!", "reward-model:",
+               "reward-model:base",
                "reward-model:/dev/null", "openai:", "openai:x", "openai:http://", "openai:http://[", "openai:ftp://x",
-               "openai:http://127.0.0.1:99999/v1", "openai:http://127.0.0.1:9", "openai:http://\x00", "openai:http://a b/", "é"):  # fmt: skip
+               "openai:http://127.0.0.1:99999/v1", "openai:http://127.0.0.1:9", "openai:http://\x00",
+               "openai:http://a b/", "é"):  # fmt: skip
         yield _case(
             f"judge by {ascii(by)}",
             laid("judge", "c.jsonl", "--by", by, "--judge-model", "m", "--out", "o.jsonl"),

@@ -11,16 +11,20 @@ from tests.faults.base import DONE, NOT_FINITE, REFUSED, Case, Good
 KIND = "settings_values"
 # As a user types them; the last ones are bytes that are no text in UTF-8, and names longer than a file's may be.
 TYPED = [
-    "", "none", "nan", "inf", "-inf", "-1", "0", "1e400", "1e308", "1e-320", "0x10", "1_0", "٣", "2.5", "true", "[]", "{}",
-    "+", "a+b", "++", "..", "/", "~", "~nobody/x", ".", "/dev/null", "/dev/full", "/proc/self/mem", "base", "pairs.jsonl",
+    "", "none", "nan", "inf", "-inf", "-1", "0", "1e400", "1e308", "1e-320", "0x10", "1_0", "٣", "2.5", "true",
+    "[]", "{}",
+    "+", "a+b", "++", "..", "/", "~", "~nobody/x", ".", "/dev/null", "/dev/full", "/proc/self/mem", "base",
+    "pairs.jsonl",
     "-" * 3, "\t", " ", "\x01\x1b[31m", "\u202e", "é", "\udcff", "$(x)", "x" * 300, "y/" * 3000, "9" * 400,
     str(2**31), str(2**63), str(2**64), str(10**30), "pairs.jsonl+pairs.jsonl", "../../x", "file:///x", "bundled:x",
     "hf://x", "pypi:x==1", "a/b", "a/b/c", "@",
 ]  # fmt: skip
 WRITTEN = [
-    "nan", "inf", "-inf", "true", "[]", "[[]]", '[1, "a"]', "{a = 1}", "1979-05-27", "07:32:00", '"\\u0000"', '"a\\u0000b"',
+    "nan", "inf", "-inf", "true", "[]", "[[]]", '[1, "a"]', "{a = 1}", "1979-05-27", "07:32:00", '"\\u0000"',
+    '"a\\u0000b"',
     '"\\u0000/x"', '""', '"\\n"', "-9223372036854775808", "9" * 400, "1e400", "0.0", "-0.0", "1", "0", "-1", "2", "0.5",
-    '["x", "x"]', '[""]', '["\\u0000"]', "[nan]", "[inf]", "[-1]", "[1e308, 1e308]", '"\\U0010ffff"', '"\\ue000"', "9223372036854775807",
+    '["x", "x"]', '[""]', '["\\u0000"]', "[nan]", "[inf]", "[-1]", "[1e308, 1e308]", '"\\U0010ffff"', '"\\ue000"',
+    "9223372036854775807",
     '"' + "z" * 5000 + '"', "[true]", "[{}]", '"none"', '"auto"',
 ]  # fmt: skip
 # Long runs and long texts are what these ask for: a large value of them is no fault.

@@ -1,5 +1,6 @@
 """`qdpo cache` as a user types it, on a folder with references, converted bases and damaged files."""
 
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdpo.errors import ConfigError
-from qdpo.machine.caches import clear_lines
+from qdpo.machine.caches import clear_lines, list_lines
 from qdpo.train.policy.reference_cache import ReferenceCache, answer_keys, identity
 from tests.conftest import ROOT, qdpo
 from tests.train.test_reference import PAIRS, VALUES, fill, flipped, place_of
@@ -126,3 +127,12 @@ def test_nothing_outside_the_folder_is_deleted(cache: Path, tmp_path: Path) -> N
 def test_no_torch_is_imported() -> None:
     code = "import sys, qdpo.machine.caches; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("about", ["[" * 50_000, "[]", "7", '{"adapter": 7, "base": [], "dtype": null}'])
+def test_an_odd_description_hides_no_reference(about: str, cache: Path) -> None:
+    with sqlite3.connect(file_of(cache, NAMES[0])) as database:
+        database.execute("UPDATE about SET description = ?", (about,))
+    database.close()
+    listed = "\n".join(list_lines(cache))
+    assert NAMES[0][:12] in listed and NAMES[1][:12] in listed

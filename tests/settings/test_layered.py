@@ -1,9 +1,11 @@
 """Settings: four layers, their origins, and every problem in one answer, fast."""
 
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from qdpo.run.identity import config_toml, run_folder
 from qdpo.settings import layered
 from tests.conftest import qdpo
 
+ANSWERED = ["model.path=base", "data.path=pairs.jsonl"]
 EXPECTED = "demo 1b-6gb 3b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 13b-12gb 13b-16gb 13b-24gb 32b-24gb".split()
 
 
@@ -195,3 +198,47 @@ def test_another_loss_brings_its_own_beta() -> None:
     assert layered.resolve(["preset=demo", "loss.name=simpo"]).config.loss.beta == 2.0
     assert layered.resolve(["preset=demo", "loss.name=simpo", "loss.beta=2.5"]).config.loss.beta == 2.5
     assert layered.resolve(["preset=demo", "loss.name=simpo+sigmoid"]).config.loss.beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = " + "[" * 100_000, "nested too deeply"),
+        (".".join("a" * 5000) + " = 1", "nested too deeply"),
+        (f"train.seed = {'9' * 5000}", "digits"),
+        ('output.name = "a\\u0000b"', "output.name"),
+        ("train.learning_rate = inf", "train.learning_rate"),
+        ("loss.weights = [inf]", "loss.weights"),
+    ],
+)
+def test_a_file_of_settings_that_no_one_could_mean_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "odd.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        layered.resolve([*ANSWERED, str(file)])
+    assert said in str(refused.value) and "odd.toml" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda path: path.mkdir(),
+        lambda path: os.mkfifo(path),
+        lambda path: path.symlink_to("/dev/zero"),
+        lambda path: path.symlink_to(path.name),
+        lambda path: path.write_bytes(bytes(2 << 20)),
+    ],
+)
+def test_only_a_regular_file_of_sensible_size_is_read(build: Callable[[Path], None], tmp_path: Path) -> None:
+    build(tmp_path / "odd.toml")
+    with pytest.raises(ConfigError, match="odd.toml"):
+        layered.resolve([*ANSWERED, str(tmp_path / "odd.toml")])
+
+
+def test_a_weight_that_no_list_of_pairs_could_hold_is_refused() -> None:
+    assert "data.weights=1e308" in problems(*ANSWERED, "data.weights=1e308")[0]
+
+
+def test_text_that_is_no_utf_8_is_refused() -> None:
+    with pytest.raises(ConfigError, match="output.name .* not UTF-8"):
+        layered.resolve([*ANSWERED, "output.name=a\udcff"])

@@ -35,6 +35,7 @@ PAIRS = (  # better and worse; from widely used data sets
     ("preferred_response", "dispreferred_response"),
     ("chosen_answer", "rejected_answer"),
     ("chatgpt", "llama2-13b-chat"),
+    ("response", "rejected_response"),  # ms-swift
 )
 CONTESTS = (
     ("response_a", "response_b"),
@@ -64,6 +65,7 @@ CONTEST_SCORES = (
     ("score_0", "score_1"),
     ("score_1", "score_2"),
     ("score_A", "score_B"),
+    ("winner_model_a", "winner_model_b"),  # LMSYS: 1 for the winner, 0 for the other; a tie has 0 for both
 )
 ROLES = ("prompt", "chosen", "rejected", "system", "winner", "tools", "context", "history", "ignore")
 SEVERAL = ("context", "ignore")
@@ -111,7 +113,7 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
                 f"have.{_near(column, sample)} Its columns are: {_listed(sample.columns)}."
             )
     _refuse_pictures(sample, origin)
-    forms = _forms(sample, columns)
+    forms = _forms(sample, columns, origin)
     if form != "auto":
         forms = [found for found in forms if found.form == form]
         if not forms:
@@ -141,7 +143,7 @@ def _names(role: str, given: str, sample: Sample) -> list[str]:
     return names_in(given, sample) if role in SEVERAL else [given]
 
 
-def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
+def _forms(sample: Sample, columns: Mapping[str, str], origin: str) -> list[FoundColumns]:
     """All ways to read the columns as preferences."""
     here, found = set(sample.columns), list[FoundColumns]()
     if "winner" in columns or not {"chosen", "rejected"} & set(columns):
@@ -149,10 +151,16 @@ def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
         scored = [pair for pair in CONTEST_SCORES if set(pair) <= here]
         given = (columns.get("chosen"), columns.get("rejected"))
         for one, other in [given] if all(given) else [pair for pair in CONTESTS if set(pair) <= here]:
-            winner = next((name for name in winners if name not in (one, other)), None)
+            named = [name for name in winners if name not in (one, other)]
+            if "winner" not in columns and {"better_response_id", "safer_response_id"} <= here:
+                raise DataError(
+                    f"{origin} says twice which answer won: better_response_id (more helpful) and safer_response_id "
+                    "(safer). Choose data.columns.winner=better_response_id or data.columns.winner=safer_response_id."
+                )
+            winner = next(iter(named), None)
             if winner is not None or scored:
-                named = {"chosen": str(one), "rejected": str(other)}
-                found.append(FoundColumns(form="winner", named=named | ({"winner": winner} if winner else {})))
+                sides = {"chosen": str(one), "rejected": str(other)}
+                found.append(FoundColumns(form="winner", named=sides | ({"winner": winner} if winner else {})))
     if "winner" not in columns:
         found += [
             FoundColumns(form="pairs", named={"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)
@@ -206,6 +214,14 @@ def _several(forms: list[FoundColumns], origin: str) -> DataError:
 
 def _no_pairs(sample: Sample, columns: Mapping[str, str], origin: str) -> DataError:
     found = set(sample.columns)
+    if sample.count == 1 and len(sample.rows) == 1:
+        row = next(iter(sample.rows.values()))
+        whole = [name for name, cell in row.items() if isinstance(cell, list) and cell and isinstance(cell[0], dict)]
+        if whole:
+            return DataError(
+                f"{origin} is one object whose {whole[0]!r} holds {len(row[whole[0]])} rows. qdpo reads an array of "
+                f"rows, or one row a line: `jq -c '.{whole[0]}[]' FILE > rows.jsonl`."
+            )
     has = [role for number, role in enumerate(("chosen", "rejected")) if found & {pair[number] for pair in PAIRS}]
     missing = [role for role in ("chosen", "rejected") if role not in has and role not in columns]
     if "label" in found and len(missing) == 2:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qdpo.data.layouts.before import read_before
 from qdpo.data.layouts.columns import Form, FoundColumns, Sign, Unused, find_columns, finite, winner_sign
-from qdpo.data.layouts.turns import CellKind, excerpt, kind_of
+from qdpo.data.layouts.turns import CellKind, excerpt, is_null, kind_of
 from qdpo.data.read.files import SAMPLED_ROWS, Sample
 from qdpo.data.read.progress import Row
 from qdpo.errors import DataError
@@ -242,6 +242,13 @@ class _Look:
         kinds: list[CellKind] = [kind for kind in rows_of if kind not in ("null", "other")]
         if not kinds:
             number, row = next(iter(self.sample.rows.items()))
+            cells = [cell for found in self.sample.rows.values() if not is_null(cell := found.get(column))]
+            if cells and all(isinstance(cell, int | float) for cell in cells):
+                raise DataError(
+                    f"{self.origin}: column {column!r} holds numbers (row {number}: {excerpt(row.get(column))!r}), and "
+                    "only text is trained: a number does not say how it was written. Write the numbers as text, in "
+                    'JSON in quotes ("1"), in a table in a column of strings. In CSV every cell is text.'
+                )
             raise DataError(
                 f"{self.origin}: column {column!r} holds neither text nor messages in any of {len(self.sample.rows)} "
                 f"rows looked at (row {number}: {excerpt(row.get(column))!r}). Name another column with "

@@ -15,7 +15,7 @@ from qdpo.data.layouts.turns import Message as Message
 from qdpo.data.layouts.turns import RowProblem, excerpt, read_dialogue, read_text, read_turns, same_turn
 from qdpo.data.layouts.winner import RANKED_REJECTED, two_answers
 from qdpo.data.read.files import Sample
-from qdpo.data.read.progress import Row
+from qdpo.data.read.progress import DEEPEST, Row, is_deep
 from qdpo.errors import DataError
 
 
@@ -223,10 +223,12 @@ def _tools(row: Row, layout: Layout) -> list[Any] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowProblem("bad_tools", f"{layout.tools} is not JSON: {excerpt(value)}") from None
     if value is not None and not isinstance(value, list):
         raise RowProblem("bad_tools", f"{layout.tools} holds {type(value).__name__}, not a list of functions")
+    if is_deep(value):
+        raise RowProblem("bad_tools", f"{layout.tools} nests more than {DEEPEST} lists and objects")
     return value or None
 
 

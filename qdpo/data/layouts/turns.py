@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from qdpo.data.read.progress import is_deep
+
 Message = dict[str, Any]
 """One turn: `role` is system, user, assistant or tool; `content` its text; tool calls as chat templates take them."""
 
@@ -84,7 +86,7 @@ def _parsed(text: str) -> Any | None:
                 value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
-    return value if _looks_like_turns(value) else None
+    return value if _looks_like_turns(value) and not is_deep(value, text) else None
 
 
 def _is_conversation(value: Any) -> bool:

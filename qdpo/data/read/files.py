@@ -8,13 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from qdpo.data.read.progress import BadLine, Gauge, Reading, Row
+from qdpo.data.read.filetext import unreadable
+from qdpo.data.read.progress import ROW_BYTES, BadLine, Gauge, Reading, Row, size_of
 from qdpo.data.read.readers import READERS, TABLES
 from qdpo.errors import ConfigError, DataError
 
 LFS_POINTER = b"version https://git-lfs"
 SAVED_BY_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}
 SAMPLED_ROWS = 200
+SAMPLED_BYTES = 2**28
+"""Bound on the text of sampled rows; rows beyond it are not sampled."""
+BOMB_ROWS, BOMB_ROWS_A_BYTE = 5_000_000, 20
 Advance = Callable[[int], None]
 
 
@@ -40,8 +44,10 @@ class Sample:
 class FileRows:
     """The rows of several files in turn, at most `limit`; the files are read again on each iteration."""
 
-    def __init__(self, files: list[Path], limit: int | None = None, *, skip_bad: bool = False):
-        self._files, self._limit, self._skip_bad = files, limit, skip_bad
+    def __init__(
+        self, files: list[Path], limit: int | None = None, *, skip_bad: bool = False, row_bytes: int = ROW_BYTES
+    ):
+        self._files, self._limit, self._skip_bad, self._row_bytes = files, limit, skip_bad, row_bytes
 
     def __iter__(self) -> Iterator[Row]:
         return (row for _place, row in self.located() if not isinstance(row, BadLine))
@@ -55,12 +61,16 @@ class FileRows:
             gauge, told, size = Gauge(), 0, path.stat().st_size
             _refuse_empty(path)
             number = 0
-            reading = Reading(path, gauge, skip_bad=self._skip_bad)
+            reading = Reading(path, gauge, skip_bad=self._skip_bad, max_bytes=self._row_bytes)
             for number, (line, row) in enumerate(READERS[kind_of_file(path)](reading), 1):
                 yield Place(str(path), line), row
                 if number % 1000 == 0:
                     advance(gauge.bytes_read(size) - told)
                     told = gauge.bytes_read(size)
+                    if number > BOMB_ROWS and number > BOMB_ROWS_A_BYTE * size:
+                        raise DataError(
+                            f"{path} unpacks to {number:,} rows and more from {size:,} bytes: it is not data."
+                        )
             if not number:
                 raise DataError(f"{path} has no rows. Check that it was written to the end.")
             advance(size - told)
@@ -76,10 +86,11 @@ class FileRows:
         kept: dict[int, Row] = {}
         firsts: dict[int, Row] = {}
         unseen: dict[str, None] = {}
-        stride, count = 1, 0
+        stride, count, bad, held = 1, 0, "", 0
         for _place, row in self.located(advance):
             count += 1
             if isinstance(row, BadLine):
+                bad = bad or row.detail
                 continue
             if not columns.keys() >= row.keys():
                 unseen |= dict.fromkeys(name for name in row if name not in columns)
@@ -88,10 +99,14 @@ class FileRows:
                 firsts[count] = row
                 unseen = {name: None for name in unseen if name not in filled}
             if (count - 1) % stride == 0:
-                kept[count] = row
+                if held < SAMPLED_BYTES:
+                    kept[count] = row
+                    held += size_of(row)
                 if len(kept) > 2 * SAMPLED_ROWS:
                     stride *= 2
                     kept = {number: row for number, row in kept.items() if (number - 1) % stride == 0}
+        if not kept and bad:
+            raise DataError(f"None of the {count:,} rows of {self._files[0]} can be read. The first: {bad}.")
         return Sample(count, list(columns), kept, firsts)
 
 
@@ -104,6 +119,8 @@ def data_files(path: Path, split: str | None = None) -> list[Path]:
     if path.is_file():
         kind_of_file(path)
         return [path]
+    if not path.is_dir():
+        raise _not_regular(path)
     if (path / "dataset_dict.json").is_file():
         path = _split_folder(path, split)
     found = sorted(
@@ -111,6 +128,9 @@ def data_files(path: Path, split: str | None = None) -> list[Path]:
         for file in path.iterdir()
         if file.is_file() and _kind(file) is not None and file.name not in SAVED_BY_DATASETS
     )
+    for file in path.iterdir():
+        if _kind(file) is not None and not file.is_file() and not file.is_dir():
+            raise _not_regular(file)
     if not found:
         raise DataError(f"The folder {path} has no data files. qdpo reads {_readable()}.")
     kinds = {_kind(file): file for file in found}
@@ -123,6 +143,13 @@ def data_files(path: Path, split: str | None = None) -> list[Path]:
     return found
 
 
+def _not_regular(path: Path) -> DataError:
+    return DataError(
+        f"{path} is not a regular file (a device, a pipe, a socket or a broken link). Data is read several times: save "
+        "it to a file."
+    )
+
+
 def _split_folder(path: Path, split: str | None) -> Path:
     found = sorted(entry.name for entry in path.iterdir() if (entry / "dataset_info.json").is_file())
     wanted = split or ("train" if "train" in found else found[0] if len(found) == 1 else None)
@@ -133,8 +160,12 @@ def _split_folder(path: Path, split: str | None) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of the bytes of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    _refuse_empty(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def kind_of_file(path: Path) -> str:
@@ -160,9 +191,13 @@ def missing_file(path: Path, origin: str) -> DataError:
 def _refuse_empty(path: Path) -> None:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes). Check that it was written to the end.")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its folder.")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if start == LFS_POINTER:
+        raise DataError(f"{path} is a Git LFS pointer, not the data. Run `git lfs pull` in its folder.")
 
 
 def _kind(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from qdpo.data.read.files import Advance, FileRows, Place, Sample, data_files, missing_file, sha256_of
 from qdpo.data.read.hub import HUB_NAME, HubName, open_hub
-from qdpo.data.read.progress import BadLine, Row
+from qdpo.data.read.progress import ROW_BYTES, BadLine, Row
 from qdpo.data.read.readers import READERS
 from qdpo.errors import ConfigError
 
@@ -49,7 +49,7 @@ class Source:
 
 def split_paths(path: str) -> list[str]:
     """The sources in a `data.path`, which may be several, as in `mine.jsonl+owner/name`."""
-    return [path] if Path(path).expanduser().exists() else [part for part in path.split("+") if part]
+    return [path] if _exists(_on_disk(path)) else [part for part in path.split("+") if part]
 
 
 def open_source(
@@ -60,20 +60,23 @@ def open_source(
     shipped: Path,
     limit: int | None = None,
     skip_bad: bool = False,
+    row_bytes: int = ROW_BYTES,
 ) -> Source:
     """Open one source of `data.path`; `limit` reads at most that many rows, from the first.
 
     `bundled:NAME` is a file in `shipped`. A path that exists on disk is local; else `owner/name` is a data set on the
-    Hub, optionally followed by `:config`, `@revision` and `/split`. `skip_bad` skips lines that cannot be read.
+    Hub, optionally followed by `:config`, `@revision` and `/split`. `skip_bad` skips lines that cannot be read;
+    rows of more than `row_bytes` are skipped always.
     Raises: DataError if the data cannot be reached or read; ConfigError if the settings contradict each other.
     """
-    local = shipped / path.removeprefix(BUNDLED) if path.startswith(BUNDLED) else Path(path).expanduser()
+    local = shipped / path.removeprefix(BUNDLED) if path.startswith(BUNDLED) else _on_disk(path)
     hub = HUB_NAME.fullmatch(path)
-    if path.startswith(BUNDLED) or local.exists() or hub is None or _looks_local(path):
-        if not local.exists():
+    if path.startswith(BUNDLED) or _exists(local) or hub is None or _looks_local(path):
+        if not _exists(local):
             raise missing_file(local, f"data.path={path}")
         _refuse_hub_settings(path, local, split, revision)
-        return _open_local(path, local, split, limit, skip_bad)
+        files = data_files(local, split)
+        return _local(path, files, FileRows(files, limit, skip_bad=skip_bad, row_bytes=row_bytes))
     for setting, given, inside in (("split", split, hub["split"]), ("revision", revision, hub["revision"])):
         if given and inside and given != inside:
             raise ConfigError(f"data.{setting}={given}, but data.path={path} names {inside!r}. Keep one of the two.")
@@ -97,8 +100,21 @@ def _refuse_hub_settings(path: str, local: Path, split: str | None, revision: st
         raise ConfigError(f"data.revision={revision} has no effect on the local data {path}. Leave it out.")
 
 
-def _open_local(name: str, path: Path, split: str | None, limit: int | None, skip_bad: bool) -> Source:
-    files = data_files(path, split)
+def _local(name: str, files: list[Path], rows: FileRows) -> Source:
     digests = {str(file.resolve()): sha256_of(file) for file in files}
     fingerprint = sha256("\n".join(digests.values()).encode()).hexdigest()
-    return Source(name, FileRows(files, limit, skip_bad=skip_bad), fingerprint, digests)
+    return Source(name, rows, fingerprint, digests)
+
+
+def _on_disk(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~somebody who has no account
+        return Path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except (OSError, ValueError):  # a name that is too long, or a folder that may not be read
+        return False

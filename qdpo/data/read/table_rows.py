@@ -1,11 +1,15 @@
 """Reads rows of a Parquet or Arrow file, a thousand at a time."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qdpo.data.read.progress import Numbered, Reading
+from qdpo.data.read.progress import DEEPEST, Numbered, Reading, size_of
 from qdpo.errors import DataError
+
+BATCH_BYTES = 32 * 2**20
+BOMB_BYTES, BOMB_RATIO = 2**30, 200
 
 
 @contextmanager
@@ -14,7 +18,7 @@ def _whole_table(reading: Reading, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
         first = str(error).split("\n")[0]
         raise DataError(
             f"{reading.path} is not a complete {kind} file ({first}). Download or write it again."
@@ -26,7 +30,16 @@ def read_parquet(reading: Reading) -> Iterator[Numbered]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     with _whole_table(reading, "Parquet"), pyarrow.parquet.ParquetFile(reading.path) as table:
-        yield from _table_rows(table.iter_batches(batch_size=1000), table.metadata.num_rows, reading)
+        about = table.metadata
+        _check_names(reading, table.schema_arrow)
+        unpacked = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+        if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * reading.path.stat().st_size:
+            raise DataError(
+                f"{reading.path} unpacks to more than {BOMB_RATIO} times its size ({unpacked / 2**30:.1f} GiB), as "
+                "no data does. Write it anew from its source."
+            )
+        rows = max(1, min(1000, BATCH_BYTES * max(1, about.num_rows) // max(1, unpacked)))
+        yield from _table_rows(table.iter_batches(batch_size=rows), about.num_rows, reading)
 
 
 def read_arrow(reading: Reading) -> Iterator[Numbered]:
@@ -34,6 +47,7 @@ def read_arrow(reading: Reading) -> Iterator[Numbered]:
     import pyarrow
 
     with _whole_table(reading, "Arrow"), pyarrow.memory_map(str(reading.path)) as file:
+        stream: Any = None
         try:
             stream = pyarrow.ipc.open_stream(file)
         except pyarrow.ArrowInvalid:
@@ -41,7 +55,28 @@ def read_arrow(reading: Reading) -> Iterator[Numbered]:
             batches: Any = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
             batches = iter(stream)
+        _check_names(reading, stream.schema if stream is not None else table.schema)
         yield from _table_rows(_in_thousands(batches), None, reading)
+
+
+def _check_names(reading: Reading, schema: Any) -> None:
+    repeated = [name for name, count in Counter(schema.names).items() if count > 1]
+    if repeated:
+        raise DataError(
+            f"{reading.path} has several columns with the name {repeated[0]!r}. Rename or remove one of each."
+        )
+    deep = [field.name for field in schema if _levels(field.type) > DEEPEST]
+    if deep:
+        raise DataError(f"{reading.path}: column {deep[0]!r} nests more than {DEEPEST} levels. Remove the column.")
+
+
+def _levels(kind: Any) -> int:
+    """Levels of lists and structs in a type."""
+    level, levels = [kind], 0
+    while level and levels <= DEEPEST:
+        level = [inner.field(n).type for inner in level for n in range(inner.num_fields)]
+        levels += bool(level)
+    return levels
 
 
 def _in_thousands(batches: Iterator[Any]) -> Iterator[Any]:
@@ -54,12 +89,26 @@ def _table_rows(batches: Iterator[Any], count: int | None, reading: Reading) -> 
     for batch in batches:
         batch.validate(full=True)  # else pyarrow follows the offsets of a damaged file, and crashes
         nested = any(_has_keys(field.type) for field in batch.schema)
-        for row in batch.to_pylist():
-            number += 1
-            yield number, {name: written(cell) for name, cell in row.items()} if nested else row
+        for part in _parts(batch, reading.max_bytes):
+            for row in part.to_pylist():
+                number += 1
+                if part.num_rows == 1 and size_of(row) > reading.max_bytes:
+                    yield number, reading.too_large(number)
+                else:
+                    yield number, {name: written(cell) for name, cell in row.items()} if nested else row
         if count:
-            reading.gauge.share = number / count
+            reading.gauge.share = min(1.0, number / count)
     reading.gauge.share = 1.0
+
+
+def _parts(batch: Any, most: int) -> Iterator[Any]:
+    """The batch in slices of at most `most` bytes, or of one row."""
+    if batch.num_rows < 2 or batch.nbytes <= most:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _parts(batch.slice(0, half), most)
+    yield from _parts(batch.slice(half), most)
 
 
 def _has_keys(kind: Any) -> bool:

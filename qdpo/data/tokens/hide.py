@@ -35,8 +35,7 @@ def hide(
     pattern = special_tokens(tokenizer)
     strings = list(_strings([turns, answers, tools]))
     found = {match[0] for text in strings for match in pattern.finditer(text)}
-    letters = set[str]().union(*strings)
-    free = (chr(code) for code in PRIVATE if chr(code) not in letters)
+    free = (letter for letter in map(chr, PRIVATE) if not any(letter in text for text in strings))
     place = next(free)
     if not found:
         return Hidden(turns, answers, tools, {}, place)

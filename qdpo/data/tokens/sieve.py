@@ -7,9 +7,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from qdpo.data.layouts.origin import Origin, Origins, origins_of
 from qdpo.data.layouts.pair import Pair, Rejection, to_pairs, without_oldest_turns
 from qdpo.data.layouts.winner import scores_disagree
 from qdpo.data.read.files import Place
-from qdpo.data.read.progress import BadLine, Row
+from qdpo.data.read.progress import BadLine, Row, size_of
 from qdpo.data.tokens.cut import Limits, fit
 from qdpo.data.tokens.encode import Encoder, IdLists
 from qdpo.data.tokens.ends import special_ids
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_ROWS = 1000
+BATCH_BYTES = 2**24
 Located = tuple[Place, Row | BadLine]
 
 
@@ -175,7 +175,7 @@ class Preparation:
         found: list[tuple[int, Place, Row, Pair | None, Rejection | Rendered]] = []
         for number, (place, row) in enumerate(batch, first):
             if isinstance(row, BadLine):
-                found.append((number, place, {}, None, Rejection(number, "unreadable_line", row.detail)))
+                found.append((number, place, {}, None, Rejection(number, row.reason, row.detail)))
                 continue
             for made in to_pairs(row, number, layout, keep_empty_rejected=self._keep_empty):
                 if isinstance(made, Rejection):
@@ -276,9 +276,16 @@ class _Encoded:
     ids: IdLists
 
 
-def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
+def _batches(rows: Iterable[Located], size: int) -> Iterator[list[Located]]:
+    """The rows in lists of `size`, or fewer if they hold much text."""
+    batch, held = [], 0
+    for row in rows:
+        batch.append(row)
+        held += size_of(row[1]) if isinstance(row[1], dict) else 0
+        if len(batch) == size or held > BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
         yield batch
 
 
