@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class Shape:
     head_width: int
     vocabulary: int
     tied: bool
-    positions: int | None = None
-    """Tokens of prompt and answer that the model is made for; None: not known."""
+    positions: int | None = field(default=None, compare=False)
+    """Tokens of prompt and answer that the model is made for; None: not known. Shapes are equal without it."""
 
     @property
     def query(self) -> int:
@@ -79,7 +79,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
             f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(WITH_FORECAST)}. If its "
             "layers have the structure of one of these, add `--like=NAME` to `qdpo plan`."
         )
-    missing = [field for field in NEEDED if not isinstance(config.get(field), int) or config[field] <= 0]
+    missing = [name for name in NEEDED if not isinstance(config.get(name), int) or config[name] <= 0]
     if missing:
         raise ConfigError(
             f"{source} lacks {', '.join(missing)}, so there is no forecast. Add it to the config.json under the name "

@@ -167,3 +167,12 @@ def test_ranks_are_those_of_vllm(rank: int, accepted: int) -> None:
 def test_a_rank_beyond_vllm_is_refused() -> None:
     with pytest.raises(ConfigError, match="--merged"):
         servers.lora_rank(513)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"), [(False, {"temperature": 0.0}), (True, {"temperature": 0.6, "top_p": 0.9})]
+)
+def test_greedy_stays_greedy(tmp_path: Path, drawn: bool, expected: dict[str, float]) -> None:
+    stated = {"do_sample": drawn, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stated))
+    assert servers._sampling(tmp_path) == {**expected, "repeat_penalty": 1.1}

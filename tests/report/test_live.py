@@ -22,8 +22,9 @@ def test_answers_are_shown_as_they_are(tmp_path: Path) -> None:
     line = {"prompt": "<|im_start|>user\nwhy [/b]?<|im_end|>\n", "before": "[/INST] first", "after": "[bold]second"}
     run.samples.write_text(json.dumps(line) + "\n")
     console = Console(width=100, record=True)
-    print_result(run, RESULT, console)
+    print_result(run, RESULT, console, held_out=1)
     text = console.export_text()
+    assert "0.900 (n=1)" in text and "0.9000" not in text
     assert "why [/b]?" in text and "[/INST] first" in text and "[bold]second" in text
     assert "0.500" in text and "0.900" in text and f"qdpo eval {tmp_path}" in text.replace("\n", "")
 
@@ -38,10 +39,10 @@ def test_without_a_terminal_every_step_is_a_line(capsys: pytest.CaptureFixture[s
     terminal.begin("training", 4, "step")
     numbers = {"loss": 0.5, **VALUES, "tokens_per_s": 1234.5, "pairs_per_s": 2.0, "peak_gib": 1.0}
     terminal.step({"step": 2, **numbers})
-    terminal.step({"step": 2, **{f"eval_{name}": value for name, value in VALUES.items()}})
+    terminal.step({"step": 2, **{f"eval_{name}": value for name, value in VALUES.items()}, "pairs": 7})
     shown = capsys.readouterr().out
     assert "step 2/4: loss 0.6931 · accuracy 0.50" in shown and "1,234 tokens/s" in shown
-    assert "held out after step 2: loss 0.6931 · accuracy 0.500" in shown
+    assert "held out after step 2: loss 0.6931 · accuracy 0.500 (n=7)" in shown
 
 
 def test_trends_are_shown_at_an_evaluation_and_live(capsys: pytest.CaptureFixture[str]) -> None:
