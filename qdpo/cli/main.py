@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def _not_a_bug(end: SystemExit) -> Any:
-    """The exit code, where typer's 1 stands for an answer that never came, or for a reader that has gone."""
+    """The exit code, where typer's own 1 means an answer that never came, or a reader that has gone."""
     cause = end.__context__
     if end.code == 1 and isinstance(cause, BrokenPipeError):
         # What is still to be written goes nowhere, without a second error at the end of the process.
@@ -108,7 +108,7 @@ def _not_a_bug(end: SystemExit) -> Any:
 
 
 def _of_the_machine(error: OSError | MemoryError) -> QdpoError | None:
-    """What the operating system refused, and of which file: no bug, wherever it happens. None if it names no cause.
+    """The error for what the operating system refused, with the file; None if the system names no cause.
 
     Errors with a better message are raised where they occur; this is the net below them.
     """

@@ -247,7 +247,7 @@ def in_open_table(name: str) -> bool:
 
 
 def no_text(value: Any) -> str | None:
-    """What keeps a value, or a part of it, from being a text that can be stored and name a file; None if nothing."""
+    """The fault of a value that is not a text which can be stored and name a file, as a clause; None if it has none."""
     if isinstance(value, list):
         return next((fault for part in value if (fault := no_text(part))), None)
     if isinstance(value, str) and "\0" in value:
