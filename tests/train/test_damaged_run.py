@@ -89,7 +89,7 @@ def test_damaged_pairs_of_data_that_give_others_now_stop_the_run(stopped: RunDir
     assert stopped.train_pairs.read_bytes() == damaged
 
 
-@pytest.mark.parametrize(("name", "value"), [("train.warmup_steps", 1), ("train.steps", 1), ("total_pairs", 4)])
+@pytest.mark.parametrize(("name", "value"), [("train.warmup_steps", 0), ("train.steps", 1), ("total_pairs", 4)])
 def test_found_values_that_were_edited_stop_the_run(
     stopped: RunDir, resume: Callable[..., str], name: str, value: int
 ) -> None:
