@@ -12,6 +12,11 @@ from qdpo.run.typed import fits
 
 RunLine = dict[str, Any]
 NUMBERS = dict[str, int | float | None]
+MEASURED = (
+    "rewards/margins", "rewards/accuracies", "logps/chosen_per_token", "logps/rejected_per_token", "lengths/chosen",
+    "lengths/rejected",
+)  # fmt: skip
+"""Metrics besides the loss that every step and every evaluation has."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,13 @@ def sound_lines(path: Path, is_sound: Callable[[RunLine], bool]) -> Sound:
 
 def is_metric(line: RunLine) -> bool:
     """True for a record of metrics.jsonl."""
-    return fits(line, NUMBERS) and is_step(line.get("step")) and ("loss" in line or "eval_loss" in line)
+    return fits(line, NUMBERS) and is_step(line.get("step")) and all(_is_complete(line, side) for side in ("", "eval_"))
+
+
+def _is_complete(line: RunLine, before: str) -> bool:
+    """True if the line has all metrics that readers count on, or is of the other kind."""
+    of_kind = any(name.startswith(f"{before}rewards/") for name in line)
+    return not of_kind or all(f"{before}{name}" in line for name in ("loss", *MEASURED))
 
 
 def is_scored(line: RunLine) -> bool:

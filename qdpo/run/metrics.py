@@ -1,9 +1,10 @@
 """metrics.jsonl as records."""
 
+import math
 from pathlib import Path
 
 from qdpo.diagnose.course import Record
-from qdpo.run.lines import is_metric, read_lines
+from qdpo.run.lines import MEASURED, is_metric, read_lines
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -12,5 +13,11 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def record_of(line: dict[str, float | None]) -> Record:
-    """The line's record, without metrics that are null in the file because they were not finite."""
-    return {name: value for name, value in line.items() if value is not None}
+    """The line's record, without metrics that are null in the file because they were not finite.
+
+    Those that every record has are NaN instead.
+    """
+    always = {
+        name: math.nan for name, value in line.items() if value is None and name.removeprefix("eval_") in MEASURED
+    }
+    return {name: value for name, value in line.items() if value is not None} | always

@@ -243,8 +243,6 @@ def read_record(run: RunDir) -> RunRecord:
     if not disk.is_there(run.record):
         raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
     record = _read(RunRecord, run.record, _is_due)
-    if record.found.warmup_steps and record.found.steps and record.found.warmup_steps > record.found.steps:
-        raise damaged(run.record, f"train.warmup_steps is {record.found.warmup_steps}, more than its steps")
     if record.version < SEALED and _has_seal(run.environment):
         raise damaged(run.record, "its sha256 is missing")
     return record

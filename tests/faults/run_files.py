@@ -52,7 +52,7 @@ def case(good: Good, name: str, source: Path, file: str, damage: Damage, verb: s
         return words if verb == "run" else READERS[verb]
 
     right = REFUSED | (SAME if verb == "run" else DONE)
-    near = None if file.startswith("checkpoints") else Path(file).name
+    near = None if file.startswith("checkpoints") else file.partition("/")[0]
     return Case("run_files", name, make, right, near, typed="hello\n")
 
 

@@ -19,6 +19,7 @@ from qdpo.report.screen.runs import run_lines
 from qdpo.run import disk, lines, seal
 from qdpo.run.finished import any_run
 from qdpo.run.folder import RunDir
+from qdpo.run.metrics import record_of
 from qdpo.run.record import file_record, read_record, read_result, write_record
 from tests.faults.run_files import edit, exchange, flip, leaves, swap_lengths
 from tests.run.made import rewrite_json, write_records
@@ -180,7 +181,7 @@ def test_a_run_whose_files_are_odd_does_not_hide_the_others(run: RunDir, tmp_pat
 
 
 GOOD_LINES = {
-    "metrics.jsonl": ({"step": 3, "loss": 0.5, "rewards/margins": None}, lines.is_metric),
+    "metrics.jsonl": ({"step": 3, "loss": 0.5, "kl": None}, lines.is_metric),
     "samples.jsonl": (
         {"row": 1, "prompt": "p", "before": "b", "before_tokens": 1, "before_cut": False, "before_repetition": 0.0},
         lines.is_sampled,
@@ -191,6 +192,14 @@ GOOD_LINES = {
     ),
     "data_report.jsonl": ({"row": 1, "action": "cut", "reason": "too_long"}, lines.is_row_note),
 }
+
+
+@pytest.mark.parametrize("before", ["", "eval_"])
+def test_a_record_without_one_of_its_metrics_is_damaged(before: str) -> None:
+    whole = {"step": 1, **{f"{before}{name}": 0.5 for name in ("loss", "rewards/chosen", *lines.MEASURED)}}
+    assert lines.is_metric(whole) and record_of({**whole, f"{before}lengths/chosen": None}).keys() == whole.keys()
+    for name in ("loss", *lines.MEASURED):
+        assert not lines.is_metric({key: value for key, value in whole.items() if key != f"{before}{name}"})
 
 
 @pytest.mark.parametrize("name", GOOD_LINES)

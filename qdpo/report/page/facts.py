@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 from qdpo.data.tokens.store import TokenPair, load_checked
 from qdpo.diagnose.course import Record, Terms
 from qdpo.diagnose.rules import Seen, follow
+from qdpo.run import disk
 from qdpo.run.finished import FinishedRun, KnownRun, any_run
 from qdpo.run.folder import RunDir
 from qdpo.run.lines import is_row_note, is_sampled, is_scored, read_lines
 from qdpo.run.metrics import read_metrics
-from qdpo.run.record import Result, RunRecord
+from qdpo.run.record import Result, RunRecord, damaged
 from qdpo.settings.layered import Values
 
 
@@ -105,7 +106,11 @@ class Facts:
     def with_origins(self) -> list[Setting]:
         """Every setting that is set, in the order of config.toml, which has the origins as comments."""
         found, table, values = [], "", self.settings
-        for line in self.run.config.read_text(encoding="utf-8").splitlines():
+        try:
+            text = disk.read_bytes(self.run.config).decode()
+        except (OSError, ValueError) as error:
+            raise damaged(self.run.config, str(error)) from error
+        for line in text.splitlines():
             if line.startswith("["):
                 table = line.strip("[]")
             elif " = " in line and not line.startswith("#"):
