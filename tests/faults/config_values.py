@@ -89,7 +89,8 @@ def cases(rng: random.Random, good: Good) -> Iterator[Case]:
 
 
 TEXTS = {
-    "deep lists": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "deep objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "deep lists": '{"a":' + "[" * 100_000 + "]" * 100_000 + "}",
+    "deep objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
     "rather deep": '{"a":' * 500 + "1" + "}" * 500, "a list": "[]", "a text": '"x"', "null": "null", "empty": "",
     "cut": '{"model_type": "lla', "a long number": '{"model_type": "llama", "hidden_size": ' + "9" * 5000 + "}",
 }  # fmt: skip

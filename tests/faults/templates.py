@@ -22,7 +22,8 @@ HUGE = {
     "lorem ipsum": "{{ lipsum(n=BIG) }}",
 }  # fmt: skip
 EACH = {
-    "text": "{% set ns.x = ns.x + ns.x %}", "~": "{% set ns.x = ns.x ~ ns.x %}", "list": "{% set ns.x = [ns.x, ns.x] %}",
+    "text": "{% set ns.x = ns.x + ns.x %}", "~": "{% set ns.x = ns.x ~ ns.x %}", 
+    "list": "{% set ns.x = [ns.x, ns.x] %}",
     "object": "{% set ns.x = {'a': ns.x, 'b': ns.x} %}", "tuple": "{% set ns.x = (ns.x, ns.x) %}",
     "join": "{% set ns.x = [ns.x, ns.x] | join %}", "replace": "{% set ns.x = ns.x.replace('a', ns.x) %}",
     "block": "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}", 

@@ -13,7 +13,8 @@ KIND = "tokenizers"
 ANY = REFUSED | DONE | NOT_FINITE
 FILES = ("tokenizer.json", "tokenizer_config.json")
 ODD: list[Any] = [
-    None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), "", "x", "\ud800", "x" * 100_000, [], [1], [[1]], [None],
+    None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), "", "x", "\ud800", "x" * 100_000, [], [1], [[1]],
+    [None],
     {}, {"a": 1}, {"type": "x"}, {"type": 7}, {"content": 7}, {"type": "Split", "pattern": {"Regex": "("}},
 ]  # fmt: skip
 IDS: list[Any] = [-1, 10**9, 2**32, 10**30, "1", None, 1.5, True, [1]]

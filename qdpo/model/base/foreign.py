@@ -15,7 +15,8 @@ def reading(what: str, way_out: str) -> Iterator[None]:
     """Turns each exception of the block into a ConfigError: "`what`: error. `way_out`".
 
     The block calls other libraries only: transformers, tokenizers and their validators raise many types for wrong
-    values in a file, a plain Exception among them. What is not about the file passes: lack of memory, a full or failing disk, signals.
+    values in a file, a plain Exception among them. What is not about the file passes: lack of memory, a full or failing
+    disk, signals.
     """
     try:
         yield
