@@ -27,7 +27,10 @@ def cases(rng: random.Random, good: Good) -> Iterator[Case]:
 
     for file in FILES:
         for name, place in PLACES.items():
-            yield case(f"{file} is {name}", lambda base, f=file, p=place: p(base / f), file)
+            right = DONE if (file, name) == ("tokenizer_config.json", "gone") else REFUSED
+            yield case(
+                f"{file} is {name}", lambda base, f=file, p=place: p(base / f), None if right == DONE else file, right
+            )
         for part in (0.0, rng.random(), rng.random()):
             yield case(f"{file} cut at {part:.4f}", lambda base, f=file, p=part: _cut(base / f, p), file)
     for name, content in INDICES.items():
@@ -47,7 +50,7 @@ def cases(rng: random.Random, good: Good) -> Iterator[Case]:
             lambda base, n=name: _configure(base, transformers_weights=n),
             "config.json",
         )
-    yield case("two files with one tensor", _two_shards, "model.safetensors")
+    yield case("two files with one tensor", _two_shards, "model-2.safetensors")
     for _ in range(60):
         place, odd = rng.random(), rng.choice(list(TENSORS))
         yield case(f"tensor at {place:.3f}: {odd}", lambda base, p=place, o=odd: _tensor(base, p, TENSORS[o]), "base")
@@ -171,7 +174,7 @@ def _wider(weights: dict[str, Any], name: str) -> None:
 
 
 TENSORS: dict[str, Callable[[dict[str, Any], str], None]] = {
-    "missing": lambda weights, name: weights.pop(name) and None,
+    "missing": lambda weights, name: weights.__delitem__(name),
     "renamed": lambda weights, name: weights.update({f"x.{name}": weights.pop(name)}),
     "NaN": _value(float("nan")), "infinite": _value(float("inf")), "-inf": _value(float("-inf")),
     "twice as tall": _wider,
