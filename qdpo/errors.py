@@ -5,7 +5,7 @@ QdpoError
 ├── DataError            3   preference data that cannot be used
 ├── NonFiniteError       4   a loss or gradient that is NaN or infinite
 ├── OutOfMemoryError     5   the card or the host has too little memory
-├── DiskError            6   no space, read-only, gone
+├── DiskError            6   no space, read-only, gone, damaged
 ├── VerificationError    7   a self-check failed: reference cache, adapter, export
 ├── StoppedByFinding     8   a finding named in train.stop_when, after saving
 ├── ServerError          9   a server, such as a judge's, gives no usable answer
@@ -57,7 +57,7 @@ class OutOfMemoryError(QdpoError):
 
 
 class DiskError(QdpoError):
-    """A file cannot be written: disk full, read-only, or gone."""
+    """A file cannot be written (disk full, read-only, gone), or is not as qdpo wrote it."""
 
     exit_code = 6
 

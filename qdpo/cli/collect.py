@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import SettingArguments, quiet_libraries
+from qdpo.cli.common import LARGEST_SEED, MOST_TOKENS, SettingArguments, finite, quiet_libraries
 from qdpo.errors import ConfigError, ServerError
 
 Files = Annotated[
@@ -33,13 +33,17 @@ def sample(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=2, max=9, help="Number of different answers to each prompt.")] = 4,
     temperature: Annotated[
-        float, typer.Option(min=0.05, max=5.0, help="1: the model's own probabilities. Higher: bolder.")
+        float,
+        typer.Option(min=0.05, max=5.0, callback=finite, help="1: the model's own probabilities. Higher: bolder."),
     ] = 0.8,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens up to this total probability.")
+        float,
+        typer.Option(
+            min=0.01, max=1.0, callback=finite, help="Draw from the most likely tokens up to this total probability."
+        ),
     ] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the answers.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of the answers.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the start.")] = None,
     column: Annotated[str | None, typer.Option(help="The column with the prompts. Default: found by its name.")] = None,
 ) -> None:
@@ -83,7 +87,9 @@ def label(
             "--agreement", help="Ask about 5 % of the picks again, and report how often you agree with yourself."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the order in which answers are shown.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of the order in which answers are shown.")
+    ] = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = False,
 ) -> None:
     """Choose between answers by keyboard on a local web page; the same command resumes where it stopped.
@@ -128,7 +134,9 @@ def judge(
     margin: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Leave smaller differences open. A share of the length, default 0.1; in rewards, default 0."
+            min=0.0,
+            callback=finite,
+            help="Leave smaller differences open. A share of the length, default 0.1; in rewards, default 0.",
         ),
     ] = None,
     quantization: Annotated[str | None, typer.Option(help="Reward model: nf4 (default), fp4 or none.")] = None,
@@ -137,10 +145,14 @@ def judge(
     rubric: Annotated[Path | None, typer.Option(help="Server: a text file that says which answer is better.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, max=64, help="Server: prompts at a time. Default: 4.")] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="Server: longest wait for one reply, in seconds. Default: 120.")
+        float | None,
+        typer.Option(min=0.1, callback=finite, help="Server: longest wait for one reply, in seconds. Default: 120."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Server: longest reply, in tokens, thoughts included. Default: 2048.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="Server: longest reply, in tokens, thoughts included. Default: 2048."
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the summary.")] = False,
 ) -> None:

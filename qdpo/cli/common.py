@@ -1,12 +1,34 @@
 """Shared by several verbs: arguments with one meaning, quiet libraries, the run that this process works on."""
 
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+MOST_TOKENS = 10**9
+"""Bound of options that count tokens, and LARGEST_SEED of random seeds: what the libraries below still take."""
+LARGEST_SEED = 2**63 - 1
+COLDEST = 0.01
+"""Lowest temperature above 0: below it, probabilities are 0 or 1, or no numbers."""
+
+
+def finite(value: float | None) -> float | None:
+    """Refuses `nan` and `inf`, which Python reads as numbers; for the options that take a number."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def warmth(value: float) -> float:
+    """Refuses a temperature that is neither 0 nor a usable one."""
+    if not (value == 0 or COLDEST <= value <= 100):
+        raise typer.BadParameter(f"{value} is neither 0 nor between {COLDEST} and 100.")
+    return value
+
 
 SettingArguments = Annotated[
     list[str] | None,
@@ -22,8 +44,10 @@ PlaceArguments = Annotated[
         metavar="[key=value …]", help="Only model.device, memory.* and cache.dir may differ from the run's."
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Seed = Annotated[int, typer.Option(min=0, help="Random seed of the answers, for a temperature above 0.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Random seed of the answers, for a temperature above 0.")
+]
 # For verbs that take settings: arguments such as --train.seed=1 are settings, not options.
 EXTRA = {"ignore_unknown_options": True}
 # The folder of the run that this process works on, once known: tracebacks are written to its debug.log.

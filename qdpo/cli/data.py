@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qdpo.cli.common import EXTRA, SettingArguments, quiet_libraries
+from qdpo.cli.common import EXTRA, SettingArguments, finite, quiet_libraries
 from qdpo.errors import ConfigError, DataError
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
@@ -40,13 +40,16 @@ def check(
     """
     quiet_libraries()
     from qdpo.data.check import check_data
+    from qdpo.data.positions import within_positions
+    from qdpo.families.config_fields import positions_of
     from qdpo.report.screen.dataset import print_report, print_token_pair, print_verdict
     from qdpo.report.screen.live import Terminal
 
-    config = layered.resolve([*(settings or []), f"data.path={path}"]).config
+    resolved = layered.resolve([*(settings or []), f"data.path={path}"])
     terminal = Terminal(stderr=json_)
     try:
-        tokenizer, policy = model_side(config, terminal.say)
+        tokenizer, policy = model_side(resolved.config, terminal.say)
+        config = within_positions(resolved, positions_of(Path(tokenizer.name_or_path)), terminal.say)
         checked = check_data(config, tokenizer, policy, terminal, report)
     finally:
         terminal.finish()
@@ -108,7 +111,9 @@ def split(
     path: SourceArgument,
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for train.jsonl and held_out.jsonl.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[key=value …]", help="data.* settings.")] = None,
-    fraction: Annotated[float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5)] = 0.05,
+    fraction: Annotated[
+        float, typer.Option(help="Share of the pairs to hold out.", min=0.0, max=0.5, callback=finite)
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Random seed: which prompts are held out.")] = 0,
     force: Force = False,
 ) -> None:
@@ -138,9 +143,11 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
         return tokenizer, Origin(name)
     from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder
     from qdpo.run.record import file_record
+    from qdpo.train.start.tokenizer import take_start
 
     folder = Path(config.adapter.start)
     check_adapter_folder(folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS).sha256)
 
 

@@ -5,16 +5,20 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import SettingArguments, quiet_libraries
+from qdpo.cli.common import MOST_TOKENS, SettingArguments, finite, quiet_libraries
 from qdpo.errors import ConfigError
 from qdpo.settings import layered
 
 
 def plan(
     settings: SettingArguments = None,
-    gpu_gib: Annotated[float | None, typer.Option(help="Memory of the card, in GiB. Default: the preset's.")] = None,
+    gpu_gib: Annotated[
+        float | None, typer.Option(callback=finite, help="Memory of the card, in GiB. Default: the preset's.")
+    ] = None,
     card: Annotated[str | None, typer.Option(help="A card by name, for memory and time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="GiB of it that other programs use. Default: 0.7.")] = None,
+    others_gib: Annotated[
+        float | None, typer.Option(callback=finite, help="GiB of it that other programs use. Default: 0.7.")
+    ] = None,
     like: Annotated[
         str | None, typer.Option(help="For an unknown architecture: the family whose layers it has.")
     ] = None,
@@ -35,11 +39,17 @@ def plan(
 
 
 def fit(
-    gpu_gib: Annotated[float, typer.Option(help="Memory of the card, in GiB.")],
+    gpu_gib: Annotated[float, typer.Option(callback=finite, help="Memory of the card, in GiB.")],
     card: Annotated[str | None, typer.Option(help="The card by name, for the estimate of time: rtx-4090, …")] = None,
-    others_gib: Annotated[float | None, typer.Option(help="GiB of it that other programs use. Default: 0.7.")] = None,
-    longest: Annotated[int, typer.Option(help="Longest pair, in tokens of prompt and both answers.")] = 2000,
-    mean: Annotated[float, typer.Option(help="Mean length of a pair, in tokens.")] = 600,
+    others_gib: Annotated[
+        float | None, typer.Option(callback=finite, help="GiB of it that other programs use. Default: 0.7.")
+    ] = None,
+    longest: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Longest pair, in tokens of prompt and both answers.")
+    ] = 2000,
+    mean: Annotated[
+        float, typer.Option(min=1, max=MOST_TOKENS, callback=finite, help="Mean length of a pair, in tokens.")
+    ] = 600,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
     """List the models from 1B to 32B that a card can train, how long their pairs may be, and how fast it may go.
@@ -61,12 +71,16 @@ def fit(
 
 def bench(
     settings: SettingArguments = None,
-    limit_gib: Annotated[float | None, typer.Option(help="Simulate a card with this memory, in GiB.")] = None,
-    others_gib: Annotated[
-        float | None, typer.Option(help="GiB of it that other programs would use. Default: 0.7.")
+    limit_gib: Annotated[
+        float | None, typer.Option(callback=finite, help="Simulate a card with this memory, in GiB.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Timed steps, after one warm-up step.")] = 5,
-    longest: Annotated[int | None, typer.Option(help="Longest pair in tokens. Default: 2 x data.max_tokens.")] = None,
+    others_gib: Annotated[
+        float | None, typer.Option(callback=finite, help="GiB of it that other programs would use. Default: 0.7.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps, after one warm-up step.")] = 5,
+    longest: Annotated[
+        int | None, typer.Option(min=1, max=MOST_TOKENS, help="Longest pair in tokens. Default: 2 x data.max_tokens.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     write: Annotated[
         bool, typer.Option("--write", help="Write the figures into the preset's [measured] table.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qdpo.cli.common import MaxNewTokens, PlaceArguments, Run, Seed, quiet_libraries
+from qdpo.cli.common import MaxNewTokens, PlaceArguments, Run, Seed, finite, quiet_libraries, warmth
 
 
 def report(
@@ -61,7 +61,9 @@ def compare(
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Maximum number of prompts.")] = 20,
     max_new_tokens: MaxNewTokens = 160,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. 1: the models' own probabilities.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(callback=warmth, help="0: greedy. 1: the models' own probabilities.")
+    ] = 0.0,
     seed: Seed = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -92,9 +94,12 @@ def chat(
     run: Run,
     settings: PlaceArguments = None,
     max_new_tokens: MaxNewTokens = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(callback=warmth, help="0: greedy.")] = 0.7,
     top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Draw from the most likely tokens up to this total probability.")
+        float,
+        typer.Option(
+            min=0.01, max=1.0, callback=finite, help="Draw from the most likely tokens up to this total probability."
+        ),
     ] = 0.95,
     seed: Seed = 0,
 ) -> None:

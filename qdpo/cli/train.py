@@ -9,7 +9,7 @@ import typer
 
 from qdpo.cli import common
 from qdpo.cli.common import SettingArguments, quiet_libraries
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, DiskError
 from qdpo.settings import layered
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(
     resolved = layered.resolve(settings or [])
     for note in resolved.notes:
         typer.echo(note, err=dry_run)
-    from qdpo.run import identity, lock
+    from qdpo.run import identity, lock, places
 
     if dry_run:
         typer.echo(identity.config_toml(resolved))
@@ -47,14 +47,20 @@ def run(
         typer.echo(f"the earlier run is kept as {lock.move_aside(folder)}")
     from qdpo.report.screen.live import Terminal, print_result
     from qdpo.run.finished import finished_run, is_finished
-    from qdpo.run.record import read_result
+    from qdpo.run.record import read_record, read_result
 
     terminal = Terminal()
+    places.check_places(folder)
+    result = None
     if is_finished(folder):
         identity.check_unchanged(folder, resolved)
-        terminal.say(f"{folder.path} is finished; --fresh would start again")
-        result = read_result(folder)
-    else:
+        try:
+            result = read_result(folder)
+            terminal.say(f"{folder.path} is finished; --fresh would start again")
+        except DiskError as error:
+            terminal.say(f"warning: {error}")
+            terminal.say("writing the result again from the last checkpoint")
+    if result is None:
         result = _train(resolved, terminal)
     if folder.adapter.is_dir() and not (folder.adapter / "README.md").exists():  # a kill may come before the card
         from qdpo.report.card import write_card
@@ -62,7 +68,7 @@ def run(
         with lock.exclusive(folder):
             lock.clear_leftovers(folder)
             write_card(finished_run(folder.path))
-    print_result(folder, result, terminal.console)
+    print_result(folder, result, terminal.console, held_out=read_record(folder).data.held_out_pairs)
 
 
 def _train(resolved: layered.Resolved, terminal: "Terminal") -> "Result":

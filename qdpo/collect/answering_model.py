@@ -11,14 +11,17 @@ from qdpo.data.tokens.templates import settle_template
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import choose_device, choose_dtype
+from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder, start_adapter
+from qdpo.model.policy.adapter_source import check_adapter
 from qdpo.review.open import reopen, tuned
 from qdpo.run.disk import cache_folder
 from qdpo.run.record import file_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.schema import DataConfig
-from qdpo.train.policy.build import base_of
+from qdpo.train.policy.build import base_of, check_base_unchanged
+from qdpo.train.start.tokenizer import start_ends, take_start
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,23 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
     place = fetch.locate_base(
         str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say
     )
+    check_adapter(config.adapter.start, config.adapter.targets, place, say)
     tokenizer = load_tokenizer(place.folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     if note := settle_template(tokenizer, config.data.template):
         say(note)
     watcher.begin("loading the model", 1, "model")
     model = base_of(config, place.folder, device, choose_dtype(settings.dtype, device, say), say)
-    origin = Origin(str(settings.path), quant.weights_checksum(model))
+    weights = quant.weights_checksum(model)
+    origin = Origin(str(settings.path), weights)
     if config.adapter.start is not None:
         folder = Path(config.adapter.start)
         model = start_adapter(model, folder)
+        check_base_unchanged(model, weights)
         name = "/".join(folder.resolve().parts[-2:])
         origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS).sha256)
     watcher.finish()
+    stop_at(model, start_ends(tokenizer, config.adapter.start, config.data.template))
     return Sampler(model, tokenizer, config.data, device, origin)
 
 

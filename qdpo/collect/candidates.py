@@ -17,6 +17,7 @@ from qdpo.data.layouts.origin import Origin, read_origin
 from qdpo.data.layouts.turns import Message, RowProblem, excerpt, read_text, read_turns
 from qdpo.data.read.files import missing_file
 from qdpo.errors import DataError
+from qdpo.run import disk
 
 ID_LETTERS = 16
 """Hex digits of SHA-256 in the id of a prompt or an answer: a million ids collide with a chance of 1 in 37 million."""
@@ -123,9 +124,11 @@ def read_lines(path: Path) -> list[Candidates]:
         raise missing_file(path, "candidates")
     found = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = disk.read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}.") from None
+        raise DataError(f"{path} is not text in UTF-8: {error}. Remove the damaged line.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             found.append(_read_line(line, f"{path} line {number}"))

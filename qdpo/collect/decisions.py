@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.data.layouts.origin import COLUMNS
 from qdpo.errors import ConfigError, DataError
-from qdpo.run import disk
+from qdpo.run import disk, places
+from qdpo.run.typed import check_fields
 
 DecisionKind = Literal["pick", "edit", "tie", "skip", "open", "undo"]
 """pick: `best` over `worst` · edit: `text` over `worst` · tie and skip: no pair · open: a judge left the prompt to a
@@ -75,7 +76,7 @@ class Decisions:
         """True after a failure between writing the two files: the next decision then rewrites all pairs."""
         self._read()
         pairs = "".join(map(_line, self.pairs()))
-        if not out.exists() or out.read_text(encoding="utf-8") != pairs:
+        if not disk.is_there(out) or disk.read_bytes(out) != pairs.encode():
             disk.write_text(out, pairs)
 
     def current(self, prompt: str) -> Decision | None:
@@ -155,20 +156,21 @@ class Decisions:
         return any(taken.kind != "open" for taken in self._standing.get(prompt, ()))
 
     def _read(self) -> None:
-        if not self.journal.exists():
-            if self.out.exists() and self.out.stat().st_size:
+        if not disk.is_there(self.journal):
+            if disk.is_there(self.out) and disk.read_bytes(self.out):
                 raise DataError(
                     f"{self.out} exists without its journal {self.journal.name}, so its pairs are not of `qdpo label` "
                     "or `qdpo judge`. Give another --out."
                 )
             return
         disk.cut_torn_line(self.journal)  # it was never confirmed
-        for number, line in enumerate(self.journal.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        for number, line in enumerate(disk.read_bytes(self.journal).split(b"\n")[:-1], 1):
             where = f"{self.journal} line {number}"
             try:
-                value = json.loads(line)
+                value = disk.parse(line.decode())
                 decision = Decision(**value | {"shown": tuple(value.get("shown", ()))})
-            except (ValueError, TypeError) as error:
+                check_fields(Decision, vars(decision))
+            except (ValueError, TypeError, AttributeError) as error:
                 raise DataError(f"{where} is not a decision ({error}). Fix or remove the line.") from None
             self._check(decision, where)
             self._apply(decision)
@@ -211,7 +213,12 @@ def opened(out: Path, items: list[Candidates]) -> Iterator[Decisions]:
 @contextmanager
 def held(out: Path) -> Iterator[None]:
     """Lock the file against other qdpo processes. Raises: ConfigError if another process holds the lock; DiskError."""
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    if not out.name:
+        raise ConfigError(f"--out={out} names no file. Give one, as in `--out pairs.jsonl`.")
+    place = out.with_name(f".{out.name}.lock")
+    for path in (place, out, journal_of(out)):
+        places.check_file(path)
+    lock = FileLock(place)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)

@@ -17,6 +17,7 @@ from qdpo.collect.decisions import held
 from qdpo.data.tokens.prompts_only import Prompt, encode_prompts, prompts_of
 from qdpo.data.tokens.templates import uses_chat_template
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
+from qdpo.families.config_fields import positions
 from qdpo.model.generate.sample import Draw, Drawn, bytes_an_answer, draw
 from qdpo.run import disk
 from qdpo.run.watcher import Watcher
@@ -220,7 +221,8 @@ def _seed(seed: int, prompt: str, number: int) -> int:
 
 
 def _check_lengths(sampler: Sampler, prompts: Sequence[Prompt], ids: Sequence[list[int]], new: int) -> None:
-    allowed = getattr(sampler.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(sampler.model.config.get_text_config())
+    allowed = limit.count if limit else None
     for prompt, tokens in zip(prompts, ids, strict=True):
         if allowed is not None and len(tokens) + new > allowed:
             raise DataError(

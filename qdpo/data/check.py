@@ -60,8 +60,5 @@ def check_data(config: RunConfig, tokenizer: Any, policy: Origin, watcher: Watch
 
 
 def _write(path: Path, notes: list[RowNote]) -> None:
-    try:
-        path.write_text("", encoding="utf-8")
-        write_report(path, notes)
-    except OSError as error:
-        raise disk.disk_error(error, path) from error
+    disk.write_text(path, "")
+    write_report(path, notes)

@@ -1,7 +1,8 @@
 """Prepares the pairs of a run in its folder: read, recognise, render, tokenise once, split, report."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from qdpo.data.tokens import sieve, templates
 from qdpo.data.tokens.cut import Limits
 from qdpo.data.tokens.render import Renderer
 from qdpo.data.tokens.sieve import Prepared
-from qdpo.data.tokens.store import PairStore, TokenPair
+from qdpo.data.tokens.store import PairStore, TokenPair, damaged_pairs, load_checked
 from qdpo.errors import DataError
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
-from qdpo.run.record import DataRecord
+from qdpo.run.record import DataRecord, damaged, file_record, read_record, write_record
 from qdpo.run.watcher import Watcher
 from qdpo.settings.layered import shipped_folder
 from qdpo.settings.schema import DataConfig
@@ -67,7 +68,7 @@ def prepare_data(
     first = main.sources[0]
     other_name = other_revision = None
     sources, notes = list(main.sources), list(main.prepared.notes)
-    pairs, source_of = main.prepared.pairs, main.prepared.source_of
+    pairs, source_of, ends = main.prepared.pairs, main.prepared.source_of, Counter(main.prepared.ends)
     if config.eval_path or config.eval_split:
         other = read_held_out(config, tokenizer, watcher, scratch=scratch)
         _tell(other, say, "held out: ")
@@ -75,6 +76,7 @@ def prepare_data(
         held_out = other.prepared.pairs[: config.eval_limit]
         sources += other.sources
         notes += other.prepared.notes
+        ends += other.prepared.ends
         other_name, other_revision = other.name, other.sources[0].revision
         held_out = _without_overlap(config, pairs, held_out, say)
         places: Sequence[int] = range(len(pairs))
@@ -91,6 +93,7 @@ def prepare_data(
     about = DataRecord(
         source=main.name, revision=first.revision, license=first.license, train_pairs=len(train),
         held_out_pairs=len(held_out), dropped=dropped, held_out_source=other_name, held_out_revision=other_revision,
+        ends=[token for token, _count in ends.most_common()],
     )  # fmt: skip
     say(f"pairs: {len(train)} to train, {len(held_out)} held out")
     files = [Path(name) for entry in sources for name in entry.files]
@@ -119,15 +122,27 @@ def read_pairs(config: DataConfig, tokenizer: Any, watcher: Watcher) -> tuple[st
 
 def check_ids(pairs: Sequence[TokenPair], vocab_size: int, tokenizer: Any) -> None:
     """Raises: DataError if a pair has a token id without an embedding in the model."""
+    if isinstance(pairs, PairStore) and pairs.are_within(vocab_size):
+        return
     for found in pairs:
-        top = max(int(ids.max()) for ids in (found.prompt, found.chosen, found.rejected))
-        if top >= vocab_size:
-            raise DataError(
-                f"Row {found.row} has the token {tokenizer.convert_ids_to_tokens(top)!r} with the id {top}, but the "
-                f"model has embeddings only for ids below {vocab_size}: the token was added to the tokenizer, but not "
-                "to the model. Put the model's own tokenizer into its folder, or choose a data.template without the "
-                "token."
-            )
+        for ids in (found.prompt, found.chosen, found.rejected):
+            for wrong in ids[(ids < 0) | (ids >= vocab_size)][:1].tolist():
+                raise DataError(_wrong_id(found.row, wrong, vocab_size, tokenizer))
+
+
+def _wrong_id(row: int, wrong: int, vocab_size: int, tokenizer: Any) -> str:
+    token = tokenizer.convert_ids_to_tokens(wrong) if 0 <= wrong < len(tokenizer) else None
+    if token is None:
+        return (
+            f"Row {row} has the token id {wrong}, but the ids of the model and its tokenizer go from 0 to "
+            f"{vocab_size - 1}: the prepared pairs are damaged. Put prepared/ of the run back from a copy, or start "
+            "again with `--fresh`."
+        )
+    return (
+        f"Row {row} has the token {token!r} with the id {wrong}, but the model has embeddings only for ids below "
+        f"{vocab_size}: the token was added to the tokenizer, but not to the model. Put the model's own tokenizer into "
+        "its folder, or choose a data.template without the token."
+    )
 
 
 def limits_of(config: DataConfig) -> Limits:
@@ -167,13 +182,7 @@ def _read(
 ) -> ReadData:
     if note := templates.settle_template(tokenizer, config.template):
         watcher.say(note)
-    renderer = Renderer(
-        tokenizer=tokenizer,
-        template=config.template,
-        system=config.system,
-        refused_system=config.refused_system,
-        merge_same_role=config.merge_same_role,
-    )
+    renderer = Renderer.of(tokenizer, config)
     work = sieve.Preparation(
         tokenizer, limits_of(config), renderer, keep_empty_rejected=config.keep_empty_rejected, scratch=scratch
     )
@@ -214,6 +223,8 @@ class _Bytes:
 
 def _tell(found: ReadData, say: Any, before: str) -> None:
     lines = report.summary_lines(found.prepared, found.layouts, found.sources)
+    if before:  # the number of held-out pairs has a warning of its own
+        lines = [line for line in lines if report.FEW not in line]
     lines += [f"warning: {note}" for note in found.template_notes]
     for line in lines:
         say(before + line)
@@ -249,18 +260,69 @@ def _without_overlap(config: DataConfig, train: PairStore, held_out: PairStore, 
     return left
 
 
-def store(run: RunDir, prepared: PreparedData) -> None:
-    """Write prepared/ and data_report.jsonl. Pairs are never rendered again: a template may print today's date."""
+def store(run: RunDir, prepared: PreparedData) -> dict[str, str]:
+    """Write prepared/ and data_report.jsonl; return the SHA-256 of each file in prepared/.
+
+    Pairs are never rendered again: a template may print today's date.
+    """
+    report.write_report(run.data_report, prepared.notes)
+    return _store_pairs(run, prepared)
+
+
+def _store_pairs(run: RunDir, prepared: PreparedData, wanted: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Replace prepared/. Raises: DataError, before anything is replaced, if the digests are not those `wanted`."""
+    digests: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
-        sieve.save_pairs(folder / run.train_pairs.name, prepared.train)
-        sieve.save_pairs(folder / run.held_out_pairs.name, prepared.held_out)
+        for path, pairs in ((run.train_pairs, prepared.train), (run.held_out_pairs, prepared.held_out)):
+            sieve.save_pairs(folder / path.name, pairs)
+            digests[path.name] = file_record(folder / path.name).sha256
+        if wanted is not None and digests != wanted:
+            raise DataError("the data, its template or this version of qdpo give other pairs now")
 
-    run.data_report.write_text("", encoding="utf-8")
-    report.write_report(run.data_report, prepared.notes)
     disk.write_folder(run.prepared, fill)
+    return digests
 
 
 def load(run: RunDir) -> tuple[PairStore, PairStore]:
-    """The stored training and held-out pairs."""
-    return sieve.load_pairs(run.train_pairs), sieve.load_pairs(run.held_out_pairs)
+    """The stored training and held-out pairs. Raises: DataError if they are not those that the run was started with."""
+    kept = read_record(run)
+    digests = kept.prepared or {}
+    if kept.prepared is not None and set(digests) != {run.train_pairs.name, run.held_out_pairs.name}:
+        raise damaged(run.record, f"its `prepared` names {', '.join(digests) or 'no file'}")
+    train, held_out = (
+        load_checked(path, digests.get(path.name)) for path in (run.train_pairs, run.held_out_pairs)
+    )  # fmt: skip
+    for path, found, count in (
+        (run.train_pairs, train, kept.data.train_pairs), (run.held_out_pairs, held_out, kept.data.held_out_pairs),
+    ):  # fmt: skip
+        if len(found) != count:
+            raise damaged_pairs(path, f"it has {len(found)} pairs instead of {count}")
+    return train, held_out
+
+
+def load_or_prepare(
+    run: RunDir, config: DataConfig, tokenizer: Any, *, seed: int, watcher: Watcher, scratch: Path | None
+) -> tuple[PairStore, PairStore]:
+    """As load, but prepares damaged pairs again where the data still give the recorded digests, and says so.
+
+    The caller has checked that the files of the data have not changed. Raises: DataError.
+    """
+    digests = read_record(run).prepared
+    try:
+        loaded = load(run)
+    except DataError as damage:
+        if digests is None:
+            raise
+        watcher.say(f"warning: {damage}")
+        watcher.say("preparing the pairs again from the data, whose files have not changed")
+        try:
+            again = prepare_data(config, tokenizer, seed=seed, watcher=watcher, scratch=scratch)
+            _store_pairs(run, again, digests)
+        except DataError as error:
+            raise DataError(f"{damage} Preparing them again failed: {error}") from error
+        return load(run)
+    if digests is None:  # a run of an earlier version: from here on, a change is noticed
+        names = (run.train_pairs, run.held_out_pairs)
+        write_record(run, replace(read_record(run), prepared={path.name: file_record(path).sha256 for path in names}))
+    return loaded

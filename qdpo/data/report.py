@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qdpo.data.layouts.before import unused_warning
 from qdpo.data.layouts.layout import Layout
 from qdpo.data.layouts.notes import RowNote
 from qdpo.data.layouts.origin import Origin
@@ -16,9 +17,11 @@ from qdpo.data.tokens.cut import Limits
 from qdpo.data.tokens.render import Fact
 from qdpo.data.tokens.sieve import Prepared
 from qdpo.data.tokens.store import TokenPair
+from qdpo.run import disk
 
 LENGTH_BIAS = 0.9
 """Share of longer chosen answers from which length alone tells the answers apart."""
+FEW = "pairs are few"
 FEW_PAIRS = 200
 MUCH_CUT = 0.1
 NOT_COUNTED = {"tie"}
@@ -41,8 +44,14 @@ FACTS = {
     "system_unfoldable": "the chat template does not take system messages ({example}): {count:,} were left out, as "
     "they are followed by an answer, not by a question to put them before. The data report names these rows "
     "(system_unfoldable); begin them with a question, or remove them",
-    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought; it counts as part "
-    "of the prompt, as at inference with enable_thinking=false",
+    "empty_thought": "the chat template puts {example!r} before {count:,} answers without a thought, and it is trained "
+    "as part of them. Where the model will be served without thinking, set the template's switch, as in "
+    "data.template_options.enable_thinking=false",
+    "thought_closed": "the prompt opens a thought, and {count:,} answers have none: each is trained with {example!r} "
+    "before it. Where the model will be served without thinking, set the template's switch (data.template_options)",
+    "calls_not_in_prompt": "the chat template leaves out {count:,} tool calls of earlier turns (first: {example})",
+    "tools_not_in_prompt": "the chat template does not tell the model its functions in {count:,} pairs (first: "
+    "{example}), as it will not when the model is served",
 }
 
 
@@ -99,14 +108,16 @@ class DataReport:
 
 
 def write_report(path: Path, notes: Sequence[RowNote]) -> None:
-    """Append a JSON line for each row that was dropped, cut or mended, with its file and line."""
+    """Append a JSON line for each row that was dropped, cut or mended, with its file and line.
+
+    Raises: DiskError.
+    """
     lines = []
     for note in notes:
         entry = asdict(note)
         entry["file"], entry["line"] = entry.pop("place") or (None, None)
         lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-    with path.open("a", encoding="utf-8") as report:
-        report.writelines(lines)
+    disk.append_text(path, "".join(lines))
 
 
 def summary_lines(prepared: Prepared, layouts: Sequence[Layout], sources: Sequence[Source]) -> list[str]:
@@ -178,6 +189,7 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
         share = prepared.scores_disagree / pairs
         advice = ": the labels look swapped" if share > 0.5 else ""
         warnings.append(f"{scores[0]} is below {scores[1]} in {share:.0%} of the pairs{advice}")
+    warnings += [unused_warning(layout.unused) for layout in layouts if layout.unused]
     if contradictions := prepared.dropped["contradiction"]:
         warnings.append(
             f"{contradictions:,} pairs contradict another pair (same answers, labels swapped) and are left out: the "
@@ -202,7 +214,7 @@ def data_warnings(prepared: Prepared, layouts: Sequence[Layout]) -> list[str]:
             "inference"
         )
     if len(prepared.pairs) < FEW_PAIRS:
-        warnings.append(f"{len(prepared.pairs):,} pairs are few: a noticeable change takes some hundreds")
+        warnings.append(f"{len(prepared.pairs):,} {FEW}: a noticeable change takes some hundreds")
     return warnings
 
 

@@ -37,7 +37,8 @@ def swapped(course: Course) -> str | None:
     for share, pairs, whose in _accuracies(course):
         bound = course.first_accuracy - 3 * course.noise(pairs)
         if share < bound:
-            return f"only {share:.0%} of {whose} pairs are ordered as labelled, below chance (bound: {bound:.0%})"
+            counted = f"only {share:.0%} of {pairs:,.0f} {whose} pairs are ordered as labelled"
+            return f"{counted}, below chance (bound: {bound:.0%})"
     return None
 
 
@@ -52,7 +53,8 @@ def stuck(course: Course) -> str | None:
     bound = _by_chance(course, pairs)
     if not course.first_accuracy - 3 * course.noise(pairs) <= share < bound:
         return None
-    return f"{share:.0%} of {whose} pairs are ordered as labelled, no more than chance allows (up to {bound:.0%})"
+    counted = f"{share:.0%} of {pairs:,.0f} {whose} pairs are ordered as labelled"
+    return f"{counted}, no more than chance allows (up to {bound:.0%})"
 
 
 def _by_chance(course: Course, pairs: float) -> float:
@@ -68,7 +70,7 @@ def overfit(course: Course) -> str | None:
     if course.half_done and share < bound <= 1 and _train_accuracy(course) >= 0.9:
         return (
             f"{_train_accuracy(course):.0%} of the training pairs are ordered as labelled, but only {share:.0%} of the "
-            f"held-out ones, no more than chance allows (up to {bound:.0%})"
+            f"{course.terms.held_out:,} held-out ones, no more than chance allows (up to {bound:.0%})"
         )
     best = min(course.evaluations, key=lambda record: float(record["eval_loss"]))
     start = float(course.evaluations[0]["eval_loss"])
@@ -94,8 +96,9 @@ def saturated(course: Course) -> str | None:
     if first and latest and latest["eval_rewards/accuracies"] >= 0.995:
         if 0 < first["eval_loss"] and latest["eval_loss"] < 0.1 * first["eval_loss"]:
             return (
-                f"every held-out pair is ordered as labelled and their loss is {latest['eval_loss']:.4f}, under a "
-                f"tenth of the {first['eval_loss']:.4f} at the start: better than real preferences allow"
+                f"all {course.terms.held_out:,} held-out pairs are ordered as labelled and their loss is "
+                f"{latest['eval_loss']:.4f}, under a tenth of the {first['eval_loss']:.4f} at the start: better than "
+                "real preferences allow"
             )
     return None
 

@@ -7,11 +7,16 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 
-from qdpo.errors import VerificationError
+from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
 from qdpo.export.merge.weight_names import require_layers, weight_files
+from qdpo.model.base.load import model_config
+from qdpo.model.policy.adapter import read_by_peft
+from qdpo.model.policy.lora_file import module_of, read_tensors
+from qdpo.model.policy.lora_fit import full_config, saved_state, scales
 from qdpo.run import disk
 
 
@@ -33,25 +38,20 @@ def _fill(part: Path, lora: Lora, adapter: Path, base: Path) -> None:
         tensors[f"{PREFIX}{module}{A_SUFFIX}"] = layer.a_RK
         tensors[f"{PREFIX}{module}{B_SUFFIX}"] = layer.b_NR
     save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        **lora.config,
-        "r": lora.rank,
-        "lora_alpha": lora.rank,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": _targets(lora, base),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "lora_dropout": 0.0,
-        "inference_mode": True,
-    }
+    named = {name: lora.config.get(name) for name in ("base_model_name_or_path", "revision", "fan_in_fan_out")}
+    config = full_config(
+        {
+            **{name: value for name, value in named.items() if value is not None},
+            "r": lora.rank,
+            "lora_alpha": lora.rank,
+            "target_modules": _targets(lora, base),
+        }
+    )
     (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in sorted(adapter.iterdir()):
         if path.is_file() and path.name not in (WEIGHTS, CONFIG) and not path.name.startswith("."):
             shutil.copyfile(path, part / path.name)
-    _verify(part, tensors_of=lora)
+    _verify(part, lora, base)
 
 
 def _targets(lora: Lora, base: Path) -> list[str]:
@@ -62,10 +62,20 @@ def _targets(lora: Lora, base: Path) -> list[str]:
     return sorted(last if named == set(lora.layers) else lora.layers)
 
 
-def _verify(part: Path, *, tensors_of: Lora) -> None:
-    again = read_lora(part)
-    stored = load_file(part / WEIGHTS)
-    for module, layer in tensors_of.layers.items():
-        same = module in again.layers and (again.layers[module].b_NR == layer.b_NR).all()
-        if not same or not (stored[f"{PREFIX}{module}{A_SUFFIX}"] == layer.a_RK).all():
-            raise VerificationError(f"The exported adapter's {module} is not the trained one. Please report this.")
+def _verify(part: Path, trained: Lora, base: Path) -> None:
+    """Raises: VerificationError unless plain PEFT, over this base, adds to each layer what was trained, and no more."""
+    again, stored = read_lora(part), read_tensors(part)
+    try:
+        model = read_by_peft(model_config(base), part)
+    except ConfigError as error:
+        raise VerificationError(f"The exported adapter is not the trained one: {error}") from error
+    read, factors = {module_of(name) for name in saved_state(model)}, scales(model)
+    odd = sorted(read ^ set(trained.layers))
+    for module, layer in trained.layers.items():
+        same = module in again.layers and torch.equal(again.layers[module].b_NR, layer.b_NR)
+        if not same or not torch.equal(stored[f"{PREFIX}{module}{A_SUFFIX}"], layer.a_RK) or factors.get(module) != 1:
+            odd.append(module)
+    if odd:
+        raise VerificationError(
+            f"The exported adapter's {odd[0]} is not the trained one as plain PEFT reads it. Please report this."
+        )

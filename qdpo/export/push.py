@@ -15,6 +15,7 @@ from qdpo.model.base.folder import check_folder
 from qdpo.report.card import card_text, public_name
 from qdpo.run.record import BaseRecord
 from qdpo.run.watcher import Say
+from qdpo.train.start.tokenizer import shipped_otherwise
 
 # Files of a model's or an adapter's folder that go to the hub; all others are left out.
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -67,6 +68,11 @@ def pack(trained: TrainedRun, repo: str, *, merged: bool, public: bool, say: Say
     folder = trained.merged(None) if merged else trained.run.adapter
     if merged:
         check_folder(folder)
+        if differing := shipped_otherwise(trained.tokenizer(folder), folder):
+            raise ConfigError(
+                f"The {' and '.join(differing)} in {folder} are not what the run trained: the folder was merged by an "
+                f"earlier version of qdpo, or changed. Remove it, and run `qdpo merge {trained.run.path}` again."
+            )
     base = trained.record.base
     privacy = Privacy.of(trained)
     files: dict[str, Path | bytes] = {CARD: _card(trained, repo, merged).encode()}

@@ -1,6 +1,5 @@
 """Makes an Ollama Modelfile and a vLLM command for the trained model, and catches their silent mistakes."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.template_pieces import turn_text
+from qdpo.model.base.tokenizer_files import JINJA, sampling_settings, stated_ends
 
 # The values that vLLM accepts for --max-lora-rank (read in vllm/config/lora.py; vLLM itself was never run here).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -19,9 +19,10 @@ def command(*words: object) -> str:
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
-def modelfile(tokenizer: Any, folder: Path, *, source: str, adapter: str | None) -> str:
-    """An Ollama Modelfile for `source` (a file in its folder, a folder or a name), with the model's own template.
+def modelfile(tokenizer: Any, folder: Path, *, source: str, adapter: str | None, ends: Sequence[int] = ()) -> str:
+    """An Ollama Modelfile for `source` (a file in its folder, a folder or a name), with the tokenizer's template.
 
+    It stops at `ends`, and at those that the tokenizer and `folder` state.
     Raises: ConfigError for a text that a Modelfile cannot quote; VerificationError for a template it cannot express.
     """
     turns = turn_text(tokenizer)
@@ -29,30 +30,25 @@ def modelfile(tokenizer: Any, folder: Path, *, source: str, adapter: str | None)
     if adapter:
         lines.append(f"ADAPTER {_value(adapter)}")
     lines.append(f'TEMPLATE """{turns.go_template()}"""')
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in stop_texts(tokenizer, folder)]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in stop_texts(tokenizer, folder, ends)]
     lines += [f"PARAMETER {name} {value:g}" for name, value in _sampling(folder).items()]
     return "\n".join(lines) + "\n"
 
 
-def stop_texts(tokenizer: Any, folder: Path) -> list[str]:
-    """The end tokens of tokenizer and generation_config.json as text, each once."""
-    stated = _generation(folder).get("eos_token_id")
-    ids = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+def stop_texts(tokenizer: Any, folder: Path, ends: Sequence[int] = ()) -> list[str]:
+    """The end tokens of the tokenizer, of the folder's settings and in `ends` as text, each once."""
+    ids = [tokenizer.eos_token_id, *stated_ends(folder), *ends]
     texts = [tokenizer.convert_ids_to_tokens(token_id) for token_id in ids if token_id is not None]
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(text for text in texts if text))
 
 
 def _sampling(folder: Path) -> dict[str, float]:
-    """The sampling settings of generation_config.json, under Ollama's names."""
-    stated = _generation(folder)
+    """The sampling settings of generation_config.json, under Ollama's names; do_sample=false is temperature 0."""
+    stated = sampling_settings(folder)
+    if stated.get("do_sample") is False:  # transformers then ignores what else it says about drawing
+        stated = {name: value for name, value in stated.items() if name not in ("top_p", "top_k")} | {"temperature": 0}
     names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
     return {name: float(stated[key]) for key, name in names.items() if isinstance(stated.get(key), int | float)}
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
 
 
 def _value(path: str) -> str:
@@ -79,12 +75,18 @@ def lora_rank(rank: int) -> int:
     )
 
 
-def vllm_merged(merged: Path, name: str) -> str:
-    """The command that serves a merged model."""
-    return command("vllm", "serve", merged, "--served-model-name", name)
+def vllm_merged(merged: Path, name: str, conversation: Sequence[object] = ()) -> str:
+    """The command that serves a merged model; `conversation` as `vllm_conversation` gives it."""
+    return command("vllm", "serve", merged, "--served-model-name", name, *conversation)
 
 
-def vllm_adapter(base: Sequence[str], adapter: Path, name: str, rank: int) -> str:
+def vllm_adapter(base: Sequence[str], adapter: Path, name: str, rank: int, conversation: Sequence[object] = ()) -> str:
     """The command that serves an adapter over `base` (its name, and options such as --revision)."""
     lora = ["--enable-lora", "--max-lora-rank", lora_rank(rank), "--lora-modules", f"{name}={adapter}"]
-    return command("vllm", "serve", *base, *lora)
+    return command("vllm", "serve", *base, *lora, *conversation)
+
+
+def vllm_conversation(kept: Path, differing: Sequence[str]) -> list[object]:
+    """The options that let vLLM read the chat template, the end tokens, or both, in `kept` instead of in the model."""
+    template: list[object] = ["--chat-template", kept / JINJA] if "chat template" in differing else []
+    return template + (["--generation-config", kept] if "end token" in differing else [])

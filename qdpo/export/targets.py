@@ -19,6 +19,7 @@ from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer, model_config
 from qdpo.run import disk
 from qdpo.run.watcher import Say
+from qdpo.train.start.tokenizer import keeps_conversation, shipped_otherwise, write_conversation_files
 
 # A float32 copy of the merged model, and one of the model read back.
 BYTES_A_WEIGHT = 8
@@ -83,7 +84,12 @@ def export_gguf(order: Order) -> None:
 
 def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
     base_gguf = order.trained.base_gguf(order.say)
-    found = model.write_gguf(merged, out, quant=quant, name=order.name, base_gguf=base_gguf)
+    conversation = order.trained.tokenizer(merged)
+    if differing := shipped_otherwise(conversation, merged):
+        order.say(f"{' and '.join(differing)}: as the run trained, not as in {merged}")
+    found = model.write_gguf(
+        merged, out, quant=quant, name=order.name, base_gguf=base_gguf, tokenizer=conversation
+    )  # fmt: skip
     order.say(
         f"wrote {out.name}: {found.weights} weights as {quant}, read back within rounding (largest error "
         f"{found.largest_error:.1e}); {found.vocabulary}, its ids checked"
@@ -117,16 +123,19 @@ def export_ollama(order: Order) -> None:
         folder = order.trained.base(order.say)
     else:
         folder = order.trained.merged(order.merged)
-    tokenizer = load_tokenizer(folder)
-    servers.modelfile(tokenizer, folder, source="./model.gguf", adapter=None)  # fails before gigabytes are written
+    found = order.trained.tokenizer(folder)
+
+    def text_for(source: str, adapter: str | None) -> str:
+        return servers.modelfile(found.tokenizer, folder, source=source, adapter=adapter, ends=found.ends.every)
+
+    text_for("./model.gguf", None)  # fails before gigabytes are written
 
     def fill(part: Path) -> None:
         source, adapter = _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part), None)
-        text = servers.modelfile(tokenizer, folder, source=source, adapter=adapter)
-        (part / "Modelfile").write_text(text, encoding="utf-8")
+        (part / "Modelfile").write_text(text_for(source, adapter), encoding="utf-8")
 
     disk.write_folder(out, fill)
-    order.say(f"wrote {out}; its chat template gives the same text as the model's own on test conversations")
+    order.say(f"wrote {out}; its chat template gives the same text as the run's on test conversations")
     order.say(f"next: {servers.command('ollama', 'create', order.name, '-f', out / 'Modelfile')}")
     order.say(f"      {servers.command('ollama', 'run', order.name)}")
 
@@ -156,7 +165,8 @@ def export_vllm(order: Order) -> None:
     if order.out is not None:
         raise ConfigError(f"--to vllm prints a command and writes no file. Leave out {order.out}.")
     if not order.lora:
-        order.say(servers.vllm_merged(order.trained.merged(order.merged).resolve(), order.name))
+        merged = order.trained.merged(order.merged).resolve()
+        order.say(servers.vllm_merged(merged, order.name, _vllm_conversation(order, merged)))
         return
     base, adapter = order.trained.base(order.say), order.trained.run.adapter
     lora = read_lora(adapter)
@@ -173,7 +183,24 @@ def export_vllm(order: Order) -> None:
     order.say(
         "# vLLM serves the base as stored; the adapter was trained over it quantised, and behaves slightly differently"
     )
-    order.say(servers.vllm_adapter(name, adapter.resolve(), order.name, lora.rank))
+    conversation = _vllm_conversation(order, base)
+    order.say(servers.vllm_adapter(name, adapter.resolve(), order.name, lora.rank, conversation))
+
+
+def _vllm_conversation(order: Order, served: Path) -> list[object]:
+    """Options for what the run trained and `served` does not say, with the files that they name."""
+    found = order.trained.tokenizer(served)
+    differing = shipped_otherwise(found, served)
+    if "chat template" in differing and found.template is None:
+        order.say("# trained on bare text: ask for /v1/completions; a chat would be written with the base's template")
+        differing.remove("chat template")
+    kept = order.trained.run.adapter
+    if differing and not keeps_conversation(found, kept):
+        kept = order.trained.exports / "vllm"
+        disk.write_folder(kept, lambda part: write_conversation_files(found, part, served))
+    if differing:
+        order.say(f"# {' and '.join(differing)}: not in {served.name} as trained, so vLLM reads them in {kept.name}/")
+    return servers.vllm_conversation(kept.resolve(), differing)
 
 
 TARGETS: dict[str, Callable[[Order], None]] = {

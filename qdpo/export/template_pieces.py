@@ -71,7 +71,10 @@ def turn_text(tokenizer: Any) -> TurnText:
     Raises: ConfigError without a template; VerificationError if the template is more than fixed text around turns.
     """
     if not tokenizer.chat_template:
-        raise ConfigError("The model has no chat template, so no Modelfile can be made. Add chat_template.jinja to it.")
+        raise ConfigError(
+            "The run has no chat template: it was trained on bare text, so it takes no chats and no Modelfile. Serve "
+            "it as a text completer with vLLM or llama.cpp (`--to vllm`, `--to gguf`), or train with a data.template."
+        )
     user = {"role": "user", "content": FIRST}
     more = [user, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": SECOND}]
     before, after_user = _parts(_render(tokenizer, [user]), FIRST)

@@ -12,6 +12,7 @@ from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.record import RunRecord
 from qdpo.run.watcher import Say
+from qdpo.train.start.tokenizer import RunTokenizer, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TrainedRun:
         return fetch.locate_base(
             base.source, revision=revision, cache_dir=self.finished.cache, announce=announce
         ).folder
+
+    def tokenizer(self, folder: Path) -> RunTokenizer:
+        """The run's tokenizer over the vocabulary in `folder`, the base's or a merged model's."""
+        return tokenizer_of(self.finished, folder)
 
     def base_gguf(self, announce: Say) -> Path | None:
         """The GGUF file that the base was converted from; None if the base came as safetensors, or the file is gone."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.families.config_fields import experts_field, is_tied
+from qdpo.families.config_fields import experts_field, is_tied, positions
 from qdpo.families.family import FAMILIES, WITH_FORECAST, LayerForm
 
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -27,6 +27,8 @@ class Shape:
     head_width: int
     vocabulary: int
     tied: bool
+    positions: int | None = None
+    """Tokens of prompt and answer that the model is made for; None: not known."""
 
     @property
     def query(self) -> int:
@@ -83,7 +85,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
             f"{source} lacks {', '.join(missing)}, so there is no forecast. Add it to the config.json under the name "
             "that transformers uses."
         )
-    heads = config["num_attention_heads"]
+    heads, longest = config["num_attention_heads"], positions(config)
     return Shape(
         layer=family.layer,
         layers=config["num_hidden_layers"],
@@ -94,6 +96,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
         head_width=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
         tied=is_tied(config, family),
+        positions=longest.count if longest else None,
     )
 
 
@@ -140,8 +143,23 @@ _KNOWN: list[tuple[str, str, tuple[int, int, int, int, int, int, int], bool]] = 
     ("allenai/OLMo-2-1124-13B", "olmo2", (40, 5120, 13824, 40, 40, 128, 100352), False),
 ]
 _NUMBERS = ("layers", "hidden", "intermediate", "heads", "key_heads", "head_width", "vocabulary")
+# max_position_embeddings; for names that a base and its tuned versions share, the smaller one.
+_POSITIONS = {
+    "HuggingFaceTB/SmolLM2-": 8192, "HuggingFaceTB/SmolLM3-": 65536, "TinyLlama/": 2048, "meta-llama/Llama-2-": 4096,
+    "meta-llama/Llama-3.": 131072, "meta-llama/Meta-Llama-3-": 8192, "mistralai/Mistral-7B-": 32768,
+    "HuggingFaceH4/": 32768, "mistralai/Mistral-Nemo-": 131072, "Qwen/Qwen2.5-": 32768, "Qwen/Qwen3-": 32768,
+    "google/gemma-2-": 8192, "microsoft/Phi-3-mini-4k": 4096, "microsoft/phi-4": 16384, "allenai/OLMo-2-": 4096,
+}  # fmt: skip
+
+
+def _positions(name: str) -> int:
+    return next(count for start, count in _POSITIONS.items() if name.startswith(start))
+
+
 KNOWN = {
-    name: Shape(layer=_layer(family), tied=tied, **dict(zip(_NUMBERS, numbers, strict=True)))
+    name: Shape(
+        layer=_layer(family), tied=tied, positions=_positions(name), **dict(zip(_NUMBERS, numbers, strict=True))
+    )
     for name, family, numbers, tied in _KNOWN
 }
 FAMILY_OF = {name: family for name, family, _numbers, _tied_ in _KNOWN}

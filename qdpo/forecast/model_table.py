@@ -23,7 +23,7 @@ class Fit:
 
     model: str
     longest_pair: int
-    """Tokens of prompt and both answers; 0: nothing fits."""
+    """Tokens of prompt and both answers, at most the model's positions; 0: nothing fits."""
     tokens_per_row: int | None
     kept_layers: int | None
     layers: int
@@ -75,13 +75,16 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
 
 
 def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
-    """Tokens of the longest pair that fits with no kept layers and maximum offload, in steps of 64."""
+    """Tokens of the longest pair that fits with no kept layers and maximum offload, in steps of 64.
+
+    It is not longer than the model's positions: beyond them no pair is trained.
+    """
 
     def fits(tokens: int) -> bool:
         lengths = Lengths(tokens, tokens * 2 // 5, tokens, tokens * 2 / 5, 1)
         return choose.choose(shape, run, lengths, Given(kept=0), limit=limit).peak <= limit
 
-    low, high = 0, MOST_TOKENS // 64
+    low, high = 0, min(MOST_TOKENS, shape.positions or MOST_TOKENS) // 64
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(64 * middle) else (low, middle - 1)

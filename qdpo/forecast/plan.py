@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdpo.data.positions import within_positions
 from qdpo.errors import ConfigError
 from qdpo.families import shapes
+from qdpo.families.config_fields import Positions
 from qdpo.families.shapes import Shape
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
@@ -45,6 +47,7 @@ class Plan:
     seconds: dict[str, float] | None
     capped_hours: float | None
     ways: list[Way]
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -63,7 +66,7 @@ class Plan:
             },
             "lengths": {"longest_pair": found.longest, "mean_pair": found.mean, "from": self.known.how},
             "pairs": self.known.pairs, "steps": self.steps, "tokens": self.tokens, "estimated_seconds": self.seconds,
-            "ways_out": [vars(way) for way in self.ways],
+            "ways_out": [vars(way) for way in self.ways], "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -81,8 +84,11 @@ def make_plan(
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
+    notes: list[str] = []
     config = resolved.config
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
+    limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
+    config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
     card, gib, others = _card(resolved, card, gpu_gib, others_gib, cuda)
     optimizer = str(config.train.optimizer)
@@ -92,7 +98,7 @@ def make_plan(
     run = choose.settings_of(
         config.model, config.adapter, config.memory, optimizer=optimizer, element=element, cuda=cuda
     )
-    known = _known(resolved, read_data)
+    known = _known(resolved, config, read_data)
     limit = (gib - others) * GIB * choose.PLANNED_SHARE
     smallest = choose.smallest_fixed_part(shape, run)
     if limit < smallest:
@@ -125,6 +131,7 @@ def make_plan(
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
+        notes=tuple(notes),
     )
 
 
@@ -156,8 +163,7 @@ def usable(gib: float, card: str | None, others_gib: float | None) -> tuple[floa
     return (gib - others) * GIB * choose.PLANNED_SHARE, card or timing.card_for(gib)
 
 
-def _known(resolved: Resolved, read_data: bool) -> Known:
-    config = resolved.config
+def _known(resolved: Resolved, config: RunConfig, read_data: bool) -> Known:
     if not read_data:
         return lengths.assumed(config)
     found = lengths.prepared(identity.run_folder(resolved), config)
@@ -244,6 +250,8 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")
     else:
         say(f"card    {plan.card_gib:g} GiB ({plan.card}), {plan.others_gib:g} of it held by other programs, {spare}")
+    for note in plan.notes:
+        say(note)
     say(f"pairs   longest {plan.known.lengths.longest:,} tokens, mean {plan.known.lengths.mean:,.0f}; {plan.known.how}")
     say(
         f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layers kept"

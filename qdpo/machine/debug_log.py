@@ -5,6 +5,9 @@ import re
 import traceback
 from pathlib import Path
 
+from qdpo.errors import DiskError
+from qdpo.run import disk
+
 # Access tokens of the Hub, of GitHub, and in an Authorization header.
 SECRETS = re.compile(r"\b(hf_|ghp_|gho_|github_pat_)\w{8,}|(?<=Bearer )\S+")
 
@@ -16,9 +19,8 @@ def note(folder: Path, error: BaseException, words: list[str]) -> Path | None:
     text = "".join(traceback.format_exception(error))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(redact(f"--- {now} qdpo {' '.join(words)}\n{text}\n"))
-    except OSError:
+        disk.append_text(path, redact(f"--- {now} qdpo {' '.join(words)}\n{text}\n"))
+    except (OSError, DiskError):
         return None
     return path
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from qdpo import __version__
+from qdpo.report.accuracy import accuracy_text
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun
 from qdpo.run.record import Environment
@@ -17,6 +18,8 @@ LICENSES = {
     "cc-by-nc-sa-4.0", "cc-by-sa-4.0", "cc0-1.0", "gemma", "gpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2",
     "llama3.3", "llama4", "mit", "openrail", "unlicense",
 }  # fmt: skip
+
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def write_card(finished: FinishedRun) -> None:
@@ -36,7 +39,7 @@ def card_text(finished: FinishedRun, *, repo: str | None = None, is_merged: bool
     base, data, found, config = record.base, record.data, record.found.settings(), finished.config()
     settings = layered.flat(config)
     before, after = finished.result.before, finished.result.after
-    hide = repo is not None
+    hide, pairs = repo is not None, data.held_out_pairs
     what = "A LoRA adapter, merged into" if is_merged else "A LoRA adapter over"
     names = {"base": public_name(base.name, base.source, hide=hide)}
     names["data"] = public_name(data.source, data.source, hide=hide)
@@ -51,7 +54,7 @@ def card_text(finished: FinishedRun, *, repo: str | None = None, is_merged: bool
     if data.revision:
         header.append(f"datasets: [{data.source.partition(':')[0].partition('@')[0]}]")
     rows = "\n".join(
-        f"| {label} | {before[name]:.4f} | {after[name]:.4f} |"
+        f"| {label} | {_figure(name, before[name], pairs)} | {_figure(name, after[name], pairs)} |"
         for label, name in (
             ("loss", "loss"),
             ("reward accuracy", "rewards/accuracies"),
@@ -96,11 +99,15 @@ training: {config.model.quantization}. {reference}
 
 ## Use
 ```python
-{_usage(names["base"] if base.commit else None, repo, is_merged)}
+{_usage(finished, repo, is_merged)}
 ```
 Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
     )
+
+
+def _figure(name: str, value: float, pairs: int) -> str:
+    return accuracy_text(value, pairs) if name == "rewards/accuracies" else f"{value:.4f}"
 
 
 def _loss_settings(loss: LossConfig) -> list[str]:
@@ -127,18 +134,54 @@ def _versions(environment: Environment) -> str:
     return f"Python {environment.python}, {packages}; trained on {environment.device}"
 
 
-def _usage(base: str | None, repo: str | None, is_merged: bool) -> str:
-    """Python code that loads the model that the card describes; `base` is None unless the hub has it."""
+def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
+    """Python code that loads the model that the card describes: the base in the form that the adapter was trained over.
+
+    The base is a hub id with its commit, or a placeholder.
+    """
     if is_merged:
         return (
             "from transformers import AutoModelForCausalLM\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({repo or 'path/to/this/model'!r})"
         )
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base or 'path/to/its/base'!r})\n"
-        f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r})"
+    record, model = finished.record, finished.config().model
+    dtype = f"torch.{TORCH_NAMES[record.found.dtype]}"
+    where = [repr(record.base.name if record.base.commit else "path/to/its/base")]
+    where += [f"revision={record.base.commit!r}"] if record.base.commit else []
+    classes, before = ["AutoModelForCausalLM"], []
+    # A folder that is 4-bit already brings its own settings; marks that were not recorded leave the setting to tell.
+    if model.quantization != "none" and record.four_bit != {} and not _is_stored_in_4_bits(Path(record.base.folder)):
+        classes.append("BitsAndBytesConfig")
+        where.append("quantization_config=in_4_bits")
+        before = [
+            f"# The adapter was trained over the base in {model.quantization.upper()}. Over the base in 16 bits it is "
+            "another model;",
+            "# `qdpo merge` makes one model of both, without 4-bit weights.",
+            "in_4_bits = BitsAndBytesConfig(",
+            f"    load_in_4bit=True, bnb_4bit_quant_type={model.quantization!r},",
+            f"    bnb_4bit_use_double_quant={model.double_quant}, bnb_4bit_compute_dtype={dtype},",
+            ")",
+        ]
+    return "\n".join(
+        [
+            "import torch",
+            "from peft import PeftModel",
+            f"from transformers import {', '.join(classes)}",
+            "",
+            *before,
+            "base = AutoModelForCausalLM.from_pretrained(",
+            f"    {', '.join([*where, f'dtype={dtype}'])},",
+            ")",
+            f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r}).eval()",
+        ]
     )
+
+
+def _is_stored_in_4_bits(base: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def public_name(name: str, source: str, *, hide: bool = False) -> str:

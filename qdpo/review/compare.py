@@ -17,6 +17,7 @@ from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.data.tokens.prompts_only import encode_prompts, read_prompts
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import DataError
+from qdpo.families.config_fields import positions_of
 from qdpo.model.fast.divergence import token_kl
 from qdpo.model.fast.logps import response_logps
 from qdpo.model.generate.generate import complete, end_tokens
@@ -155,7 +156,13 @@ def _prompts(opened: Reopened, tokenizer: Any, path: Path | None, count: int) ->
         return "the run's held-out pairs", ids
     data, read = opened.config.data, read_prompts(path)[:count]
     ids = encode_prompts(read, tokenizer, data)
+    limit = positions_of(opened.place.folder)
     for prompt, tokens in zip(read, ids, strict=True):
+        if limit is not None and len(tokens) >= limit.count:
+            raise DataError(
+                f"The prompt in {prompt.origin} has {len(tokens)} tokens, and the model has {limit.count:,} positions "
+                "for prompt and answer. Shorten the prompt."
+            )
         if len(tokens) >= data.max_tokens:
             raise DataError(
                 f"The prompt in {prompt.origin} has {len(tokens)} tokens, but the run was trained on at most "

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from qdpo.data import prepare
-from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
-from qdpo.model.base.load import load_tokenizer
 from qdpo.model.device import choose_device
+from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy.adapter import Policy
 from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
@@ -20,6 +19,7 @@ from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.start.open_run import cache_folder
+from qdpo.train.start.tokenizer import tokenizer_of
 
 # Settings that may differ from the run's: the device, memory settings, and the cache folder.
 PLACES = ("model.device", "memory.", "cache.dir")
@@ -82,16 +82,16 @@ def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher:
 
 
 def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
-    """The policy with the run's trained adapter, which `policy.reference()` turns off, and the tokenizer.
+    """The policy with the run's trained adapter, which `policy.reference()` turns off, and the run's tokenizer.
 
     The adapter comes from the run folder alone: a run that continued another adapter no longer needs that adapter.
     """
-    tokenizer = load_tokenizer(opened.place.folder)
-    settle_template(tokenizer, opened.config.data.template)
+    found = tokenizer_of(opened.finished, opened.place.folder)
     adapter = opened.config.adapter.model_copy(update={"start": str(opened.run.adapter), "reference": "base"})
     config = opened.config.model_copy(update={"adapter": adapter})
     loaded = load_reopened(opened, config, probe_pairs(prepare.load(opened.run)[1]), watcher)
-    return loaded.policy, tokenizer
+    stop_at(loaded.policy.peft, found.ends.trained)
+    return loaded.policy, found.tokenizer
 
 
 def _settings(finished: FinishedRun, arguments: list[str], may_change: tuple[str, ...]) -> RunConfig:

@@ -1,9 +1,12 @@
 """Reading and atomic writing of small files, and free space."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,12 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from qdpo.errors import DiskError
+
+# Not through a link, and without waiting for the other end of a named pipe. Windows has neither flag.
+_ONLY_THIS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENAMETOOLONG}
+"""Errors that no free space heals: something else stands where the file or folder is due."""
 
 
 def cache_folder(given: str | Path | None) -> Path:
@@ -27,6 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_stream(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     """Writes the file by `fill`, or nothing: to a temporary file, flushed, renamed over `path`. Raises: DiskError."""
+    _need_no_other(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -50,30 +60,59 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Appends the whole text, on disk when this returns, or nothing. Raises: DiskError."""
+    """Appends the whole text, on disk when this returns, or nothing. A partial last line is removed first.
+
+    Raises: DiskError, also if the path is a link or not a file.
+    """
     try:
-        with path.open("ab") as file:
-            size = file.tell()
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY | _ONLY_THIS, 0o666)
+        try:
+            _need_file(path, os.fstat(descriptor).st_mode)
+            size = _end_of_lines(descriptor)
             try:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
+                if size < os.fstat(descriptor).st_size:
+                    os.ftruncate(descriptor, size)
+                os.lseek(descriptor, size, os.SEEK_SET)
+                left = memoryview(text.encode())
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                os.fsync(descriptor)
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.truncate(path, size)  # leave no partial line
+                    os.ftruncate(descriptor, size)  # leave no partial line
                 raise
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise disk_error(error, path) from error
 
 
 def cut_torn_line(path: Path) -> bool:
-    """Removes a partial last line left by a crash. True if there was one."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole == len(content):
-        return False
-    write_bytes(path, content[:whole])
-    return True
+    """Removes a partial last line left by a crash. True if there was one. Raises: DiskError."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | _BINARY | _ONLY_THIS)
+        try:
+            _need_file(path, os.fstat(descriptor).st_mode)
+            size, whole = os.fstat(descriptor).st_size, _end_of_lines(descriptor)
+            os.ftruncate(descriptor, whole)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return whole < size
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """Size of the file without a partial last line."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - 2**16)
+        os.lseek(descriptor, start, os.SEEK_SET)
+        if (place := os.read(descriptor, end - start).rfind(b"\n")) >= 0:
+            return start + place + 1
+        end = start
+    return 0
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,14 +120,74 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The file's value. Raises: ValueError if it is not JSON; OSError, DiskError as read_bytes does."""
+    return parse(read_bytes(path).decode())
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text. Raises: ValueError, also where values are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's contents. Raises: OSError if there is none; DiskError if the path is not a file, such as a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | _BINARY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _need_file(path, os.fstat(descriptor).st_mode)
+    except DiskError:
+        os.close(descriptor)
+        raise
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def is_there(path: Path) -> bool:
+    """True if the folder has an entry of that name, even a link to nothing."""
+    return os.path.lexists(path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (never what it points to), or a folder with its contents. Raises: DiskError."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _need_no_other(path: Path) -> None:
+    """Raises: DiskError if a pipe, a device or a folder has the name; a file or a link may be replaced."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISLNK(mode):
+        _need_file(path, mode)
+
+
+def _need_file(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise DiskError(f"{path} is {kind_of(mode)}, not a file. Move it away, then run the same command again.")
+
+
+def kind_of(mode: int) -> str:
+    """What an entry of a folder is, in words."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a file" if stat.S_ISREG(mode) else "a device")
 
 
 def write_file(path: Path, fill: Callable[[Path], None]) -> None:
     """As write_stream, for a library that opens the file itself: `fill` receives the path of the temporary file."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    _need_no_other(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
         try:
             fill(temporary)
             share(temporary)
@@ -97,16 +196,10 @@ def write_file(path: Path, fill: Callable[[Path], None]) -> None:
             _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
+    except Exception as error:
+        if not is_disk_trouble(error):
+            raise
         raise disk_error(error, path) from error
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values of a JSON Lines file, without a partial last line left by a crash; empty if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -116,7 +209,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         try:
             fill(temporary)
@@ -125,15 +218,22 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
                     share(file)
                     _flush(file)
             _flush(temporary)
-            if path.exists():
-                shutil.rmtree(path)
+            if is_there(path):
+                remove(path)
             os.replace(temporary, path)
             _flush(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except Exception as error:
+        if not is_disk_trouble(error):
+            raise
         raise disk_error(error, path) from error
+
+
+def is_disk_trouble(error: Exception) -> bool:
+    """True if a library could not write: safetensors and tokenizers report a full disk as errors of their own."""
+    return isinstance(error, (OSError, SafetensorError)) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
 def share(path: Path) -> None:
@@ -157,9 +257,19 @@ def need_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 
 def disk_error(error: Exception, path: Path) -> DiskError:
     """A DiskError that names the file that could not be written, and the cause."""
+    if isinstance(error, OSError) and error.errno in WRONG_KIND:
+        there = f" ({path} is {kind_of(path.lstat().st_mode)})" if is_there(path) else ""
+        return DiskError(
+            f"Cannot write {path}: {error}{there}. Move what is in its way, then run the same command again."
+        )
     return DiskError(
         f"Cannot write {path}: {error}. Free some space or fix the permissions, then run the same command again."
     )
+
+
+def may_heal(error: DiskError) -> bool:
+    """True if the same write may succeed later: the disk was full, or away."""
+    return not (isinstance(error.__cause__, OSError) and error.__cause__.errno in WRONG_KIND)
 
 
 def _flush(path: Path) -> None:

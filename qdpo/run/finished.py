@@ -1,14 +1,18 @@
 """Opens a run on disk: any run, or only a finished one that can be used."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdpo.errors import ConfigError
-from qdpo.run import disk
+from qdpo.errors import ConfigError, VerificationError
+from qdpo.run import disk, places, seal
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Environment, Result, RunRecord, read_environment, read_record, read_result
+from qdpo.run.record import Environment, Result, RunRecord, file_record, read_environment, read_record, read_result
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
+
+# Of adapter_config.json: where the base lies, which people write anew before they share an adapter.
+BASE_NAMES = ("base_model_name_or_path", "revision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +59,10 @@ def is_finished(run: RunDir) -> bool:
 def any_run(folder: Path) -> KnownRun:
     """The run in `folder`: a FinishedRun if it is finished.
 
-    Raises: ConfigError if the folder is not a run, or if one of its files cannot be read.
+    Raises: ConfigError if the folder is not a run; DiskError if one of its files is damaged, or of another kind.
     """
     run = RunDir(folder)
+    places.check_places(run)
     record, environment = read_record(run), read_environment(run)
     if not is_finished(run):
         return KnownRun(run=run, record=record, environment=environment)
@@ -65,9 +70,14 @@ def any_run(folder: Path) -> KnownRun:
 
 
 def finished_run(folder: Path) -> FinishedRun:
-    """The finished run in `folder`. Raises: ConfigError if `folder` is not a run, or the run is not finished."""
+    """The finished run in `folder`, with the adapter that it trained.
+
+    Raises: ConfigError if `folder` is not a run, or the run is not finished; VerificationError if its adapter was
+    changed since.
+    """
     found = any_run(folder)
     if isinstance(found, FinishedRun):
+        _check_adapter(found)
         return found
     if found.run.result.is_file():
         raise ConfigError(
@@ -80,3 +90,34 @@ def finished_run(folder: Path) -> FinishedRun:
         f"The run {folder} is not finished and has no adapter yet ({saved}). The `qdpo run` command that started it "
         "continues it."
     )
+
+
+def adapter_weights(folder: Path) -> str:
+    """sha256 of the adapter's tensors."""
+    return file_record(folder / "adapter_model.safetensors").sha256
+
+
+def adapter_settings(folder: Path) -> str:
+    """sha256 of the adapter's settings without the name of its base, which may be written anew."""
+    content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return seal.digest({name: value for name, value in content.items() if name not in BASE_NAMES})
+
+
+def _check_adapter(found: FinishedRun) -> None:
+    result, folder = found.result, found.run.adapter
+    for name, stated, digest in (
+        ("adapter_model.safetensors", result.adapter_weights, adapter_weights),
+        ("adapter_config.json", result.adapter_settings, adapter_settings),
+    ):
+        if stated is None:
+            continue
+        try:
+            same = digest(folder) == stated
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # who opens the adapter says what is wrong with it
+        if not same:
+            raise VerificationError(
+                f"{folder / name} is not the one that the run {found.run.path} wrote at its end: its sha256 differs "
+                "from the one in result.json. Put the file back from a copy, or remove the folder adapter/, and the "
+                "command that started the run writes it again from the last checkpoint."
+            )

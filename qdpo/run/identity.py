@@ -5,15 +5,17 @@ Imports nothing heavy, so that a finished run or a changed setting is reported a
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from qdpo.errors import ConfigError
+from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from qdpo.run.record import FileRecord, FoundValues, file_record, read_record, write_record
 from qdpo.settings import layered
-from qdpo.settings.layered import Resolved, Value, Values
+from qdpo.settings.layered import Resolved, Value, Values, in_open_table
 from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY, RunConfig
 
 
@@ -34,9 +36,10 @@ def check_unchanged(run: RunDir, resolved: Resolved) -> None:
     """Raises: ConfigError that lists the settings and files that have changed since the run's first start."""
     record = read_record(run)
     now, then = trajectory_settings(resolved), record.settings
-    changed = [name for name in now if now[name] != then.get(name, now[name])]
+    changed = [name for name in now if now[name] != then.get(name, None if in_open_table(name) else now[name])]
+    changed += [name for name in then if in_open_table(name) and name not in now]
     if changed:
-        lines = "\n".join(f"  {name}: was {then[name]}, now {now[name]}" for name in changed)
+        lines = "\n".join(f"  {name}: was {then.get(name)}, now {now.get(name)}" for name in changed)
         raise ConfigError(
             f"The run {run.path} was started with other settings:\n{lines}\n"
             "Give the old values to continue it, choose another `output.name`, or start again with `--fresh` (the old "
@@ -51,6 +54,8 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
         path = Path(name)
         if not path.exists():
             problem = "it is missing"
+        elif not path.is_file():
+            problem = "it is not a file"
         elif path.stat().st_size != then.bytes:
             problem = f"it has {path.stat().st_size} bytes instead of {then.bytes}"
         elif path.stat().st_mtime_ns != then.mtime_ns and file_record(path).sha256 != then.sha256:
@@ -77,6 +82,15 @@ def config_toml(resolved: Resolved, found: FoundValues | None = None) -> str:
             value, origin = settled[name], f"{origin}; found at the first start"
         lines.append(f"# {field} is not set" if value is None else f"{field} = {toml_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"
+
+
+def is_config(path: Path) -> bool:
+    """True if the file is there and is TOML. Raises: DiskError if it is not a file."""
+    try:
+        tomllib.loads(disk.read_bytes(path).decode())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def toml_value(value: Value) -> str:

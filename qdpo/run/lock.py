@@ -1,7 +1,6 @@
 """One process per run: its lock, moving an earlier run aside, and clearing up after a killed process."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,13 +8,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from qdpo.errors import ConfigError
-from qdpo.run import disk
+from qdpo.run import disk, places
 from qdpo.run.folder import RunDir
 
 
 @contextmanager
 def exclusive(run: RunDir) -> Iterator[None]:
     """Holds the run's lock: no other process works on the run. Raises: ConfigError if another process holds it."""
+    places.check_file(run.lock)
     lock = FileLock(run.lock)
     try:
         run.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -39,18 +39,26 @@ def exclusive(run: RunDir) -> Iterator[None]:
 def move_aside(run: RunDir) -> Path:
     """Renames an existing run folder so that a new run can take its name; nothing is deleted."""
     number = 1
-    while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+    while disk.is_there(aside := run.path.with_name(f"{run.path.name}.old-{number}")):
         number += 1
     with exclusive(run):
-        run.path.rename(aside)
+        try:
+            run.path.rename(aside)
+        except OSError as error:
+            raise disk.disk_error(error, aside) from error
     return aside
 
 
 def clear_leftovers(run: RunDir) -> None:
-    """Removes the temporary files that a killed process left for this run. The caller must hold the run's lock."""
+    """Removes the temporary files that a killed process left for this run. The caller must hold the run's lock.
+
+    A leftover that is a link is removed, never what it points to.
+    """
     beside = rf"\.tmp-{re.escape(run.path.name)}-\d+"  # the run folder itself, at its first start
-    inside = r"\.tmp-\w+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
+    inside = r"\.tmp-[\w.-]+-\d+|\.[\w.-]+\.\w{8}"  # of write_folder and write_bytes
     for folder, name in ((run.path.parent, beside), (run.path, inside), (run.adapter, inside)):
+        if folder == run.adapter and not places.is_folder(folder):
+            continue
         for path in folder.glob(".*"):
             if re.fullmatch(name, path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                disk.remove(path)

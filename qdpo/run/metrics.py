@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from qdpo.diagnose.course import Record
-from qdpo.run import disk
+from qdpo.run.lines import is_metric, read_lines
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All complete lines of a metrics file."""
-    return [record_of(line) for line in disk.read_lines(path)]
+    """All complete lines of a metrics file. Raises: DiskError that names a damaged line."""
+    return [record_of(line) for line in read_lines(path, is_metric)]
 
 
 def record_of(line: dict[str, float | None]) -> Record:

@@ -5,18 +5,22 @@ Imports nothing heavy, so that a finished run or a changed setting is reported a
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from qdpo.errors import ConfigError
-from qdpo.run import disk
+from qdpo.errors import ConfigError, DiskError
+from qdpo.run import disk, seal, typed
 from qdpo.run.folder import RunDir
+from qdpo.run.seal import damaged as damaged
 from qdpo.settings.layered import Values
 
-# 1: qdpo 0.1.0, which wrote no version. 2: the same keys, with the version.
-VERSION = 2
+# 1: qdpo 0.1.0, which wrote no version. 2: the same keys, with the version. 3: with the record's own sha256.
+VERSION = 3
+SEALED = 3
+"""The first version whose records have a digest."""
+MOST_STEPS = 10**9
 
 
 class Part:
@@ -37,6 +41,7 @@ class Part:
                 known[one.name] = one.metadata.get("read", _same)(values[key])
             elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
                 raise KeyError(key)
+        typed.check_fields(cls, known)
         known["more"] = {key: value for key, value in values.items() if key not in names}
         return cls(**known)
 
@@ -86,6 +91,8 @@ class DataRecord(Part):
     dropped: int
     held_out_source: str | None = None
     held_out_revision: str | None = None
+    ends: list[int] | None = None
+    """Ids of the special tokens with which uncut answers end, the most frequent first; None in runs before 0.2."""
     more: dict[str, object] = field(default_factory=dict)
 
 
@@ -130,6 +137,16 @@ class FoundValues(Part):
     """By step: the number of parts into which its rows were split after running out of memory."""
     more: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a length that no run can have."""
+        for name, value, least in (
+            ("train.steps", self.steps, 1),
+            ("total_pairs", self.total_pairs, 1),
+            ("train.warmup_steps", self.warmup_steps, 0),
+        ):
+            if value is not None and not least <= value <= MOST_STEPS:
+                raise ValueError(f"{name} is {value}")
+
     @property
     def memory(self) -> MemoryChoice:
         """The values of [memory]."""
@@ -169,6 +186,8 @@ class RunRecord(Part):
     """By module name."""
     before: dict[str, float] | None = None
     """The evaluation before the first step."""
+    prepared: dict[str, str] | None = None
+    """SHA-256 of each file in prepared/, by name; None in records of version 2 and earlier."""
     version: int = 1
     more: dict[str, object] = field(default_factory=dict)
 
@@ -213,29 +232,42 @@ class Result(Part):
     peak_gib: float
     overflows: int
     adapter: str
+    adapter_weights: str | None = None
+    """sha256 of the adapter's tensors, and of its settings without the base's name; None in runs of before."""
+    adapter_settings: str | None = None
     more: dict[str, object] = field(default_factory=dict)
 
 
 def read_record(run: RunDir) -> RunRecord:
-    """Raises: ConfigError if the folder has no run.json, or run.json cannot be read."""
-    if not run.record.is_file():
+    """Raises: ConfigError if the folder has no run.json; DiskError if run.json is damaged or was changed."""
+    if not disk.is_there(run.record):
         raise ConfigError(f"{run.path} is not a run: it has no {run.record.name}. `qdpo runs` lists the runs.")
-    return _read(RunRecord, run.record)
+    record = _read(RunRecord, run.record, _is_due)
+    if record.found.warmup_steps and record.found.steps and record.found.warmup_steps > record.found.steps:
+        raise damaged(run.record, f"train.warmup_steps is {record.found.warmup_steps}, more than its steps")
+    if record.version < SEALED and _has_seal(run.environment):
+        raise damaged(run.record, "its sha256 is missing")
+    return record
 
 
 def read_environment(run: RunDir) -> Environment:
-    """Raises: ConfigError if environment.json is missing or cannot be read."""
+    """Raises: DiskError if environment.json is missing or damaged."""
     return _read(Environment, run.environment)
 
 
 def read_result(run: RunDir) -> Result:
-    """Raises: ConfigError if result.json is missing or cannot be read."""
+    """Raises: DiskError if result.json is missing or damaged."""
     return _read(Result, run.result)
 
 
 def write_record(run: RunDir, record: RunRecord) -> None:
-    """Replaces run.json, atomically."""
-    disk.write_json(run.record, record.to_json())
+    """Replaces run.json, with its new digest, atomically."""
+    write_sealed(run.record, dataclasses.replace(record, version=max(record.version, VERSION)))
+
+
+def write_sealed(path: Path, part: Part) -> None:
+    """Replaces the file by the record and its digest, atomically. Raises: DiskError."""
+    disk.write_json(path, seal.sealed(part.to_json()))
 
 
 def file_record(path: Path) -> FileRecord:
@@ -257,14 +289,27 @@ def model_files(folder: Path) -> list[Path]:
 P = TypeVar("P", bound=Part)
 
 
-def _read(kind: type[P], path: Path) -> P:
+def _read(kind: type[P], path: Path, is_due: Callable[[Mapping[str, Any]], bool] = lambda content: False) -> P:
     try:
-        return kind.of_json(disk.read_json(path))
+        content = disk.read_json(path)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not an object")
+        return kind.of_json(seal.opened(content, due=is_due(content)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ConfigError(
-            f"{path} cannot be read: {problem}. Restore the file from a copy, or start the run again with `--fresh`."
-        ) from error
+        raise damaged(path, f"it has no {error}" if isinstance(error, KeyError) else str(error)) from error
+
+
+def _is_due(content: Mapping[str, Any]) -> bool:
+    version = content.get("version", 1)
+    return not isinstance(version, int) or version >= SEALED
+
+
+def _has_seal(path: Path) -> bool:
+    try:
+        content = disk.read_json(path)
+    except (OSError, ValueError, DiskError):
+        return False
+    return isinstance(content, dict) and seal.KEY in content
 
 
 def _fields(kind: type[Part]) -> list[dataclasses.Field[Any]]:

@@ -9,6 +9,10 @@ from qdpo.diagnose.course import Record
 Say = Callable[[str], None]
 
 
+# In a record that is shown, not stored: the number of pairs behind its means.
+PAIRS = "pairs"
+
+
 class Watcher(Protocol):
     """Receives a run's events; implemented by the terminal display and the tests."""
 

@@ -44,6 +44,8 @@ BELONG_TO = {
 }
 # Settings whose text may contain literal commas.
 FREE_TEXT = ("data.system", "data.columns.", "output.", "cache.dir", "samples.prompts", "adapter.start")
+# Settings that are tables of the user's own names.
+OPEN_TABLES = ("data.template_options",)
 # Entries of a preset file that describe it and are not settings.
 DESCRIPTIVE = {"about", "card", "measured"}
 
@@ -214,14 +216,34 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
         for name, value in layer.items():
             if fault := no_text(name) or no_text(value):
                 problems.append(f"{name} (from {origin}) {fault}, which no setting takes. Write it without.")
-            elif name in known:
+            elif name in known and name not in OPEN_TABLES:
                 values[name] = _from_text(name, value, known[name]) if isinstance(value, str) else value
                 origins[name] = origin
-            elif name in sections:
+            elif name.startswith(tuple(f"{table}." for table in OPEN_TABLES)) and name.count(".") == 2:
+                if isinstance(value, bool | int | float | str):
+                    values[name] = _plain_value(value)
+                    origins[name] = origin
+                else:
+                    problems.append(f"{name}={value} (from {origin}) is not a word, a number, true or false.")
+            elif name in sections or name in OPEN_TABLES:
                 problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value.")
             else:
                 problems.append(f"Unknown setting {name!r} (from {origin}). {_nearest_setting(name, list(known))}")
     return values, origins
+
+
+def _plain_value(value: bool | int | float | str) -> bool | int | float | str:
+    """A value of an open table: true, false or a number if the text says so."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return int(value) if re.fullmatch(r"[+-]?\d{1,15}", value) else value
+
+
+def in_open_table(name: str) -> bool:
+    """True if the setting's name was given by the user."""
+    return name.rpartition(".")[0] in OPEN_TABLES
 
 
 def no_text(value: Any) -> str | None:

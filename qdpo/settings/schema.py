@@ -88,6 +88,12 @@ class ColumnsConfig(Section):
     """Name of the column that says which of two answers (chosen and rejected) is the better one."""
     tools: str | None = None
     """Name of the column that holds the functions a model may call."""
+    context: str | None = None
+    """Name of a column whose text is put below the prompt, such as a passage; several: a+b."""
+    history: str | None = None
+    """Name of the column that holds the turns before the prompt: messages, or lists of question and answer."""
+    ignore: str | None = None
+    """Names of columns with text that are left out on purpose: a+b. Nothing is asked or said of them."""
 
 
 class DataConfig(Section):
@@ -135,6 +141,10 @@ class DataConfig(Section):
     """System message for conversations without one. Default: whatever the chat template does."""
     refused_system: Literal["fold", "drop", "error"] = "fold"
     """If the chat template refuses a system message: put it before the first question, drop it, or stop."""
+    reasoning: Literal["train", "drop", "ignore"] = "drop"
+    """Thoughts that the chat template cannot write: put them in <think> tags, drop the row, or leave them out."""
+    template_options: dict[str, bool | int | float | str] = {}
+    """Switches of the chat template, as in data.template_options.enable_thinking=false; also used by every export."""
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 

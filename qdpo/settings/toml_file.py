@@ -20,7 +20,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} is not a regular file. Give a .toml file, or settings as key=value.")
         if found.st_size > MOST_BYTES:
             raise ConfigError(
-                f"{path} has {found.st_size:,} bytes; a file of settings has at most {MOST_BYTES:,}. Is it the right file?"
+                f"{path} has {found.st_size:,} bytes; a file of settings has at most {MOST_BYTES:,}. Is it another file?"
             )
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -6,7 +6,9 @@ from typing import Any
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.diagnose.course import Record
 from qdpo.run import disk
+from qdpo.run.lines import is_scored, mend_lines
 from qdpo.run.record import AnswerLengths
+from qdpo.run.watcher import PAIRS
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.start.open_run import Job
 from qdpo.train.watch.alarm import Alarm
@@ -24,7 +26,9 @@ class Checkup:
             job.run.samples, job.loaded.policy, job.tokenizer, job.prompts, job.config.samples, job.watcher,
             keep_through=keep_through,
         )  # fmt: skip
-        self._pairs = _kept(disk.read_lines(job.run.eval_pairs), keep_through)
+        pairs = mend_lines(job.run.eval_pairs, is_scored, job.watcher.say, due=keep_through > 0)
+        self._pairs = _kept(pairs, keep_through)
+        self._is_ahead = False
 
     def evaluate(self, step: int) -> Evaluation:
         """Scores the held-out pairs and completes the prompts. A full disk delays the files until `save_for_good`."""
@@ -44,18 +48,24 @@ class Checkup:
         if step not in self._metrics.evaluated:
             self._metrics.write(line)
             self._alarm.check(line)
-        job.watcher.step(line)
-        self._saver.try_save(self._write)
+        job.watcher.step({**line, PAIRS: len(pairs)})
+        self._is_ahead = True
+        self._saver.try_save(self.write)
         return evaluation
 
     def save_for_good(self) -> AnswerLengths | None:
         """Writes the files for good; the summary of the samples."""
-        self._saver.save_or_wait(self._write)
+        self._is_ahead = True
+        self._saver.save_or_wait(self.write)
         return self._samples.summary()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Writes what an evaluation found, as a checkpoint must not be ahead of it. Raises: DiskError."""
+        if not self._is_ahead:
+            return
         self._samples.write()
         disk.write_text(self._job.run.eval_pairs, "".join(json.dumps(line) + "\n" for line in self._pairs))
+        self._is_ahead = False
 
 
 def _with(lines: list[dict[str, Any]], evaluation: Evaluation, places: list[int], step: int) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ from qdpo.diagnose.rules import Finding
 from qdpo.errors import Interrupted, OutOfMemoryError, StoppedByFinding, VerificationError
 from qdpo.model.device import peak_gib, release_memory
 from qdpo.model.policy import adapter
-from qdpo.run import disk, identity, lock
+from qdpo.run import disk, identity, lock, places
+from qdpo.run.finished import adapter_settings, adapter_weights
 from qdpo.run.folder import RunDir
-from qdpo.run.record import Result, read_record, write_record
-from qdpo.run.watcher import Watcher
+from qdpo.run.record import Result, damaged, read_record, write_record, write_sealed
+from qdpo.run.watcher import PAIRS, Watcher
 from qdpo.settings.layered import Resolved
 from qdpo.train.between_steps import Checkup
 from qdpo.train.keep import checkpoint
@@ -28,6 +29,7 @@ from qdpo.train.keep.stop import StopRequest, catch_signals
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
+from qdpo.train.start.tokenizer import save_tokenizer
 from qdpo.train.step.feed import Feed, ReadyRow
 from qdpo.train.step.optimizer import learning_rate, make_optimizer
 from qdpo.train.step.out_of_memory import Recovery
@@ -54,6 +56,7 @@ def run_training(resolved: Resolved, watcher: Watcher) -> Result:
 
 
 def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Result:
+    places.check_places(run)
     lock.clear_leftovers(run)
     job = open_run(resolved, run, watcher, stop)
     try:
@@ -102,6 +105,8 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
     )  # fmt: skip
 
     def save() -> None:
+        metrics.flush()  # a checkpoint must not be ahead of its steps and samples: they would be lost
+        checkup.write()
         checkpoint.save_checkpoint(job.run.checkpoints, trained, progress, keep=config.train.keep_checkpoints)
 
     last: Evaluation | None = None
@@ -137,7 +142,7 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
         progress = _after_step(job, progress, step, report, seconds)
         line = _step_record(job, progress, report, rate, seconds, tokens)
         metrics.write(line)
-        job.watcher.step(line)
+        job.watcher.step({**line, PAIRS: report.pairs})
         job.watcher.advance(1)
         alarm.check(line)
         done = step + 1
@@ -160,7 +165,8 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
             raise _stopped(alarm.stops_on, done, plan)
     job.watcher.finish()
     before = read_record(job.run).before
-    assert before is not None
+    if before is None:
+        raise damaged(job.run.record, "it has no 'before', although steps are done")
     return TrainingOutcome(before, last or checkup.evaluate(plan.steps), progress, checkup)
 
 
@@ -171,16 +177,18 @@ def _resume_or_evaluate(
     config = job.config
     progress = Progress()
     newest = (
-        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.exists() else None
+        checkpoint.newest_checkpoint(job.run.checkpoints, job.watcher.say) if job.run.checkpoints.is_dir() else None
     )
     if newest is None:
         keep_through = -1
     else:
         progress = checkpoint.load_checkpoint(newest, trained)
+        if progress.step > plan.steps:
+            raise damaged(newest, f"it is of step {progress.step}, but the run has {plan.steps}")
         checkpoint.prune(job.run.checkpoints, keep=config.train.keep_checkpoints)
         job.watcher.say(f"resuming after step {progress.step} of {plan.steps}")
         keep_through = progress.step
-    metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker)
+    metrics = Metrics(job.run.metrics, keep_through=keep_through, tracker=job.tracker, say=job.watcher.say)
     saver = Saver(job.watcher.say, job.stop, config.output.on_disk_full)
     alarm = Alarm(
         terms(config, steps=plan.steps, held_out=len(job.held_out)), config.train.stop_when or [], job.watcher.say
@@ -258,7 +266,7 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
 
     def fill(path: Path) -> None:
         adapter.save_adapter(policy, path, base_name=job.base.name, revision=job.base.commit)
-        job.tokenizer.save_pretrained(path)
+        save_tokenizer(job.tokenizer, path, job.run, read_record(job.run), job.config.data, job.base.folder)
 
     saver = Saver(job.watcher.say, job.stop, job.config.output.on_disk_full)
     saver.save_or_wait(lambda: disk.write_folder(job.run.adapter, fill))
@@ -274,6 +282,8 @@ def _finish(job: Job, plan: RunLength, outcome: TrainingOutcome) -> Result:
         peak_gib=peak_gib(policy.device),
         overflows=outcome.progress.overflows,
         adapter=str(job.run.adapter),
+        adapter_weights=adapter_weights(job.run.adapter),
+        adapter_settings=adapter_settings(job.run.adapter),
     )
-    saver.save_or_wait(lambda: disk.write_json(job.run.result, result.to_json()))
+    saver.save_or_wait(lambda: write_sealed(job.run.result, result))
     return result

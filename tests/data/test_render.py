@@ -66,10 +66,21 @@ def test_a_conversation_without_template_is_refused_or_written_out(base_tokenize
     ("template", "reason"),
     [
         ("{{ raise_exception('System role not supported') }}", "template_refuses"),
-        ("{% if add_generation_prompt %}A:{% else %}B:yes{% endif %}", "template_rerenders_prompt"),
         (
-            "A:{% if not add_generation_prompt %}{{ messages[-1].content | upper }}{% endif %}",
+            "{% if add_generation_prompt %}{{ messages[0].content }}A:{% else %}B:yes{% endif %}",
+            "template_rerenders_prompt",
+        ),
+        (
+            "{{ messages[0].content }}A:{% if not add_generation_prompt %}{{ messages[-1].content | reverse }}{% endif %}",
             "template_changes_answer",
+        ),
+        (
+            "{{ messages[0].content }}A:{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+            "template_rerenders_prompt",
+        ),
+        (
+            "{% if add_generation_prompt %}A:{% endif %}",
+            "turn_not_in_template",
         ),
     ],
 )
@@ -91,7 +102,7 @@ def test_a_template_that_does_not_keep_prompt_and_answer_rejects_the_row(with_te
 )
 def test_a_response_always_ends_with_a_token_that_stops_generation(with_template, after, eos, response):
     text = (
-        "A:{% if not add_generation_prompt %}{{ messages[-1].content }}"
+        "{{ messages[0].content }}A:{% if not add_generation_prompt %}{{ messages[-1].content }}"
         + after.replace("\n", "{{ '\\n' }}")
         + "{% endif %}"
     )

@@ -87,7 +87,7 @@ def talks(draw: st.DrawFn, family: Family, *, special: bool = False) -> Talk:
         prompt += [message("user", draw(text)), message("assistant", draw(text))]
     prompt.append(message("user", draw(text)))
     chosen, rejected = draw(text), draw(text)
-    assume(chosen.strip() != rejected.strip())
+    assume(chosen.strip() != rejected.strip() and max(chosen.count("</think>"), rejected.count("</think>")) < 2)
     return prompt, chosen, rejected
 
 
@@ -103,23 +103,13 @@ def usable(talk: Talk, name: str) -> tuple[list[int], list[int], list[int]]:
 
 def inference_prompts(talk: Talk, name: str) -> list[str]:
     """The texts that a server may put before the answer; more than one where no rule decides."""
-    prompt, *answers = talk
-    prompts = [prompt]
+    prompt, prompts = talk[0], [talk[0]]
     if FAMILIES[name].refuses_system and prompt[0]["role"] == "system":
         system, user = (turn["content"] for turn in prompt[:2])
         folded = f"{system}\n\n{user}", f"{system.strip()}\n\n{user.strip()}"
         prompts = [[message("user", text), *prompt[2:]] for text in folded]
-    modes = [True]
-    if name == "qwen3":
-        is_thought = [answer.lstrip().startswith("<think>") and "</think>" in answer for answer in answers]
-        says_think = any(tag in answer for answer in answers for tag in ("<think>", "</think>"))
-        modes = [True] if all(is_thought) else [True, False] if says_think else [False]
     return [
-        tokenizer_of(name).apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-        )
-        for turns in prompts
-        for enable_thinking in modes
+        tokenizer_of(name).apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in prompts
     ]
 
 
@@ -131,10 +121,20 @@ def written(talk: Talk, name: str) -> Iterator[tuple[str, set[str]]]:
         if name == "phi3":  # the token before it swallows white space
             forms.add(answer.lstrip())
         if name == "qwen3":
-            forms.add(answer.lstrip("\n"))
-            if any("think>" in other for other in answers) and "</think>" not in answer:
-                forms |= {EMPTY_THOUGHT + form for form in forms}  # the prompt was left open for the other answer
+            bare = {answer, answer.lstrip("\n"), answer.strip()}
+            forms = bare if is_thought(answer) else {EMPTY_THOUGHT + form for form in bare}
+            if "</think>" in answer and not is_thought(
+                answer
+            ):  # as a model writes behind a prompt that opens a thought
+                thought, _, rest = answer.partition("</think>")
+                forms |= {EMPTY_THOUGHT + end for end in (rest, rest.strip(), rest.lstrip())}
+                for inner in (thought.strip(), thought.strip("\n")):
+                    forms |= {f"<think>\n{inner}\n</think>\n\n{end}" for end in (rest.lstrip(), rest.strip())}
         yield answer, {normal(family.before + form + family.end, name) for form in forms}
+
+
+def is_thought(answer: str) -> bool:
+    return answer.lstrip().startswith("<think>") and "</think>" in answer
 
 
 def normal(text: str, name: str) -> str:

@@ -18,6 +18,7 @@ from qdpo.errors import ConfigError, QdpoError, VerificationError
 from qdpo.export import targets
 from tests.conftest import qdpo
 from tests.export.made import SHAPE, make_run, save_base
+from tests.run.made import rewrite_json
 
 Export = Callable[..., Result]
 
@@ -101,7 +102,7 @@ def test_layers_under_other_names_are_not_served_silently(run: Path, tmp_path: P
     renamed = {name.replace("model.", "model.language_model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
     record["base"]["folder"] = str(other)
-    (run / "run.json").write_text(json.dumps(record))
+    rewrite_json(run / "run.json", record)
     for words in (("--to", "vllm", "--lora"), ("--to", "peft"), ("--to", "gguf-adapter")):
         found = export(run, *words)
         assert isinstance(found.exception, VerificationError) and "model.language_model" in str(found.exception)
@@ -132,7 +133,7 @@ def test_a_base_that_came_from_gguf_lends_its_tokenizer_fields(run: Path, tmp_pa
     record = json.loads((run / "run.json").read_text())
     kept = shutil.copytree(record["base"]["folder"], tmp_path / f"base-{digest[:12]}")
     record["base"] |= {"folder": str(kept), "source": str(source)}
-    (run / "run.json").write_text(json.dumps(record))
+    rewrite_json(run / "run.json", record)
     assert "tokenizer fields of base.gguf" in export(run, "--to", "gguf").output
     source.write_bytes(b"another file")
     assert "is missing or has changed" in export(run, "--to", "gguf", "--force").output

@@ -15,9 +15,11 @@ from qdpo.report.page.facts import read_facts
 from qdpo.report.page.page import run_page, write_report
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import read_lines
 from qdpo.settings import layered
 from qdpo.train.loop import run_training
 from tests.conftest import ROOT, Quiet, qdpo, tiny_rows, write_jsonl
+from tests.run.made import rewrite_json
 
 HOSTILE = "<script>alert('$x$')</script> <img src=http://example.org/a onerror=alert(1)> {{ 7 * 7 }}"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,7 +45,7 @@ def made_run(tiny_base: Path, folder: Path, **more: object) -> Path:
     run_training(layered.resolve([f"{name}={value}" for name, value in settings.items()]), Quiet())
     run = RunDir(folder / "run")
     lines = [{**line, "after": HOSTILE, "prompt": f"<|im_start|>user\n{HOSTILE}<|im_end|>\n"}
-             for line in disk.read_lines(run.samples)]  # fmt: skip
+             for line in read_lines(run.samples)]  # fmt: skip
     disk.write_text(run.samples, "".join(json.dumps(line) + "\n" for line in lines))
     return run.path
 
@@ -140,7 +142,7 @@ def test_a_loss_without_a_reference(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_without_a_tokenizer_there_are_no_texts_of_pairs(run: RunDir) -> None:
     record = disk.read_json(run.record)
-    disk.write_json(run.record, {**record, "base": {**record["base"], "folder": "gone"}})
+    rewrite_json(run.record, {**record, "base": {**record["base"], "folder": "gone"}})
     shutil.rmtree(run.adapter)
     page = Elements(run_page(read_facts(run.path))).text
     assert "no tokenizer.json" in page and "Won most" not in page
@@ -149,7 +151,7 @@ def test_without_a_tokenizer_there_are_no_texts_of_pairs(run: RunDir) -> None:
 def test_a_run_of_an_earlier_version(run: RunDir) -> None:
     run.eval_pairs.unlink()
     kept = ("row", "prompt", "before", "after", "before_tokens", "after_tokens")
-    lines = [{name: line[name] for name in kept} for line in disk.read_lines(run.samples)]
+    lines = [{name: line[name] for name in kept} for line in read_lines(run.samples)]
     disk.write_text(run.samples, "".join(json.dumps(line) + "\n" for line in lines))
     assert "Its own answers" in run_page(read_facts(run.path))
 
@@ -157,10 +159,10 @@ def test_a_run_of_an_earlier_version(run: RunDir) -> None:
 def test_findings_are_on_the_page(run: RunDir) -> None:
     lines = [
         {**record, "kl": 99.0, "rewards/chosen": -50.0} if "loss" in record else record
-        for record in disk.read_lines(run.metrics)
+        for record in read_lines(run.metrics)
     ]
     record = disk.read_json(run.record)
-    disk.write_json(run.record, {**record, "settings": {**record["settings"], "train.pairs_per_step": 16}})
+    rewrite_json(run.record, {**record, "settings": {**record["settings"], "train.pairs_per_step": 16}})
     disk.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
     source = run_page(read_facts(run.path))
     page = Elements(source).text
@@ -169,10 +171,10 @@ def test_findings_are_on_the_page(run: RunDir) -> None:
 
 
 def test_a_long_run_is_still_a_small_page(run: RunDir) -> None:
-    (record,) = [line for line in disk.read_lines(run.metrics) if line["step"] == 6 and "loss" in line]
+    (record,) = [line for line in read_lines(run.metrics) if line["step"] == 6 and "loss" in line]
     long = [{**record, "step": step, "loss": 0.3 + (step * 7919 % 101) / 500} for step in range(1, 20001)]
     disk.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in long))
-    samples = disk.read_lines(run.samples) * 200
+    samples = read_lines(run.samples) * 200
     wordy = [{**line, "before": "word " * 9000} for line in samples]
     disk.write_text(run.samples, "".join(json.dumps(line) + "\n" for line in wordy))
     size = len(run_page(read_facts(run.path)).encode())
@@ -182,7 +184,7 @@ def test_a_long_run_is_still_a_small_page(run: RunDir) -> None:
 def test_several_runs_are_compared(run: RunDir, tmp_path: Path) -> None:
     other = RunDir(Path(shutil.copytree(run.path, tmp_path / "<b>other</b>" / "other")).rename(tmp_path / "other&<i>"))
     record = disk.read_json(other.record)
-    disk.write_json(other.record, {**record, "settings": {**record["settings"], "loss.beta": 0.3}})
+    rewrite_json(other.record, {**record, "settings": {**record["settings"], "loss.beta": 0.3}})
     target = write_report([run.path, other.path], tmp_path / "both.html")
     source = target.read_text(encoding="utf-8")
     page = Elements(source)

@@ -1,8 +1,9 @@
 """The records of a finished run that was never trained, written by the types that training writes."""
 
 from pathlib import Path
+from typing import Any
 
-from qdpo.run import disk
+from qdpo.run import disk, seal
 from qdpo.run.folder import RunDir
 from qdpo.run.record import (
     VERSION,
@@ -15,6 +16,7 @@ from qdpo.run.record import (
     Result,
     RunRecord,
     write_record,
+    write_sealed,
 )
 from qdpo.settings import layered
 
@@ -46,5 +48,10 @@ def write_records(
         overflows=0, adapter=str(run.adapter),
     )  # fmt: skip
     write_record(run, record)
-    disk.write_json(run.environment, environment.to_json())
-    disk.write_json(run.result, result.to_json())
+    write_sealed(run.environment, environment)
+    write_sealed(run.result, result)
+
+
+def rewrite_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the record of a run with a digest that is right again."""
+    disk.write_json(path, seal.sealed(content))

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, DiskError
 from qdpo.report.screen.runs import run_lines
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun, any_run, finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.record import VERSION, FileRecord, FourBitMark, read_record, write_record
 from tests.conftest import qdpo
-from tests.run.made import write_records
+from tests.run.made import rewrite_json, write_records
 
 # Verbs that need a finished run, as a user types them.
 DOORS = {
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunDir:
 def rewritten(run: RunDir, change: Any) -> None:
     content = disk.read_json(run.record)
     change(content)
-    disk.write_json(run.record, content)
+    rewrite_json(run.record, content)
 
 
 def test_a_record_is_what_was_written(run: RunDir) -> None:
@@ -67,12 +67,15 @@ def test_what_a_newer_version_wrote_is_kept(run: RunDir) -> None:
     assert record.more == {"processes": 2} and record.found.more == {"later": {"deep": [1, None]}}
     write_record(run, dataclasses.replace(record, found=dataclasses.replace(record.found, steps=7)))
     after = json.loads(run.record.read_text())
+    assert after.pop("sha256") != json.loads(before)["sha256"]
     assert after.pop("found") == {**json.loads(before)["found"], "train.steps": 7}
     assert all(json.loads(before)[name] == value for name, value in after.items())
 
 
 def test_a_record_of_0_1_0_has_no_version(run: RunDir) -> None:
-    rewritten(run, lambda content: content.pop("version"))
+    content = disk.read_json(run.record)
+    disk.write_json(run.record, {name: value for name, value in content.items() if name not in ("version", "sha256")})
+    run.environment.unlink()
     assert read_record(run).version == 1
 
 
@@ -86,14 +89,14 @@ def test_a_record_of_0_1_0_has_no_version(run: RunDir) -> None:
 )
 def test_a_damaged_record_is_one_message_that_names_the_file(run: RunDir, change: Any, says: str) -> None:
     rewritten(run, change)
-    with pytest.raises(ConfigError, match=says) as found:
+    with pytest.raises(DiskError, match=says) as found:
         read_record(run)
     assert str(run.record) in str(found.value) and "--fresh" in str(found.value)
 
 
 def test_a_torn_record_is_said(run: RunDir) -> None:
     run.record.write_text(run.record.read_text()[:100])
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(DiskError, match="cannot be read"):
         read_record(run)
 
 

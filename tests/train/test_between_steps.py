@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qdpo.errors import ConfigError, DataError, StoppedByFinding
-from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import read_lines
 from qdpo.run.metrics import read_metrics
 from qdpo.run.record import Result
 from qdpo.train.watch import samples

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from qdpo.collect.candidates import Candidates
 from qdpo.collect.judge.run import Judge
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, DiskError
+from qdpo.run import disk
 
+MOST_RUBRIC_BYTES = 2**20
 KINDS = "length[:shorter|longer], regex:[!]PATTERN, reward-model:PATH, openai:URL"
 
 
@@ -92,9 +94,11 @@ def _openai(url: str, options: JudgeOptions, say: Callable[[str], None]) -> Judg
 
 def _read(rubric: Path) -> str:
     try:
-        text = rubric.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--rubric {rubric} cannot be read: {error}.") from None
+        if rubric.stat().st_size > MOST_RUBRIC_BYTES:
+            raise ConfigError(f"--rubric {rubric} is larger than {MOST_RUBRIC_BYTES:,} bytes. Is it the right file?")
+        text = disk.read_bytes(rubric).decode("utf-8-sig").strip()
+    except (OSError, DiskError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--rubric {rubric} cannot be read: {error}") from None
     if not text:
         raise ConfigError(f"--rubric {rubric} is empty. Leave it out to use qdpo's own rubric.")
     return text

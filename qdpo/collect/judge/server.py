@@ -85,7 +85,13 @@ def endpoint(url: str) -> Endpoint:
 
     Raises: ConfigError for a URL that is not an http address or contains a password, and for an invalid key.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # read here: urlsplit leaves a wrong one unread
+    except ValueError as error:
+        raise ConfigError(
+            f"--by openai:URL is not an address: {error}. Write it as in `openai:http://localhost:8000/v1`."
+        ) from None
     if "@" in parts.netloc or parts.query or parts.fragment:  # not echoed: it may be a secret
         raise ConfigError(
             f"--by openai:URL must not contain a password, ? or #. Put a key into the environment variable {OWN_KEY}."

@@ -52,6 +52,7 @@ HEADERS = {
 class LabelServer(ThreadingHTTPServer):
     """Serves one labelling session to this machine."""
 
+    request_queue_size = MOST_CONNECTIONS
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def __init__(self, labelling: Labelling, port: int = 0):
@@ -183,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"error": str(error)}, HTTPStatus.INSUFFICIENT_STORAGE)
 
     def _check_sender(self) -> None:
+        if self.request_version == "HTTP/0.9":
+            raise _Refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "This server speaks HTTP/1.1.")
         if len(self.headers.get_all("Host", [])) > 1 or self.headers.get("Host") not in self.server.hosts:
             raise _Refused(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost only.")
         origin = self.headers.get("Origin")

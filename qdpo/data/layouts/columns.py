@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qdpo.data.layouts.turns import excerpt
@@ -13,7 +13,18 @@ from qdpo.errors import ConfigError, DataError
 Form = Literal["pairs", "winner", "ranked"]
 """A better and a worse column; two columns and one that says which won; or a list of answers, best first."""
 
-PROMPTS = ("prompt", "question", "instruction", "conversations", "conversation", "query", "context", "history", "input")
+PROMPTS = (
+    "prompt",
+    "question",
+    "instruction",
+    "conversations",
+    "conversation",
+    "query",
+    "context",
+    "history",
+    "input",
+    "messages",
+)
 PAIRS = (  # better and worse; from widely used data sets
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
@@ -54,12 +65,24 @@ CONTEST_SCORES = (
     ("score_1", "score_2"),
     ("score_A", "score_B"),
 )
-ROLES = ("prompt", "chosen", "rejected", "system", "winner", "tools")
+ROLES = ("prompt", "chosen", "rejected", "system", "winner", "tools", "context", "history", "ignore")
+SEVERAL = ("context", "ignore")
+"""Roles that may name several columns, as in a+b."""
 PICTURES = {"image", "images", "audio", "audios", "video", "videos"}
 SFT_COLUMNS = {"messages", "text", "completion", "response", "output", "answer", "conversations", "conversation"}
 
 
 @dataclass(frozen=True)
+class Unused:
+    """A column with text that is not used: the number of rows looked at, and of those with text in it."""
+
+    column: str
+    filled: int
+    rows: int
+    example: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FoundColumns:
     """A data set's columns: `named` maps a role to its column; in a contest, the answers are chosen and rejected."""
 
@@ -68,6 +91,9 @@ class FoundColumns:
     scores: tuple[str, str] | None = None
     list_scores: str | None = None
     columns: Sequence[str] = field(default_factory=list)
+    context: tuple[str, ...] = ()
+    """Columns whose text belongs below the prompt."""
+    unused: tuple[Unused, ...] = ()
 
 
 def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: str) -> FoundColumns:
@@ -78,7 +104,7 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
     unknown = sorted(set(columns) - set(ROLES))
     if unknown:
         raise ConfigError(f"Unknown setting data.columns.{unknown[0]}. Known names are: {', '.join(ROLES)}.")
-    for role, column in columns.items():
+    for role, column in [(key, name) for key, given in columns.items() for name in _names(key, given, sample)]:
         if column not in sample.columns:
             raise DataError(
                 f"data.columns.{role}={column} names a column that {origin} does not "
@@ -98,14 +124,21 @@ def find_columns(sample: Sample, columns: Mapping[str, str], form: str, origin: 
     if len(forms) > 1:
         raise _several(forms, origin)
     named = dict(forms[0].named)
-    for role, names in (("prompt", PROMPTS), ("system", ("system", "system_prompt")), ("tools", ("tools",))):
-        known = [columns[role]] if role in columns else [name for name in names if name in sample.columns]
-        known = [name for name in known if name not in named.values()]
-        if known:
-            named[role] = known[0]
+    tools = columns.get("tools", "tools")
+    if tools in sample.columns and tools not in named.values():
+        named["tools"] = tools
     rated = CONTEST_SCORES if forms[0].form == "winner" else SCORES
     scores = next((pair for pair in rated if set(pair) <= set(sample.columns)), None)
-    return FoundColumns(forms[0].form, named, scores, forms[0].list_scores, sample.columns)
+    return replace(forms[0], named=named, scores=scores, columns=sample.columns)
+
+
+def names_in(given: str | None, sample: Sample) -> list[str]:
+    """The columns that a setting such as a+b names; a name may itself have a plus sign."""
+    return [] if not given else [given] if given in sample.columns else given.split("+")
+
+
+def _names(role: str, given: str, sample: Sample) -> list[str]:
+    return names_in(given, sample) if role in SEVERAL else [given]
 
 
 def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
@@ -119,14 +152,16 @@ def _forms(sample: Sample, columns: Mapping[str, str]) -> list[FoundColumns]:
             winner = next((name for name in winners if name not in (one, other)), None)
             if winner is not None or scored:
                 named = {"chosen": str(one), "rejected": str(other)}
-                found.append(FoundColumns("winner", named | ({"winner": winner} if winner else {})))
+                found.append(FoundColumns(form="winner", named=named | ({"winner": winner} if winner else {})))
     if "winner" not in columns:
-        found += [FoundColumns("pairs", {"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)]
+        found += [
+            FoundColumns(form="pairs", named={"chosen": one, "rejected": other}) for one, other in _pairs(here, columns)
+        ]
     lists = [name for name in LISTS if name in here and _holds_lists(sample, name)]
     # Next to a better and a worse answer, a list holds the answers that these were drawn from.
     if lists and not found and not columns.keys() & {"chosen", "rejected", "winner"}:
         scores = next((name for name in LIST_SCORES if name in here), None)
-        found.append(FoundColumns("ranked", {"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
+        found.append(FoundColumns(form="ranked", named={"chosen": lists[0], "rejected": lists[0]}, list_scores=scores))
     return found
 
 

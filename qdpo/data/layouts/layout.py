@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdpo.data.layouts.columns import Form, FoundColumns, Sign, find_columns, finite, winner_sign
+from qdpo.data.layouts.before import read_before
+from qdpo.data.layouts.columns import Form, FoundColumns, Sign, Unused, find_columns, finite, winner_sign
 from qdpo.data.layouts.turns import CellKind, excerpt, kind_of
 from qdpo.data.read.files import SAMPLED_ROWS, Sample
 from qdpo.data.read.progress import Row
@@ -33,8 +34,12 @@ class Layout:
     repeats_prompt: bool = False
     """Plain-text answers begin with the text of the prompt column."""
     system: str | None = None
-    context: str | None = None
-    """Alpaca's `input`: text that belongs below the instruction."""
+    context: tuple[str, ...] = ()
+    """Columns whose text belongs below the prompt, such as Alpaca's `input`."""
+    history: str | None = None
+    """Column of the turns before the prompt."""
+    unused: tuple[Unused, ...] = ()
+    """Columns with text that are left out."""
     tools: str | None = None
     winner: str | None = None
     sign: Sign | None = None
@@ -49,7 +54,12 @@ class Layout:
     @property
     def is_chat(self) -> bool:
         """True if the rows have roles. Otherwise they are text to continue, and a template may give them roles."""
-        return self.system is not None or self.answer_kind != "text" or self.prompt_kind in ("turns", "dialogue")
+        return (
+            self.system is not None
+            or self.history is not None
+            or self.answer_kind != "text"
+            or self.prompt_kind in ("turns", "dialogue")
+        )
 
 
 def sample_of(rows: Sequence[Row]) -> Sample:
@@ -76,11 +86,16 @@ def detect_layout(
     sample = rows if isinstance(rows, Sample) else sample_of(rows)
     if not sample.rows:
         raise DataError(f"{origin} has no rows. Check data.path, data.split and data.limit.")
-    found = find_columns(sample, columns, form, origin)
+    found = read_before(sample, find_columns(sample, columns, form, origin), columns, origin)
     look = _Look(sample, found, origin)
     details = look.details()
     name, meaning = look.name(details)
     used = ", ".join(f"{role}={column}" for role, column in found.named.items())
+    if found.context and name != "alpaca":
+        meaning += f"; {' and '.join(found.context)} is put below the prompt"
+    if "history" in found.named:
+        meaning += f"; {found.named['history']} holds the turns before the prompt"
+    used += f", context={'+'.join(found.context)}" if found.context else ""
     why = f"{meaning} ({used}; {len(sample.rows)} of {sample.count} rows looked at)"
     return Layout(name=name, why=why, last_answer_only=last_answer_only, **details)
 
@@ -109,7 +124,9 @@ class _Look:
             and answer_kind == prompt_kind == "text"
             and self._answers_repeat_prompt(),
             "system": named.get("system"),
-            "context": "input" if prompt == "instruction" and "input" in self.sample.columns else None,
+            "context": self.found.context,
+            "history": named.get("history"),
+            "unused": self.found.unused,
             "tools": named.get("tools"),
             "winner": named.get("winner"),
             "sign": winner_sign(self.sample, self.found, self.origin) if "winner" in named else None,
@@ -133,6 +150,8 @@ class _Look:
                 return "winner", f"two answers a row; the higher of {' and '.join(details['scores'])} is chosen"
             return "winner", f"two answers a row, and {details['winner']} says which is better ({details['sign']})"
         name, meaning = self._pairs_name(details)
+        if details["system"] not in (None, "system") and name != "orca":
+            meaning += f"; {details['system']} is the system message"
         if details["many_rejected"]:
             meaning += "; several rejected answers a row: each makes a pair"
         return name, meaning
@@ -153,8 +172,8 @@ class _Look:
                 return "messages", "the prompt is a list of messages, the answers are text"
             if details["system"]:
                 return "orca", "system, question and both answers are text; they become a conversation"
-            if details["context"]:
-                return "alpaca", "instruction, its input and both answers are text"
+            if details["prompt"] == "instruction" and details["context"] == ("input",):
+                return "alpaca", "instruction, its input (put below it) and both answers are text"
             return "text", "prompt, chosen and rejected are plain text"
         if prompt_kind == "null":
             return (
@@ -186,6 +205,8 @@ class _Look:
     def _answer_kind(self, chosen: str, rejected: str) -> CellKind:
         kinds = {column: self._column_kind(column) for column in (chosen, rejected)}
         if len(set(kinds.values())) > 1 and "turns" in kinds.values():
+            if not any(self._holds_messages(column) for column in kinds):
+                return "text"  # messages that are only spelt out, and only on one side, are answers in JSON
             raise DataError(
                 f"{self.origin}: {chosen} holds {_words(kinds[chosen])}, but {rejected} holds "
                 f"{_words(kinds[rejected])}. Rewrite one of the columns: both answers must have the same form."
@@ -197,6 +218,9 @@ class _Look:
         if kind == "text" and "prompt" not in self.found.named:
             return self._dialogue_or_error(chosen, rejected)
         return kind
+
+    def _holds_messages(self, column: str) -> bool:
+        return any(kind_of(row.get(column)) == "turns" for row in self.sample.rows.values())
 
     def _dialogue_or_error(self, chosen: str, rejected: str) -> CellKind:
         rows = self.sample.rows

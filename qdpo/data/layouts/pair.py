@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qdpo.data.layouts.before import below, earlier_turns
 from qdpo.data.layouts.layout import Layout as Layout
 from qdpo.data.layouts.layout import detect_layout as detect_layout
 from qdpo.data.layouts.turns import Message as Message
@@ -152,20 +153,21 @@ def _not_one_decision(chosen: Message, rejected: Message, turn: int, layout: Lay
 
 
 def _given_prompt(row: Row, layout: Layout) -> list[Message]:
-    """The turns of the prompt column; empty if the prompt is only part of the answers."""
+    """The turns before the answers that have columns of their own; empty if the prompt is only part of the answers."""
     if layout.prompt is None:
         return []
     value = row.get(layout.prompt)
+    earlier = earlier_turns(row.get(layout.history), layout.history) if layout.history else []
     if layout.prompt_kind == "turns":
-        return read_turns(value, layout.prompt)
-    if layout.prompt_kind == "dialogue":
+        turns = read_turns(value, layout.prompt)
+    elif layout.prompt_kind == "dialogue":
         turns = read_dialogue(value, layout.prompt)
-        return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
-    text = read_text(value, layout.prompt)
-    context = row.get(layout.context) if layout.context else None
-    if isinstance(context, str) and context.strip():
-        text = f"{text}\n\n{context}"
-    return [{"role": "user", "content": text}]
+        turns = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    else:
+        turns = [{"role": "user", "content": read_text(value, layout.prompt)}]
+    if layout.context and turns[-1]["role"] == "user":
+        turns = [*turns[:-1], turns[-1] | {"content": below(turns[-1]["content"], row, layout.context)}]
+    return [*earlier, *turns]
 
 
 def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -> list[Message]:
@@ -176,7 +178,7 @@ def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -
         return read_dialogue(value, column)
     text = read_text(value, layout.rejected if column == RANKED_REJECTED else column)
     if layout.repeats_prompt:
-        prompt = given[0]["content"]
+        prompt = given[-1]["content"]
         if not text.lstrip().startswith(prompt.strip()):
             raise RowProblem("prompt_column_differs", f"{column} does not begin with the prompt as the other rows do")
         text = text.lstrip()[len(prompt.strip()) :]
@@ -189,8 +191,10 @@ def _whole_conversation(given: list[Message], turns: list[Message], column: str,
         return turns
     if layout.prompt_kind == "text":
         asked = [turn["content"].strip() for turn in turns if turn["role"] == "user"]
-        if given[0]["content"].strip() in (asked[:1] + asked[-1:]):
-            return turns
+        if given[-1]["content"].strip() in (asked[:1] + asked[-1:]):
+            earlier = given[:-1]
+            is_told = len(turns) > len(earlier) and all(map(same_turn, earlier, turns))
+            return turns if is_told else [*earlier, *turns]
     spoken = [turn for turn in given if turn["role"] != "system"]
     for prefix in (given, spoken):
         if len(turns) > len(prefix) and all(map(same_turn, prefix, turns)):
@@ -234,7 +238,7 @@ def _check(prompt: list[Message], chosen: Message, rejected: Message, keep_empty
             "prompt_ends_with_answer", "the prompt ends with an assistant turn, which chosen would continue"
         )
     for side, turn in (("chosen", chosen), ("rejected", rejected)):
-        if not turn["content"].strip() and "tool_calls" not in turn:
+        if not turn["content"].strip() and not {"tool_calls", "reasoning_content"} & turn.keys():
             if side == "chosen":
                 raise RowProblem("empty_response", "chosen is empty")
             if not keep_empty_rejected:

@@ -24,7 +24,12 @@ ROLES = {
     "developer": "system",  # OpenAI's newer name
     "observation": "tool",  # ShareGPT
 }
-BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+SPEAKER_KEYS = ('"role"', "'role'", '"from"', "'from'")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that hold a thought: transformers' and vLLM's, gpt-oss's and Anthropic's, OpenRouter's."""
+THOUGHT_PARTS = ("thinking", "reasoning", "reasoning_content", "summary_text")
+BESIDE_CONTENT = ("tool_calls", "tool_call_id", "name")
+MESSAGE_KEYS = {"role", "from", "content", "value", "weight", *BESIDE_CONTENT, *THOUGHTS}
 SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -38,7 +43,7 @@ class RowProblem(Exception):
 
 def kind_of(value: Any) -> CellKind:
     """The kind of a cell's content; `encoded` is a message list written as JSON or Python text, as in CSV files."""
-    if _is_null(value):
+    if is_null(value):
         return "null"
     if isinstance(value, str):
         if not value.strip():
@@ -59,9 +64,15 @@ def is_dialogue(text: str) -> bool:
 
 
 def decode_turns(text: str) -> Any | None:
-    """Parse a text as a message list; None if it is ordinary text. Nothing is executed."""
+    """Parse a text as a conversation; None if it is ordinary text, such as an answer in JSON. Nothing is executed."""
+    value = _parsed(text)
+    return value if _is_conversation(value) else None
+
+
+def _parsed(text: str) -> Any | None:
+    """The list or mapping that a text spells out as JSON or Python, if it has the keys of messages."""
     text = text.strip()
-    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}")) and any(key in text for key in SPEAKER_KEYS)):
         return None
     try:
         value = json.loads(text)
@@ -76,9 +87,27 @@ def decode_turns(text: str) -> Any | None:
     return value if _looks_like_turns(value) else None
 
 
+def _is_conversation(value: Any) -> bool:
+    """True if text that was parsed is certainly messages: `{"from": "Paris", "to": "Rome"}` is an answer."""
+    if isinstance(value, Mapping):
+        return _is_message(value) and _role(value) in ROLES
+    if not isinstance(value, list) or not all(map(_is_message, value)):
+        return False
+    return any(_role(turn) in ROLES for turn in value) or all(turn.keys() <= MESSAGE_KEYS for turn in value)
+
+
+def _is_message(turn: Mapping[str, Any]) -> bool:
+    content = turn.get("content", turn.get("value"))
+    return isinstance(_role(turn), str) and (isinstance(content, str | list) or bool(turn.get("tool_calls")))
+
+
+def _role(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role", turn.get("from"))
+
+
 def read_text(value: Any, column: str) -> str:
     """The text of a cell. Raises RowProblem `null_field` or `not_text`."""
-    if _is_null(value):
+    if is_null(value):
         raise RowProblem("null_field", f"{column} is empty (null)")
     if not isinstance(value, str):
         raise RowProblem("not_text", f"{column} holds {type(value).__name__}, not text: {excerpt(value)}")
@@ -92,10 +121,10 @@ def read_text(value: Any, column: str) -> str:
 def read_turns(value: Any, column: str) -> list[Message]:
     """The turns of a cell. Raises RowProblem `null_field`, `not_text` or `unknown_role`."""
     value = _unwrapped(value)
-    if _is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
+    if is_null(value) or value == [] or (isinstance(value, str) and not value.strip()):
         raise RowProblem("null_field", f"{column} is empty")
     if isinstance(value, str):
-        value = decode_turns(value)
+        value = _parsed(value)
     if not _looks_like_turns(value):
         raise RowProblem("not_text", f"{column} is not a list of messages, but in the other rows it is")
     turns = [value] if isinstance(value, Mapping) else value
@@ -118,7 +147,8 @@ def same_turn(one: Message, other: Message) -> bool:
     """True if two turns are equal up to white space at the ends, which data sets add and lose arbitrarily."""
     if one["role"] != other["role"] or one["content"].strip() != other["content"].strip():
         return False
-    return one.get("tool_calls") == other.get("tool_calls")
+    one_thought, other_thought = (str(turn.get("reasoning_content", "")).strip() for turn in (one, other))
+    return one_thought == other_thought and one.get("tool_calls") == other.get("tool_calls")
 
 
 def excerpt(value: Any, length: int = 60) -> str:
@@ -136,9 +166,34 @@ def _read_turn(turn: Any, where: str) -> Message:
     content = turn.get("content", turn.get("value"))
     if content is None and "tool_calls" in beside:
         content = ""
+    thoughts = [turn[key] for key in THOUGHTS if turn.get(key) not in (None, "", [])]
     if isinstance(content, list):  # the newer form: [{"type": "text", "text": …}]
-        content = "".join(read_text(_text_part(part, where), where) for part in content)
+        thoughts += [part for part in content if _is_thought(part)]
+        content = "".join(read_text(_text_part(part, where), where) for part in content if not _is_thought(part))
+    if thoughts and ROLES[role] == "assistant":
+        texts = dict.fromkeys(_thought_text(thought, where) for thought in thoughts)
+        if any(text.strip() for text in texts):
+            beside["reasoning_content"] = "\n\n".join(texts)
+            content = "" if content is None else content
     return {"role": ROLES[role], "content": read_text(content, where), **beside}
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in THOUGHT_PARTS
+
+
+def _thought_text(thought: Any, where: str) -> str:
+    """The text of a thought: of a string, of a typed part, or of a list of parts."""
+    if isinstance(thought, list):
+        return "\n\n".join(_thought_text(part, where) for part in thought)
+    if isinstance(thought, Mapping):
+        kept = [
+            thought[key]
+            for key in ("thinking", "text", "reasoning", "reasoning_content", "content", "summary")
+            if thought.get(key)
+        ]
+        thought = _thought_text(kept[0], where) if kept else None
+    return read_text(thought, f"{where}'s thought")
 
 
 def _text_part(part: Any, where: str) -> Any:
@@ -162,5 +217,6 @@ def _looks_like_turns(value: Any) -> bool:
     return all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
+    """True for a cell without a value: null, or the NaN of a table."""
     return value is None or (isinstance(value, float) and value != value)  # NaN means null in tables

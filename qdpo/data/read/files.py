@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,8 @@ class Sample:
     columns: list[str]
     rows: Mapping[int, Row]
     """Rows by number, counted from 1."""
+    firsts: Mapping[int, Row] = field(default_factory=dict)
+    """The first row that has something in a column, for each column: some are empty in nearly all rows."""
 
 
 class FileRows:
@@ -72,18 +74,25 @@ class FileRows:
         """Read every row once, so that damage anywhere is found before any tokens are computed."""
         columns: dict[str, None] = {}
         kept: dict[int, Row] = {}
+        firsts: dict[int, Row] = {}
+        unseen: dict[str, None] = {}
         stride, count = 1, 0
         for _place, row in self.located(advance):
             count += 1
             if isinstance(row, BadLine):
                 continue
-            columns |= dict.fromkeys(row)
+            if not columns.keys() >= row.keys():
+                unseen |= dict.fromkeys(name for name in row if name not in columns)
+                columns |= dict.fromkeys(row)
+            if unseen and (filled := [name for name in unseen if row.get(name)]):
+                firsts[count] = row
+                unseen = {name: None for name in unseen if name not in filled}
             if (count - 1) % stride == 0:
                 kept[count] = row
                 if len(kept) > 2 * SAMPLED_ROWS:
                     stride *= 2
                     kept = {number: row for number, row in kept.items() if (number - 1) % stride == 0}
-        return Sample(count, list(columns), kept)
+        return Sample(count, list(columns), kept, firsts)
 
 
 def data_files(path: Path, split: str | None = None) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from qdpo.data.read.files import SAMPLED_ROWS, Advance, Place, Sample
 from qdpo.data.read.progress import BadLine, Row
+from qdpo.data.read.table_rows import written
 from qdpo.errors import DataError
 
 HUB_NAME = re.compile(
@@ -39,11 +40,11 @@ class TableRows:
         self._rows, self._name = rows, name
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
+        return ({name: written(cell) for name, cell in row.items()} for row in self._rows)
 
     def located(self, advance: Advance | None = None) -> Iterator[tuple[Place, Row | BadLine]]:
         """Every row with its number."""
-        for number, row in enumerate(self._rows, 1):
+        for number, row in enumerate(self, 1):
             yield Place(self._name, number), row
 
     @property
@@ -55,7 +56,8 @@ class TableRows:
         """Number and columns of the rows, and 200 rows, evenly spread."""
         last, count = len(self._rows) - 1, min(len(self._rows), SAMPLED_ROWS)
         indices = sorted({round(step * last / max(count - 1, 1)) for step in range(count)})
-        return Sample(len(self._rows), self._rows.column_names, {index + 1: self._rows[index] for index in indices})
+        rows = {index + 1: {name: written(cell) for name, cell in self._rows[index].items()} for index in indices}
+        return Sample(len(self._rows), self._rows.column_names, rows)
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,29 @@ def _table_rows(batches: Iterator[Any], count: int | None, reading: Reading) -> 
     number = 0
     for batch in batches:
         batch.validate(full=True)  # else pyarrow follows the offsets of a damaged file, and crashes
+        nested = any(_has_keys(field.type) for field in batch.schema)
         for row in batch.to_pylist():
             number += 1
-            yield number, row
+            yield number, {name: written(cell) for name, cell in row.items()} if nested else row
         if count:
             reading.gauge.share = number / count
     reading.gauge.share = 1.0
+
+
+def _has_keys(kind: Any) -> bool:
+    import pyarrow.types  # type: ignore[import-untyped]
+
+    if pyarrow.types.is_struct(kind):
+        return True
+    return bool(pyarrow.types.is_nested(kind)) and any(_has_keys(kind.field(n).type) for n in range(kind.num_fields))
+
+
+def written(cell: Any) -> Any:
+    """A cell without the nulls that a table's schema puts in the place of keys that the writer left out.
+
+    A struct of a table has the keys of all rows: a tool call `{"city": "Paris"}` is stored with `"ticker": null` if
+    another row has a ticker.
+    """
+    if isinstance(cell, dict):
+        return {key: written(value) for key, value in cell.items() if value is not None}
+    return list(map(written, cell)) if isinstance(cell, list) else cell

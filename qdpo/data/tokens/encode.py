@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from qdpo.data.tokens.render import Rendered, special_tokens
+from qdpo.data.tokens.hide import special_tokens
+from qdpo.data.tokens.render import Rendered
 from qdpo.data.tokens.templates import uses_chat_template
 
 if TYPE_CHECKING:

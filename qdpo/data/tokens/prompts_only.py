@@ -7,7 +7,7 @@ from typing import Any
 
 from qdpo.data.layouts.columns import PROMPTS
 from qdpo.data.layouts.layout import detect_layout
-from qdpo.data.layouts.pair import Message, Pair, Rejection, to_pair
+from qdpo.data.layouts.pair import Message, Rejection, to_pair
 from qdpo.data.layouts.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
 from qdpo.data.read.files import FileRows, data_files, missing_file
 from qdpo.data.read.progress import BadLine
@@ -82,17 +82,10 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
 
     Raises: DataError that names a prompt which the chat template refuses.
     """
-    renderer = Renderer(
-        tokenizer=tokenizer,
-        template=config.template,
-        system=config.system,
-        refused_system=config.refused_system,
-        merge_same_role=config.merge_same_role,
-    )
+    renderer = Renderer.of(tokenizer, config)
     rendered = []
     for prompt in prompts:
-        # A pair needs two answers, but its prompt does not depend on them.
-        text = renderer.render(Pair(prompt=prompt.turns, chosen="Yes.", rejected="No.", row=1, is_chat=prompt.is_chat))
+        text = renderer.prompt(prompt.turns, is_chat=prompt.is_chat)
         if isinstance(text, Rejection):
             raise DataError(f"The prompt in {prompt.origin} cannot be used ({text.reason}): {text.detail}.")
         rendered.append(text)

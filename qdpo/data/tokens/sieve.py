@@ -22,6 +22,7 @@ from qdpo.data.read.files import Place
 from qdpo.data.read.progress import BadLine, Row
 from qdpo.data.tokens.cut import Limits, fit
 from qdpo.data.tokens.encode import Encoder, IdLists
+from qdpo.data.tokens.ends import special_ids
 from qdpo.data.tokens.render import Fact, Rendered, Renderer
 from qdpo.data.tokens.store import Ids as Ids
 from qdpo.data.tokens.store import PairStore, Spool, digest_of
@@ -60,6 +61,8 @@ class Prepared:
     facts: dict[str, Fact]
     merged: int
     """Responses that would have shared a token with the prompt."""
+    ends: Counter[int]
+    """The special tokens with which uncut answers end, by id."""
 
     @property
     def dropped(self) -> Counter[str]:
@@ -105,6 +108,7 @@ class Preparation:
         self._limits, self._renderer, self._keep_empty = limits, renderer, keep_empty_rejected
         self._encoder = Encoder(tokenizer, renderer.template)
         self._spool, self._sieve = Spool(scratch), _Sieve()
+        self._special, self._ends = special_ids(tokenizer), Counter[int]()
         self._notes: dict[int, list[RowNote]] = {}
         """Notes by the number of the outcome; a pair's other notes are removed if the pair is dropped afterwards."""
         self._places: list[tuple[int, str, Place | None]] = []
@@ -161,6 +165,7 @@ class Preparation:
             full_lengths=np.array(self._full, np.int32).reshape(-1, 3),
             facts=self._renderer.facts,
             merged=self._encoder.merged,
+            ends=self._ends,
         )
 
     def _encode(
@@ -213,6 +218,8 @@ class Preparation:
             self._contradict(other, where)
         else:
             index = self._spool.add(pair)
+            kept = ((result.ids[1], pair.chosen), (result.ids[2], pair.rejected))
+            self._ends.update(full[-1] for full, ids in kept if len(full) == len(ids) and full[-1] in self._special)
             self._sieve.kept[digest_of(pair.prompt, pair.chosen, pair.rejected)] = index
             self._places.append((self._outcomes, where.source, where.place))
             self._source_of.append(self._sources - 1)

@@ -4,10 +4,11 @@ import json
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -15,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from qdpo.errors import DataError
-from qdpo.run import disk
+from qdpo.errors import DataError, DiskError
+from qdpo.run import disk, places
 
 Ids = npt.NDArray[np.int32]
+MOST_HEADER = 2**20
+"""Bytes of the header of a file of pairs: three tensors need some 200."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,10 @@ class PairStore(Sequence[TokenPair]):
         ids = self._ids[start : start + prompt + chosen + rejected]
         return TokenPair(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :], int(self.rows[place]))
 
+    def are_within(self, vocab_size: int) -> bool:
+        """True if no id of the file is outside the vocabulary; other pairs of the same file count too."""
+        return not self._ids.size or (int(self._ids.min()) >= 0 and int(self._ids.max()) < vocab_size)
+
     def select(self, places: Sequence[int] | npt.NDArray[Any]) -> "PairStore":
         """The pairs at these places, in this order; a place may occur several times."""
         at = np.asarray(places, np.int64)
@@ -79,19 +86,22 @@ class Spool:
     """Writes pairs, as they are found, to a temporary file in `folder`; their rows are kept in memory."""
 
     def __init__(self, folder: Path | None = None):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="qdpo-")
-        weakref.finalize(self, self._file.close)  # a mapping of the file outlives it
+        self._place = folder or Path(tempfile.gettempdir())
+        with _disk_errors(self._place):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="qdpo-")
+        weakref.finalize(self, _close, self._file)  # a mapping of the file outlives it
         self._starts, self._lengths, self.rows, self._end = array("q"), array("i"), array("q"), 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, pair: TokenPair) -> int:
-        """Append a pair; return its index."""
+        """Append a pair; return its index. Raises: DiskError."""
         for ids in (pair.prompt, pair.chosen, pair.rejected):
-            self._file.write(ids.tobytes())
+            with _disk_errors(self._place):
+                self._file.write(ids.tobytes())
             self._lengths.append(len(ids))
         self._starts.append(self._end)
         self.rows.append(pair.row)
@@ -99,12 +109,26 @@ class Spool:
         return len(self.rows) - 1
 
     def store(self, order: Iterable[int]) -> PairStore:
-        """The pairs with these indices."""
-        self._file.flush()
+        """The pairs with these indices. Raises: DiskError."""
+        with _disk_errors(self._place):
+            self._file.flush()
         ids = np.memmap(self._file, np.int32, "r", shape=(self._end,)) if self._end else np.zeros(0, np.int32)
         lengths = np.array(self._lengths, np.int32).reshape(-1, 3)
         starts, rows = np.array(self._starts, np.int64), np.array(self.rows, np.int64)
         return PairStore(ids, starts, lengths, rows).select(list(order))
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # what a full disk has refused is refused again
+        file.close()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise disk.disk_error(error, folder) from error
 
 
 def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
@@ -130,17 +154,40 @@ def save_pairs(path: Path, pairs: Sequence[TokenPair]) -> None:
 
 def load_pairs(path: Path) -> PairStore:
     """The pairs of `save_pairs`, byte for byte. Raises: DataError if the file is missing, damaged or another kind."""
+    return load_checked(path, None)
+
+
+def load_checked(path: Path, sha256: str | None) -> PairStore:
+    """As load_pairs. Raises: DataError also if the file's digest is not the given one."""
     try:
+        places.check_file(path, may_link=True)
+        with path.open("rb") as raw:
+            if sha256 is not None and file_digest(raw, "sha256").hexdigest() != sha256:
+                raise damaged_pairs(path, "its contents do not match the sha256 in run.json")
+            raw.seek(0)
+            size = int.from_bytes(raw.read(8), "little")
+            if size > MOST_HEADER:
+                raise ValueError(f"its header claims {size:,} bytes")
+            header = disk.parse(raw.read(size).decode())
         with safe_open(path, "numpy") as file:  # checks the header against the size of the file
             lengths, rows = file.get_tensor("lengths"), file.get_tensor("rows")
-        with path.open("rb") as raw:
-            size = int.from_bytes(raw.read(8), "little")
-            place = 8 + size + json.loads(raw.read(size))["ids"]["data_offsets"][0]
-        count = int(lengths.sum())
+        kinds = {name: (header[name]["dtype"], len(header[name]["shape"])) for name in ("lengths", "rows", "ids")}
+        if kinds != {"lengths": ("I32", 2), "rows": ("I64", 1), "ids": ("I32", 1)}:
+            raise ValueError(f"its tensors are {kinds}")
+        count = int(header["ids"]["shape"][0])
+        if lengths.shape != (len(rows), 3) or (lengths < 0).any() or int(lengths.sum(dtype=np.int64)) != count:
+            raise ValueError("its lengths do not fit its ids")
+        place = 8 + size + header["ids"]["data_offsets"][0]
         ids = np.memmap(path, np.int32, "r", place, (count,)) if count else np.zeros(0, np.int32)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a file of prepared pairs ({error}). Remove it to prepare the data again."
-        ) from error
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, IndexError, DiskError) as error:
+        raise damaged_pairs(path, f"it is not a file of prepared pairs ({error})") from error
     totals = lengths.sum(1, dtype=np.int64)
     return PairStore(ids, totals.cumsum() - totals, lengths, rows)
+
+
+def damaged_pairs(path: Path, problem: str) -> DataError:
+    """The error for a file of prepared pairs that is not as it was written."""
+    return DataError(
+        f"{path} cannot be used: {problem}. Put the file back from a copy, or start the run again with `--fresh` (the "
+        "old run is kept aside)."
+    )

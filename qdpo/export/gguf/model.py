@@ -26,8 +26,9 @@ from qdpo.export.gguf.vocabulary import Vocabulary, vocabulary
 from qdpo.export.merge.weight_names import weight_files, weights
 from qdpo.export.servers import command
 from qdpo.families.family import GgufForm
-from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.load import model_config
 from qdpo.run import disk
+from qdpo.train.start.tokenizer import RunTokenizer, tokenizer_in
 
 Q = gguf.GGMLQuantizationType
 TYPES = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8_0": Q.Q8_0}
@@ -62,8 +63,12 @@ def require_quant(quant: str, kinds: dict[str, Any], f16: Path) -> None:
     raise ConfigError(f"--quant {quant} is not known. Choose one of {', '.join(kinds)}.")
 
 
-def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Path | None) -> Written:
+def write_gguf(
+    merged: Path, out: Path, *, quant: str, name: str, base_gguf: Path | None, tokenizer: RunTokenizer | None = None
+) -> Written:
     """Writes the model in `merged` to `out`; every weight is read back before the file gets its final name.
+
+    `tokenizer` is the run's; None for the one in `merged`.
 
     Raises: ConfigError for a family, config or tokenizer that cannot be written, with llama.cpp's command;
     VerificationError if the file differs from the model; DiskError.
@@ -76,7 +81,8 @@ def write_gguf(merged: Path, out: Path, *, quant: str, name: str, base_gguf: Pat
     require_exact(form, config, otherwise)
     plan = [_planned(merged, *entry, quant) for entry in _entries(merged, form, config)]
     rows = next(entry.shape[0] for entry in plan if entry.target == "token_embd.weight")
-    words = vocabulary(load_tokenizer(merged), rows=rows, base_gguf=base_gguf, otherwise=otherwise)
+    found = tokenizer or tokenizer_in(merged)
+    words = vocabulary(found.tokenizer, rows=rows, base_gguf=base_gguf, otherwise=otherwise, ends=found.ends)
     size = sum(entry.n_bytes for entry in plan)
     disk.need_space(out.parent, size, f"Writing {out.name}")
     errors: list[float] = []

@@ -15,6 +15,8 @@ import gguf
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.gguf import sentencepiece
+from qdpo.model.base.tokenizer_files import Template
+from qdpo.train.start.tokenizer import NO_ENDS, Ends
 
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,17 +58,22 @@ class Vocabulary:
     """Fields `tokenizer.ggml.*` by name without that prefix, each with its GGUF type, and the chat template."""
 
     fields: dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]] = field(default_factory=dict)
-    chat_template: str | None = None
+    chat_template: Template | None = None
     origin: str = ""
 
     def add_to(self, writer: gguf.GGUFWriter) -> None:
         for name, (value, kind, element) in self.fields.items():
             writer.add_key_value(f"tokenizer.ggml.{name}", value, kind, element)
         if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
+            several, named = self.chat_template, []
+            if isinstance(several, dict):
+                named = [{"name": name, "template": source} for name, source in several.items()]
+            writer.add_chat_template(named or several)
 
 
-def vocabulary(tokenizer: Any, *, rows: int, base_gguf: Path | None, otherwise: str) -> Vocabulary:
+def vocabulary(
+    tokenizer: Any, *, rows: int, base_gguf: Path | None, otherwise: str, ends: Ends = NO_ENDS
+) -> Vocabulary:
     """The fields for a transformers tokenizer and an embedding of `rows` rows.
 
     Raises: ConfigError for a tokenizer with an unknown rule, with the remedy; VerificationError if the base's own
@@ -78,17 +85,29 @@ def vocabulary(tokenizer: Any, *, rows: int, base_gguf: Path | None, otherwise: 
             f"converter:\n  {otherwise}"
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    found = (
-        _from_gguf(base_gguf, tokenizer, backend, rows, otherwise)
+    words = (
+        _from_gguf(base_gguf, tokenizer, backend, rows, otherwise, ends)
         if base_gguf
         else _built(tokenizer, backend, rows, otherwise)
     )
-    template = tokenizer.chat_template
-    found.chat_template = template["default"] if isinstance(template, dict) else template
-    return found
+    _add_ends(words, tokenizer.eos_token_id, ends)
+    words.chat_template = tokenizer.chat_template or None
+    return words
 
 
-def _from_gguf(path: Path, tokenizer: Any, backend: dict[str, Any], rows: int, otherwise: str) -> Vocabulary:
+def _add_ends(words: Vocabulary, eos: int | None, ends: Ends) -> None:
+    """The tokens at which llama.cpp stops beside eos: the end of a turn (eot), then that of a message (eom)."""
+    turn = next((token for token in ends.trained if token != eos), None)
+    others = [token for token in (*ends.trained, *ends.every) if token not in (eos, turn)]
+    for name, token in (("eos", eos), ("eot", turn), ("eom", next(iter(others), None))):
+        # Its own eot or eom stays in the fields of the base's file, unless another token was trained.
+        if token is not None and (name != "eom" or "eom_token_id" not in words.fields):
+            words.fields[f"{name}_token_id"] = (int(token), gguf.GGUFValueType.UINT32, None)
+
+
+def _from_gguf(
+    path: Path, tokenizer: Any, backend: dict[str, Any], rows: int, otherwise: str, ends: Ends
+) -> Vocabulary:
     reader = gguf.GGUFReader(path)
     found = Vocabulary(origin=f"tokenizer fields of {path.name}")
     for key, value in reader.fields.items():
@@ -118,7 +137,7 @@ def _from_gguf(path: Path, tokenizer: Any, backend: dict[str, Any], rows: int, o
     special = {"bos": "bos_token_id", "eos": "eos_token_id"}
     for ours, theirs in special.items():
         wanted, stored = getattr(tokenizer, f"{ours}_token_id"), found.fields.get(theirs, (None,))[0]
-        if wanted != stored:
+        if wanted != stored and not (ours == "eos" and stored in ends.every):
             raise VerificationError(
                 f"The {ours} token is {wanted} in the model's tokenizer but {stored} in {path.name}. Use the model's "
                 "safetensors folder as base instead of the .gguf."

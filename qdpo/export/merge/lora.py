@@ -3,30 +3,19 @@
 Shapes: R rank · K inputs of the layer · N outputs.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from qdpo.errors import ConfigError
 from qdpo.export.merge.rounding import rounded
 from qdpo.model.policy.adapter import CONFIG, WEIGHTS, check_adapter_folder
-
-PREFIX, A_SUFFIX, B_SUFFIX = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# Fields of newer PEFT versions that change the meaning of A and B; `model.adapter` refuses the others.
-CHANGE_MEANING = (
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "arrow_config",
-)
+from qdpo.model.policy.lora_file import A_SUFFIX, B_SUFFIX, PREFIX, module_of, read_tensors
+from qdpo.model.policy.lora_fit import scale_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,10 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter's layers by module name, as in the base's checkpoint, all of the same rank; and its config as read."""
+    """An adapter's layers by module name, as in the base's checkpoint, all of the same rank; and its config.
+
+    The config holds the fields that give the adapter its meaning.
+    """
 
     layers: dict[str, LoraLayer]
     config: dict[str, Any]
@@ -68,44 +60,21 @@ class Lora:
 def read_lora(folder: Path) -> Lora:
     """The adapter in `folder`. Layers of a smaller rank are padded with zeros, which add nothing.
 
-    Raises: ConfigError if it is not a plain LoRA adapter.
+    Raises: ConfigError if it is not a plain LoRA adapter of linear layers.
     """
     config = check_adapter_folder(folder)
-    for field in CHANGE_MEANING:
-        if config.get(field):
-            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which exports do not support.")
-    tensors = load_file(folder / WEIGHTS)
-    modules = sorted({_module(name, folder) for name in tensors})
+    if config.get("target_parameters"):
+        raise ConfigError(
+            f"The adapter in {folder} adapts stacked experts (target_parameters={config['target_parameters']}), which "
+            "exports do not support. Serve the adapter with the base."
+        )
+    tensors = read_tensors(folder)
     layers: dict[str, LoraLayer] = {}
-    for module in modules:
-        try:
-            a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"].float() for suffix in (A_SUFFIX, B_SUFFIX))
-        except KeyError as error:
-            raise ConfigError(f"The adapter in {folder} lacks the tensor {error}. Save or copy it again.") from error
-        layers[module] = LoraLayer(a_RK, b_NR * _scale(config, module, len(a_RK)))
-    if not layers:
-        raise ConfigError(f"The adapter in {folder} has no layers.")
+    for module in sorted({module_of(name) for name in tensors}):
+        a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"] for suffix in (A_SUFFIX, B_SUFFIX))
+        layers[module] = LoraLayer(a_RK, b_NR * scale_of(config, module, len(a_RK)))
     rank = max(len(layer.a_RK) for layer in layers.values())
     return Lora({name: _padded(layer, rank) for name, layer in layers.items()}, config)
-
-
-def _module(name: str, folder: Path) -> str:
-    for suffix in (A_SUFFIX, B_SUFFIX):
-        if name.startswith(PREFIX) and name.endswith(suffix):
-            return name.removeprefix(PREFIX).removesuffix(suffix)
-    raise ConfigError(
-        f"The adapter in {folder} holds {name}, which is not the A or B of a linear layer. Only those can be merged or "
-        "exported."
-    )
-
-
-def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / √rank with rsLoRA (arXiv 2312.03732); a pattern's alpha applies to its layers."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _padded(layer: LoraLayer, rank: int) -> LoraLayer:
@@ -122,4 +91,4 @@ def is_plain(config: dict[str, Any]) -> bool:
     return not (config.get("use_rslora") or config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
-__all__ = ["CONFIG", "WEIGHTS", "LoraLayer", "Lora", "is_plain", "read_lora"]
+__all__ = ["A_SUFFIX", "B_SUFFIX", "CONFIG", "PREFIX", "WEIGHTS", "Lora", "LoraLayer", "is_plain", "read_lora"]

@@ -21,12 +21,14 @@ from qdpo.export.merge import shards
 from qdpo.export.merge.shards import PlannedTensor, Stored
 from qdpo.export.merge.source import MergeSource, open_source
 from qdpo.model.base import quant
+from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
 from qdpo.run.finished import finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.record import FourBitMark
 from qdpo.run.watcher import Watcher
+from qdpo.train.start.tokenizer import RunTokenizer, put_conversation, shipped_otherwise, tokenizer_of
 
 BaseWeights = Literal["dequantized", "original"]
 # Files of the base that are copied to a merged model. No adapter_*: transformers would attach the adapter again.
@@ -71,7 +73,8 @@ def merge_run(
     """
     if out.exists():
         raise ConfigError(f"{out} exists already. Remove it, or name another folder: `qdpo merge {run.path} FOLDER`.")
-    source = open_source(finished_run(run.path), watcher.say)
+    finished = finished_run(run.path)
+    source = open_source(finished, watcher.say)
     if base == "original" and source.is_stored_four_bit:
         raise ConfigError(
             f"--base original: the base in {source.folder} is stored in 4 bits, without its original weights. "
@@ -96,6 +99,7 @@ def merge_run(
 
         files = shards.write_shards(folder, job.planned, produce)
         _copy_other_files(source, chosen, folder)
+        _put_conversation(tokenizer_of(finished, source.folder), folder)
         watcher.finish()
         report.append(
             MergeReport(
@@ -211,7 +215,7 @@ class _Merge:
 
 
 def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> None:
-    """config.json, generation settings, tokenizer and chat template."""
+    """config.json, and the base's generation settings, tokenizer and licence."""
     name = str(dtype).removeprefix("torch.")
     config = {
         key: value
@@ -229,3 +233,25 @@ def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> 
         for path in source.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _put_conversation(found: RunTokenizer, folder: Path) -> None:
+    """The run's chat template and end tokens, in the place of the base's where they differ; read back.
+
+    Raises: VerificationError if the folder, read by transformers, says otherwise.
+    """
+    put_conversation(found, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not set(found.ends.trained) <= set(stated_ends(folder, path.name)):
+        every = list(found.ends.every)
+        ends = every[0] if len(every) == 1 else every
+        inner = [part for part in (config.get("text_config"),) if isinstance(part, dict) and "eos_token_id" in part]
+        for part in (config, *inner):
+            part["eos_token_id"] = ends
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if wrong := shipped_otherwise(found, folder):
+        raise VerificationError(
+            f"The merged model's {' and '.join(wrong)}, read back by transformers, is not what the run trained. "
+            "Please report this, with the tokenizer files of the base."
+        )

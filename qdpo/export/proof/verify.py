@@ -28,10 +28,11 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.model.base import quant
-from qdpo.model.base.load import load_base
+from qdpo.model.base.load import load_base, model_config
 from qdpo.model.device import release_memory
 from qdpo.model.fast.logps import Head, head_logits, response_logps
 from qdpo.model.policy import adapter
+from qdpo.model.policy.lora_fit import check_fit
 from qdpo.review.score import choose
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
@@ -104,13 +105,15 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     if not pairs_used:
         raise ConfigError(f"There are no pairs to compare on (from {chosen.source}). Give some with `--data PATH`.")
     device = chosen.opened.device
+    starts = config.adapter.start is not None and config.adapter.reference != "base"
+    for folder in [run.adapter, *([Path(str(config.adapter.start))] if starts else [])]:
+        check_fit(model_config(chosen.opened.place.folder), folder)
     watcher.begin("loading the trained model", 1, "model")
     model = load_base(
         chosen.opened.place.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
         dtype=chosen.opened.finished.record.found.dtype, device=device, attention_name=None, announce=watcher.say,
     )  # fmt: skip
     peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
-    starts = config.adapter.start is not None and config.adapter.reference != "base"
     if starts:
         peft.load_adapter(str(config.adapter.start), START, local_files_only=True)
     reload.in_float32(peft, lambda layer: quant.dense_weight(layer, torch.float32))

@@ -130,10 +130,12 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def weights_checksum(model: nn.Module) -> str:
     """sha256 (hex) over every stored tensor's name, type, shape and bytes, as loaded.
 
-    One changed byte, a different quantisation type, block size or dtype gives a different checksum.
+    One changed byte, a different quantisation type, block size or dtype gives a different checksum. An adapter around
+    the base's layers gives none: its tensors are left out, and the base's have the names that they had.
     """
     total = hashlib.sha256()
-    for name, tensor in sorted(stored_tensors(model), key=lambda item: item[0]):
+    bare = ((name.replace(".base_layer", ""), one) for name, one in stored_tensors(model) if ".lora_" not in name)
+    for name, tensor in sorted(bare, key=lambda item: item[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(_bytes(tensor))
     return total.hexdigest()

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from qdpo.errors import DataError
+from qdpo.families.config_fields import positions
+
 
 def complete(
     model: Any,
@@ -22,10 +25,10 @@ def complete(
     """The model's answer to each prompt: token ids up to and including the end token.
 
     Greedy at temperature 0; else sampled from `seed`, so that equal models give equal answers. Prompts are left-padded
-    within a batch of similar lengths.
+    within a batch of similar lengths. An answer ends where the table of positions does, if the model has one.
+    Raises: DataError for a prompt that leaves no room in that table.
     """
     ends, device = end_tokens(model, tokenizer), device_of(model)
-    config = _settings(ends, max_new_tokens, temperature, repetition_penalty=repetition_penalty)
     if temperature:
         torch.manual_seed(seed)
     answers: dict[int, list[int]] = {}
@@ -33,6 +36,8 @@ def complete(
     for start in range(0, len(order), batch):
         members = order[start : start + batch]
         width = max(len(prompts[index]) for index in members)
+        room = _room(model, width, max_new_tokens, only_tables=True)
+        config = _settings(ends, room, temperature, repetition_penalty=repetition_penalty)
         token_BT = torch.full((len(members), width), ends[0], device=device)
         mask_BT = torch.zeros_like(token_BT)
         for line, index in enumerate(members):
@@ -59,10 +64,11 @@ def stream(
 ) -> None:
     """Streams the model's answer to `write` piece by piece, without special tokens.
 
-    An exception raised by `write` or a signal ends the stream, and leaves the model usable.
+    An exception raised by `write` or a signal ends the stream, and leaves the model usable. The answer ends at the
+    model's last position. Raises: DataError for a prompt that leaves none.
     """
     ends = end_tokens(model, tokenizer)
-    config = _settings(ends, max_new_tokens, temperature, top_p=top_p)
+    config = _settings(ends, _room(model, len(prompt), max_new_tokens), temperature, top_p=top_p)
     torch.manual_seed(seed)
     token_BT = torch.tensor([[int(token) for token in prompt]], device=device_of(model))
     with torch.no_grad(), contiguous_head_input(model):
@@ -72,6 +78,19 @@ def stream(
             generation_config=config,
             streamer=_Pieces(tokenizer, write),
         )
+
+
+def _room(model: Any, prompt: int, wanted: int, *, only_tables: bool = False) -> int:
+    """New tokens that the model's positions leave after a prompt, at most `wanted`. Raises: DataError if none."""
+    limit = positions(model.config.get_text_config())
+    if limit is None or (only_tables and not limit.has_table):
+        return wanted
+    if prompt >= limit.count:
+        raise DataError(
+            f"The prompt has {prompt:,} tokens, and the model has {limit.count:,} positions for prompt and answer. "
+            "Shorten the prompt, or begin a new conversation."
+        )
+    return min(wanted, limit.count - prompt)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
@@ -130,6 +149,15 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return sorted(ends)
+
+
+def stop_at(model: Any, ends: Sequence[int]) -> None:
+    """Makes the model's answers end at these tokens as well, whoever generates them."""
+    config = model.generation_config
+    own = config.eos_token_id
+    stated = own if isinstance(own, list) else [] if own is None else [own]
+    if missing := [token for token in ends if token not in stated]:
+        config.eos_token_id = [*stated, *missing]
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:

@@ -3,30 +3,21 @@
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.model.fast.logps import Head
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Fields of a LoRA config that this kit does not train or merge; all must be off.
-REFUSED = (
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "megatron_config",
-    "auto_mapping",
-)
-
+from qdpo.model.policy import lora_fit
+from qdpo.model.policy.lora_config import CONFIG, WEIGHTS, check_adapter_folder
+from qdpo.model.policy.lora_file import read_tensors
 
 # The row layouts for the model: the whole row, with the pairs' spans for our own attention function; the whole row,
 # with a T×T mask; or separate sequences of prompt and answer.
@@ -63,11 +54,10 @@ class Policy:
 def new_adapter(base: Any, *, rank: int, alpha: float, targets: list[str], rslora: bool, seed: int) -> Any:
     """A PEFT model with new fp32 LoRA weights (B = 0: the output is the base's), drawn from `seed`.
 
-    Raises: ConfigError if the targets match no layer, or match the output head, which must stay frozen.
+    Raises: ConfigError if one of the targets matches no layer, or the output head, which must stay frozen.
     """
-    if "lm_head" in targets:
-        raise ConfigError("adapter.targets names lm_head, but the head must stay frozen. Remove it from the list.")
-    wanted: str | list[str] = "all-linear" if targets == ["all-linear"] else sorted(targets)
+    check_targets(base, targets)
+    wanted: str | list[str] = lora_fit.ALL_LINEAR if targets == [lora_fit.ALL_LINEAR] else sorted(targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -80,87 +70,139 @@ def new_adapter(base: Any, *, rank: int, alpha: float, targets: list[str], rslor
     torch.manual_seed(seed)
     try:
         model = get_peft_model(base, config)
-    except ValueError as error:
+    except lora_fit.MISFITS as error:
         raise ConfigError(f"adapter.targets={'+'.join(targets)} does not fit this model: {error}") from error
     model.eval()
     return model
 
 
+def check_targets(base: Any, targets: list[str]) -> None:
+    """Raises: ConfigError unless each name of adapter.targets is that of a layer of `base`, which may be a skeleton."""
+    if "lm_head" in targets:
+        raise ConfigError("adapter.targets names lm_head, but the head must stay frozen. Remove it from the list.")
+    if targets != [lora_fit.ALL_LINEAR]:
+        lora_fit.check_names(base, targets, "adapter.targets")
+
+
 def start_adapter(base: Any, folder: Path) -> Any:
     """A PEFT model that continues the LoRA adapter in `folder`, its weights trainable in fp32.
 
-    Raises: ConfigError if the folder is not a plain LoRA adapter in safetensors.
+    Raises: ConfigError if the folder is not a plain LoRA adapter, or not one for this base.
     """
-    check_adapter_folder(folder)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, local_files_only=True)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ConfigError(f"adapter.start={folder} does not fit this base: {error}") from error
+    lora_fit.check_fit(base.config, folder)
+    model = lora_fit.attach(base, check_adapter_folder(folder), folder)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in model.modules():
-        for dropout in getattr(module, "lora_dropout", {}).values():
-            dropout.p = 0.0
     model.eval()
+    _load(model, read_tensors(folder), folder)
     return model
 
 
-def check_adapter_folder(folder: Path) -> dict[str, Any]:
-    """The adapter's config, checked strictly before PEFT reads it. Raises: ConfigError naming the problem."""
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is not an adapter folder: it has no {CONFIG}. Give the folder that PEFT saved.")
-    if not (folder / WEIGHTS).is_file():
-        raise ConfigError(
-            f"{folder} has no {WEIGHTS}. Only safetensors files are read; save the adapter again as safetensors."
+def _load(model: Any, tensors: dict[str, Tensor], origin: Path | str) -> None:
+    """Copies saved weights into the adapter in place, and proves that they arrived."""
+    expected = lora_fit.saved_state(model)
+    odd = sorted(expected.keys() ^ tensors.keys())
+    odd = odd or [name for name in sorted(expected) if expected[name].shape != tensors[name].shape]
+    if odd:
+        raise VerificationError(
+            f"The adapter in {origin} does not belong to this model: names or shapes of {len(odd)} tensors differ, "
+            f"such as {odd[0]}. Put the file back that belongs to this run."
         )
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder} holds a {config.get('peft_type')} adapter. Only LoRA adapters can be continued.")
-    for field in REFUSED:
-        if config.get(field):
-            raise ConfigError(f"The adapter in {folder} uses {field}={config[field]}, which is not supported.")
-    if config.get("bias", "none") != "none":
-        raise ConfigError(f"The adapter in {folder} trains biases (bias={config['bias']}), which is not supported.")
-    return config
+    set_peft_model_state_dict(model, tensors)
+    for name, tensor in lora_fit.saved_state(model).items():
+        if not torch.equal(tensor.detach().cpu(), tensors[name].to(tensor.dtype).cpu()):
+            raise VerificationError(f"{name} in the model is not what {origin} holds. Please report this.")
 
 
 def adapter_tensors(policy: Policy) -> dict[str, Tensor]:
     """The adapter's weights under PEFT's file names, on the CPU, contiguous."""
-    state = get_peft_model_state_dict(policy.peft, save_embedding_layers=False)
+    state = lora_fit.saved_state(policy.peft)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(state.items())}
 
 
-def load_adapter_tensors(policy: Policy, tensors: dict[str, Tensor]) -> None:
-    """Copies saved weights into the adapter in place. Raises: VerificationError if any is missing or unexpected."""
-    expected = adapter_tensors(policy)
-    if expected.keys() != tensors.keys():
-        odd = sorted(expected.keys() ^ tensors.keys())[:3]
-        raise VerificationError(
-            f"The saved adapter does not belong to this model: {len(odd)} or more names differ, such as {odd}."
-        )
-    set_peft_model_state_dict(policy.peft, tensors)
+def load_adapter_tensors(policy: Policy, tensors: dict[str, Tensor], origin: Path | str = "the checkpoint") -> None:
+    """Copies saved weights into the adapter in place. Raises: VerificationError if any does not belong to it."""
+    _load(policy.peft, tensors, origin)
 
 
 def load_adapter_folder(policy: Policy, folder: Path) -> None:
-    """Loads a trained adapter folder into the policy's adapter."""
-    check_adapter_folder(folder)
-    load_adapter_tensors(policy, load_file(folder / WEIGHTS))
+    """Loads a trained adapter folder into the policy's adapter.
+
+    Raises: ConfigError for a damaged folder; VerificationError for an adapter of another shape or scale.
+    """
+    fields = check_adapter_folder(folder)
+    tensors = read_tensors(folder)
+    load_adapter_tensors(policy, tensors, folder)
+    for name, layer in lora_fit.adapted_layers(policy.peft).items():
+        stated = lora_fit.scale_of(fields, name, layer.r["default"])
+        if stated != layer.scaling["default"]:
+            raise VerificationError(
+                f"{folder / CONFIG} scales {name} by {stated:g}, but the run trained it with "
+                f"{layer.scaling['default']:g} (lora_alpha, use_rslora or a pattern). Put the file back."
+            )
 
 
 def save_adapter(policy: Policy, folder: Path, *, base_name: str, revision: str | None) -> None:
-    """Writes a plain PEFT adapter folder, which `PeftModel.from_pretrained` loads without qdpo.
+    """Writes a plain PEFT adapter folder, and proves that `PeftModel.from_pretrained` loads it without qdpo.
 
-    `base_name` and `revision` are recorded as the base's name and commit. Lists are sorted, so that the same adapter
-    always gives the same bytes (PEFT writes a set in hash order).
+    `base_name` and `revision` are recorded as the base's name and commit. Lists of names are sorted, so that the same
+    adapter always gives the same bytes (PEFT writes a set in hash order).
+    Raises: VerificationError if plain PEFT does not read what was trained.
     """
     policy.peft.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base_name, "revision": revision, "inference_mode": True}
-    config["target_modules"] = sorted(config["target_modules"])
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config[name], list):  # a text is one regular expression
+            config[name] = sorted(config[name])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.iterdir():
         path.chmod(0o666 & ~umask)
+    _check_saved(policy, folder)
+
+
+def _check_saved(policy: Policy, folder: Path) -> None:
+    """Raises: VerificationError unless the folder holds the policy's tensors, and plain PEFT scales them as trained."""
+    try:
+        check_adapter_folder(folder)
+        held = read_tensors(folder)
+        again = read_by_peft(policy.peft.get_base_model().config, folder)
+    except ConfigError as error:
+        raise VerificationError(f"The adapter that was written cannot be read again: {error}") from error
+    trained = adapter_tensors(policy)
+    same = held.keys() == trained.keys() and all(torch.equal(held[name], trained[name].float()) for name in held)
+    names = {name: tensor.shape for name, tensor in lora_fit.saved_state(again).items()}
+    loads = names == {name: tensor.shape for name, tensor in trained.items()}
+    scales = lora_fit.scales(again) == lora_fit.scales(policy.peft)
+    if not (same and loads and scales):
+        fault = "its tensors differ" if not same else "names or shapes differ" if not loads else "its scale differs"
+        raise VerificationError(
+            f"The adapter written to {folder} is not the trained one to plain PEFT: {fault}. The training is kept in "
+            "the checkpoints. Please report this."
+        )
+
+
+def read_by_peft(config: Any, folder: Path) -> Any:
+    """The adapter as `PeftModel.from_pretrained` reads it over a base without weights.
+
+    Raises: ConfigError if PEFT cannot read it.
+    """
+    base = lora_fit.skeleton(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors that stay on meta
+            return PeftModel.from_pretrained(
+                base, str(folder), low_cpu_mem_usage=True, torch_device="cpu", local_files_only=True
+            )
+    except lora_fit.MISFITS as error:
+        raise ConfigError(f"plain PEFT cannot load {folder}: {error}") from error
+
+
+__all__ = [
+    "CONFIG", "WEIGHTS", "Policy", "RowLayout", "adapter_tensors", "check_adapter_folder", "check_targets",
+    "load_adapter_folder", "load_adapter_tensors", "new_adapter", "read_by_peft", "save_adapter", "start_adapter",
+]  # fmt: skip

@@ -25,7 +25,7 @@ def panels(facts: Facts) -> list[Panel]:
         ),
         Panel(
             title="Reward accuracy",
-            unit="share of pairs ordered as labelled; band: chance",
+            unit=f"share of pairs ordered as labelled, held out n={facts.terms.held_out:,}; band: chance",
             lines=[_trained(facts, "rewards/accuracies", "train"), _held(facts, "rewards/accuracies", "held")],
             legend=BOTH,
             level=0.5,
@@ -111,9 +111,10 @@ def distributions(facts: Facts) -> list[Histogram]:
 def overlays(runs: Sequence[Facts]) -> list[Panel]:
     """The curves that can be compared between runs, one colour a run."""
     legend = [(f"run-{place}", facts.name) for place, facts in enumerate(runs)]
+    pairs = ", ".join(dict.fromkeys(f"{facts.terms.held_out:,}" for facts in runs))
     found = []
     for title, unit, name, level, per_beta in (
-        ("Held-out accuracy", "share of pairs ordered as labelled", "eval_rewards/accuracies", 0.5, False),
+        ("Held-out accuracy", f"share of pairs ordered as labelled, n={pairs}", "eval_rewards/accuracies", 0.5, False),
         ("Held-out loss", "not comparable between losses or values of β", "eval_loss", None, False),
         ("Held-out margin / β", "nats: comparable between values of β", "eval_rewards/margins", 0.0, True),
         ("Held-out log-prob of chosen", "nats a token", "eval_logps/chosen_per_token", None, False),

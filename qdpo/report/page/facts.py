@@ -9,12 +9,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qdpo.data.tokens.sieve import TokenPair, load_pairs
+from qdpo.data.tokens.store import TokenPair, load_checked
 from qdpo.diagnose.course import Record, Terms
 from qdpo.diagnose.rules import Seen, follow
-from qdpo.run import disk
 from qdpo.run.finished import FinishedRun, KnownRun, any_run
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import is_row_note, is_sampled, is_scored, read_lines
 from qdpo.run.metrics import read_metrics
 from qdpo.run.record import Result, RunRecord
 from qdpo.settings.layered import Values
@@ -115,7 +115,8 @@ class Facts:
 
     def held_out(self) -> Sequence[TokenPair]:
         """The prepared held-out pairs, in the order that `pair` in eval_pairs.jsonl counts."""
-        return load_pairs(self.run.held_out_pairs)
+        digests = self.record.prepared or {}
+        return load_checked(self.run.held_out_pairs, digests.get(self.run.held_out_pairs.name))
 
     def tokenizer(self) -> Tokenizer | None:
         """Tokenizer for decoding prepared ids: saved with the adapter, or in the base's folder; None if in neither."""
@@ -126,14 +127,15 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """Read a run folder. Raises: ConfigError if it is not a run."""
+    """Read a run folder. Raises: ConfigError if it is not a run; DiskError if one of its files is damaged."""
     known = any_run(folder)
     run, records = known.run, read_metrics(known.run.metrics)
+    held_out = known.record.data.held_out_pairs
     return Facts(
         known=known,
         steps=[record for record in records if "loss" in record],
         evaluations=[record for record in records if "eval_loss" in record],
-        samples=disk.read_lines(run.samples),
-        pairs=disk.read_lines(run.eval_pairs),
-        data_report=disk.read_lines(run.data_report),
+        samples=read_lines(run.samples, is_sampled),
+        pairs=[line for line in read_lines(run.eval_pairs, is_scored) if line["pair"] < held_out],
+        data_report=read_lines(run.data_report, is_row_note),
     )

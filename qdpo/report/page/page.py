@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from qdpo import __version__
 from qdpo.diagnose.rules import RULES
 from qdpo.errors import ConfigError
+from qdpo.report.accuracy import accuracy_text
 from qdpo.report.page import curves, plots, verdict
 from qdpo.report.page.facts import Facts, read_facts
 from qdpo.run import disk
@@ -82,7 +83,8 @@ def comparison_page(runs: Sequence[Facts]) -> str:
     for name, (label, form) in FIGURES.items():
         figures = [_value(facts.latest, name) for facts in runs]
         if any(value is not None for value in figures):
-            rows.append((label, [_formatted(value, form) for value in figures]))
+            pairs = [_pairs(name, facts) for facts in runs]
+            rows.append((label, [_formatted(value, form, n) for value, n in zip(figures, pairs, strict=True)]))
     return _render(
         "comparison.html",
         runs=[(facts, *verdict.verdict(facts), verdict.grouped(facts.seen)[0]) for facts in runs],
@@ -113,7 +115,8 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     for name, (label, form) in FIGURES.items():
         before, after = _value(facts.first, name), _value(facts.latest, name)
         if before is not None or after is not None:
-            found.append((label, _formatted(before, form), _formatted(after, form)))
+            pairs = _pairs(name, facts)
+            found.append((label, _formatted(before, form, pairs), _formatted(after, form, pairs)))
     return found
 
 
@@ -121,7 +124,14 @@ def _value(record: dict[str, Any] | None, name: str) -> float | None:
     return None if record is None else record.get(f"eval_{name}")
 
 
-def _formatted(value: float | None, form: str) -> str:
+def _pairs(name: str, facts: Facts) -> int | None:
+    """The number of pairs behind a figure that is a share of them."""
+    return facts.terms.held_out if name == "rewards/accuracies" else None
+
+
+def _formatted(value: float | None, form: str, pairs: int | None = None) -> str:
+    if value is not None and pairs is not None:
+        return accuracy_text(value, pairs)
     return "–" if value is None else form.format(value).replace("-", "−")
 
 

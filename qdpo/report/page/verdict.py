@@ -68,7 +68,10 @@ def _learned(facts: Facts) -> ReportAnswer | None:
         return None
     gap = trained - latest["eval_rewards/accuracies"]
     noise = 2 * course.noise(facts.terms.held_out)
-    text = f"Recent training accuracy is {trained:.2f}, held-out {latest['eval_rewards/accuracies']:.2f}."
+    text = (
+        f"Recent training accuracy is {trained:.2f} (n={course.window * facts.terms.pairs_per_step:,}), held-out "
+        f"{latest['eval_rewards/accuracies']:.2f} (n={facts.terms.held_out:,})."
+    )
     if any(seen.finding.rule == "overfit" and seen.lasting for seen in facts.seen):
         return ReportAnswer("Does it memorise?", f"Yes: held-out figures lag behind. {text}", "bad")
     if gap > noise:

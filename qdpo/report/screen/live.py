@@ -22,11 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qdpo.diagnose.course import Record
+from qdpo.report.accuracy import accuracy_text
 from qdpo.report.screen.console import Screen
 from qdpo.report.screen.spark import sparkline
-from qdpo.run.disk import read_lines
 from qdpo.run.folder import RunDir
+from qdpo.run.lines import is_sampled, read_lines
 from qdpo.run.record import Result
+from qdpo.run.watcher import PAIRS
 from qdpo.train.watch.prompts import question
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ TRENDS = {
     "rewards/margins": ("margin", "{:+.3f}"),
     "logps/chosen_per_token": ("chosen/token", "{:.3f}"),
 }
+ACCURACY = "rewards/accuracies"
 # Seconds between lines of a stage's progress when the output is not a terminal.
 PLAIN_EVERY_S = 20.0
 
@@ -55,6 +58,7 @@ class Terminal:
         self._what, self._unit, self._total, self._done = "", "", 0, 0
         self._begun = self._told = 0.0
         self._trends: dict[str, list[float]] = {name: [] for name in TRENDS}
+        self._counted: dict[str, str] = {}
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)
@@ -92,13 +96,14 @@ class Terminal:
     def step(self, record: Record) -> None:
         if "loss" in record:
             learned = (
-                f"loss {record['loss']:.4f} · accuracy {record['rewards/accuracies']:.2f} · "
+                f"loss {record['loss']:.4f} · accuracy {record[ACCURACY]:.2f}{_of(record)} · "
                 f"margin {record['rewards/margins']:+.3f}"
             )
             speed = (
                 f"{record['tokens_per_s']:,.0f} tokens/s · {record['pairs_per_s']:.2f} pairs/s · "
                 f"{record['peak_gib']:.2f} GiB"
             )
+            self._counted = {ACCURACY: f" n={record[PAIRS]:,.0f}"} if PAIRS in record else {}
             for name, values in self._trends.items():
                 values.append(record.get(name, 0.0))
             if self._live is not None:
@@ -108,7 +113,7 @@ class Terminal:
         else:
             self.say(
                 f"held out after step {record['step']}: loss {record['eval_loss']:.4f} · accuracy "
-                f"{record['eval_rewards/accuracies']:.3f} · margin {record['eval_rewards/margins']:+.4f}"
+                f"{record[f'eval_{ACCURACY}']:.3f}{_of(record)} · margin {record['eval_rewards/margins']:+.4f}"
             )
             if self._live is None and len(self._trends["loss"]) > 1:
                 self.say("\n".join(self._trend_lines()))
@@ -116,7 +121,8 @@ class Terminal:
     def _trend_lines(self) -> list[str]:
         """Newest value and trend of the main metrics, two a line."""
         cells = [
-            f"  {label:<12} {form.format(self._trends[name][-1]):>8}  {sparkline(self._trends[name]):<16}"
+            f"  {label + self._counted.get(name, ''):<12} {form.format(self._trends[name][-1]):>8}  "
+            f"{sparkline(self._trends[name]):<16}"
             for name, (label, form) in TRENDS.items()
         ]
         return ["".join(cells[place : place + 2]).rstrip() for place in range(0, len(cells), 2)]
@@ -131,15 +137,24 @@ class Terminal:
         )
 
 
-def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 2) -> None:
-    """Print held-out figures before and after, completions side by side, the adapter's path, and the next commands."""
+def _of(record: Record) -> str:
+    """The number of pairs behind a record's accuracy, if it says so."""
+    return f" (n={record[PAIRS]:,.0f})" if PAIRS in record else ""
+
+
+def print_result(run: RunDir, result: Result, console: Console, *, held_out: int | None = None, shown: int = 2) -> None:
+    """Print held-out figures before and after, completions side by side, the adapter's path, and the next commands.
+
+    `held_out` is the number of pairs behind the figures.
+    """
     table = Table("held-out pairs", "before", "after", title="result", title_justify="left")
     for label, name in (
         ("reward accuracy", "rewards/accuracies"),
         ("reward margin", "rewards/margins"),
         ("loss", "loss"),
     ):
-        table.add_row(label, f"{result.before[name]:.3f}", f"{result.after[name]:.3f}")
+        pairs = held_out if name == ACCURACY else None
+        table.add_row(label, *(accuracy_text(values[name], pairs) for values in (result.before, result.after)))
     lengths = result.samples
     if lengths is not None:
         table.add_row(
@@ -148,7 +163,7 @@ def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 
             f"{lengths.median_tokens_after:g}",
         )
     console.print(table)
-    for line in read_lines(run.samples)[:shown]:
+    for line in read_lines(run.samples, is_sampled)[:shown]:
         _side_by_side(line, console)
     console.print(
         f"{result.steps} steps, {result.pairs} pairs, {result.seconds / 60:.1f} minutes, peak memory "
@@ -163,7 +178,8 @@ def print_result(run: RunDir, result: Result, console: Console, *, shown: int = 
     }
     width = max(map(len, commands)) + 2
     console.print(
-        f"\nadapter: {run.adapter}  (plain PEFT; settings, metrics and model card are next to it)", markup=False
+        f"\nadapter: {run.adapter}  (PEFT's format; its README.md loads it over the base as it was trained)",
+        markup=False,
     )
     console.print("next:\n" + "\n".join(f"  {c:<{width}}{what}" for c, what in commands.items()), markup=False)
 
@@ -183,9 +199,23 @@ def print_evaluation(scored: "Rescored", *, as_json: bool) -> None:
     """Print the metrics of `qdpo eval`, as a table or as one JSON object."""
     values = {**scored.evaluation.values, **scored.evaluation.perplexities}
     if as_json:
-        print(json.dumps({"run": scored.run, "source": scored.source, "pairs": scored.pairs, **values}))
+        print(
+            json.dumps(
+                {
+                    "run": scored.run,
+                    "source": scored.source,
+                    "pairs": scored.pairs,
+                    "trained_pairs": scored.trained.pairs,
+                    "trained_prompts": scored.trained.prompts,
+                    **values,
+                }
+            )
+        )
         return
     print(f"{scored.run} on {scored.pairs} pairs of {scored.source}")
     for name, value in values.items():
-        print(f"  {name:<26} {value:>12.4f}")
+        figure = accuracy_text(value, scored.pairs) if name == ACCURACY else f"{value:.4f}"
+        print(f"  {name:<26} {figure:>12}")
+    if scored.trained.prompts:
+        print(f"warning: {scored.trained.sentence(scored.pairs)}")
     print("`qdpo metrics NAME` explains each.")

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from qdpo.report.accuracy import accuracy_text
 from qdpo.report.screen.console import Screen
 from qdpo.run import disk
+from qdpo.run.record import read_record
 
 if TYPE_CHECKING:
     from qdpo.train.sweep import Ended
@@ -29,7 +31,12 @@ def print_sweep(ended: Sequence["Ended"], path: Path) -> None:
     table = Table(*names, *COLUMNS, "minutes", "run", title="sweep, on held-out pairs", title_justify="left")
     for one in ended:
         row = _row(one)
-        figures = [f"{row[name]:.3f}" if row[name] is not None else "–" for name in COLUMNS]
+        figures = [
+            accuracy_text(row[name], row["held_out_pairs"] if name == "accuracy" else None)
+            if row[name] is not None
+            else "–"
+            for name in COLUMNS
+        ]
         minutes = "–" if row["training_seconds"] is None else f"{row['training_seconds'] / 60:.1f}"
         state = one.planned.run.path.name if row["state"] == "finished" else row["state"]
         table.add_row(*(one.planned.differs[name] for name in names), *figures, minutes, state)
@@ -48,5 +55,6 @@ def _row(one: "Ended") -> dict[str, Any]:
         "state": state,
         "exit_code": code,
         **after,
+        "held_out_pairs": read_record(one.planned.run).data.held_out_pairs if result else None,
         "training_seconds": result.training_seconds if result else None,
     }

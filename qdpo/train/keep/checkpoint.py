@@ -6,18 +6,18 @@ file; a checkpoint whose files do not match is set aside, and the previous check
 
 import hashlib
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from qdpo.errors import VerificationError
+from qdpo.errors import DiskError, VerificationError
 from qdpo.model.policy.adapter import Policy, adapter_tensors, load_adapter_tensors
-from qdpo.run import disk
+from qdpo.run import disk, places
 from qdpo.train.keep.progress import Progress
 from qdpo.train.step.optimizer import optimizer_tensors, restore_optimizer
 
@@ -58,33 +58,45 @@ def save_checkpoint(folder: Path, trained: TrainedObjects, progress: Progress, *
 def prune(folder: Path, *, keep: int) -> None:
     """Removes all but the `keep` newest checkpoints. A start does so too, in case a kill came before or during it."""
     for old in _by_step(folder)[:-keep]:
-        shutil.rmtree(old)
+        disk.remove(old)
 
 
 def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest intact checkpoint; damaged checkpoints are renamed and reported."""
+    """The newest intact checkpoint; whatever else has its name is renamed and reported. Raises: DiskError."""
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        disk.remove(leftover)
     for candidate in reversed(_by_step(folder)):
         if _is_whole(candidate):
             return candidate
         aside = candidate.with_name(f"damaged-{candidate.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        candidate.rename(aside)
+        disk.remove(aside)
+        try:
+            candidate.rename(aside)
+        except OSError as error:
+            raise disk.disk_error(error, aside) from error
         say(f"checkpoint: {candidate.name} is damaged (set aside as {aside.name}); using the previous checkpoint")
     return None
 
 
 def load_checkpoint(folder: Path, trained: TrainedObjects) -> Progress:
-    """Restores the trained objects in place; returns the progress that was saved."""
-    state: dict[str, Any] = disk.read_json(folder / STATE)
-    load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))
-    restore_optimizer(
-        trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state["optimizer"]
-    )
-    if state["scaler"]:
-        trained.scaler.load_state_dict(state["scaler"])
-    return Progress.of_json(state)
+    """Restores the trained objects in place; returns the progress that was saved.
+
+    Raises: DiskError if the checkpoint is intact, but of another run.
+    """
+    try:
+        state: dict[str, Any] = disk.read_json(folder / STATE)
+        load_adapter_tensors(trained.policy, load_file(folder / ADAPTER))
+        restore_optimizer(
+            trained.optimizer, trained.policy.adapter_parameters(), load_file(folder / OPTIMIZER), state["optimizer"]
+        )
+        if state["scaler"]:
+            trained.scaler.load_state_dict(state["scaler"])
+        return Progress.of_json(state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise DiskError(
+            f"{folder} is not a checkpoint of this run: {error or type(error).__name__}. Move it away, and the same "
+            "command continues from the checkpoint before it."
+        ) from error
 
 
 def _by_step(folder: Path) -> list[Path]:
@@ -92,17 +104,20 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path) -> bool:
-    if not (folder / MANIFEST).is_file():
+    if not places.is_folder(folder):
         return False
     try:
         manifest = disk.read_json(folder / MANIFEST)
-        return set(manifest) == {ADAPTER, OPTIMIZER, STATE} and all(
-            _fingerprint(folder / name) == expected for name, expected in manifest.items()
-        )
-    except (OSError, ValueError):
+        if not isinstance(manifest, dict) or set(manifest) != {ADAPTER, OPTIMIZER, STATE}:
+            return False
+        if any(_fingerprint(folder / name) != expected for name, expected in manifest.items()):
+            return False
+        return f"step-{disk.read_json(folder / STATE)['step']:06d}" == folder.name
+    except (OSError, ValueError, KeyError, TypeError, DiskError):
         return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
+    places.check_file(path)
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

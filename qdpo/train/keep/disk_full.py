@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from qdpo.errors import DiskError
+from qdpo.run import disk
 from qdpo.train.keep.stop import StopRequest
 
 RETRY_S = 15.0
@@ -29,7 +30,8 @@ class Saver:
     def save_or_wait(self, write: Callable[[], object]) -> None:
         """Writes, retrying until there is free space.
 
-        Raises: DiskError with output.on_disk_full=stop, or if a stop is requested while waiting.
+        Raises: DiskError with output.on_disk_full=stop, if a stop is requested while waiting, or if something else is
+        in the place of the file, which no free space heals.
         """
         said = False
         while True:
@@ -37,7 +39,7 @@ class Saver:
                 write()
                 return
             except DiskError as error:
-                if not self._waits or self._stop.number is not None:
+                if not self._waits or self._stop.number is not None or not disk.may_heal(error):
                     raise
                 if not said:
                     self._say(f"waiting for the disk: {error} Retrying every {RETRY_S:g} s; Ctrl-C gives up.")

@@ -1,5 +1,7 @@
 """Builds a run's policy: base, adapter, verified attention path, and the name of its reference."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
-from qdpo.errors import ConfigError, OutOfMemoryError
+from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
 from qdpo.model.base import quant
 from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.fast.logps import Head
@@ -57,6 +59,7 @@ def make_policy(
     if config.memory.embeddings == "host":
         embeddings_to_host(model)
     model = _attach(config, model)
+    check_base_unchanged(model, weights)
     policy = _policy(model, config, device)
     row = row_tensors(PairRow(list(probe_with)), device)
     path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
@@ -115,6 +118,15 @@ def _attach(config: RunConfig, model: Any) -> Any:
     )
 
 
+def check_base_unchanged(model: Any, weights: str) -> None:
+    """Raises: VerificationError if the base inside a PEFT model has another checksum than before the adapter."""
+    if quant.weights_checksum(model.get_base_model()) != weights:
+        raise VerificationError(
+            "Attaching the adapter has changed the base's weights, so the model with its adapter off would not be the "
+            "reference. Nothing was trained or cached. Please report this, with the adapter's adapter_config.json."
+        )
+
+
 def _policy(model: Any, config: RunConfig, device: torch.device) -> Policy:
     causal = model.get_base_model()
     head_layer = causal.get_output_embeddings()
@@ -126,8 +138,16 @@ def _policy(model: Any, config: RunConfig, device: torch.device) -> Policy:
     return Policy(model, causal.base_model, Head.of(causal), device, "separate", config.memory.head_tile_mib)
 
 
+def adapter_identity(folder: Path) -> str:
+    """sha256 over the adapter's weights and the fields that say how they are used."""
+    fields = adapter.check_adapter_folder(folder)
+    meaning = {name: value for name, value in fields.items() if name not in ("base_model_name_or_path", "revision")}
+    weights = file_record(folder / adapter.WEIGHTS).sha256
+    return hashlib.sha256(f"{weights} {json.dumps(meaning, sort_keys=True)}".encode()).hexdigest()
+
+
 def _reference_name(config: RunConfig, policy: Policy, attention: str, weights: str, dtype: str, is_start: bool) -> str:
-    start = file_record(Path(str(config.adapter.start)) / adapter.WEIGHTS).sha256 if is_start else None
+    start = adapter_identity(Path(str(config.adapter.start))) if is_start else None
     path = {
         "dtype": dtype,
         "attention": attention,

@@ -11,11 +11,13 @@ import torch
 from qdpo.data.tokens.pack import pack_rows, step_indices
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.policy.adapter import Policy
-from qdpo.settings.schema import TrainConfig
+from qdpo.settings.schema import DataConfig, TrainConfig
 from qdpo.train.step.step import score
 
 # Pairs timed for train.hours, and the share of the hours that is planned for: the rest is for saving and samples.
 TIMED_PAIRS, PLANNED_SHARE = 8, 0.95
+# Held-out pairs below which an accuracy is noise: two standard errors of 50 are 14 %.
+ENOUGH_HELD_OUT = 50
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,31 @@ def plan_steps(train: TrainConfig, pairs: int, at_most: int | None = None) -> Ru
     steps = math.ceil(total / train.pairs_per_step)
     warmup = math.ceil(steps / 10) if train.warmup_steps is None else min(train.warmup_steps, steps)
     return RunLength(steps, total, warmup)
+
+
+def few_held_out(data: DataConfig, train: int, held_out: int) -> str | None:
+    """The warning that figures on so few held-out pairs mean nothing, with a remedy; None where there are enough."""
+    if held_out >= ENOUGH_HELD_OUT:
+        return None
+    noise = 1 / math.sqrt(max(1, held_out))  # two standard errors of a share near a half
+    if data.eval_path or data.eval_split:
+        limited = data.eval_limit is not None and data.eval_limit <= held_out
+        remedy = (
+            "raise data.eval_limit"
+            if limited
+            else f"give more pairs in data.eval_{'path' if data.eval_path else 'split'}"
+        )
+    elif data.eval_limit is not None and data.eval_limit < ENOUGH_HELD_OUT:
+        remedy = f"raise data.eval_limit={data.eval_limit}"
+    elif ENOUGH_HELD_OUT <= (train + held_out) / 2:
+        share = math.ceil(100 * ENOUGH_HELD_OUT / (train + held_out)) / 100
+        remedy = f"data.eval_fraction={share:g} holds {ENOUGH_HELD_OUT} out"
+    else:
+        remedy = f"data.eval_fraction (now {data.eval_fraction:g}) holds out more; so few pairs in all are the cause"
+    return (
+        f"warning: {held_out} held-out pair{'s' * (held_out != 1)}: accuracy will mean nothing below "
+        f"{ENOUGH_HELD_OUT} (chance alone: ±{min(0.5, noise):.0%}); {remedy}"
+    )
 
 
 @dataclass(frozen=True)

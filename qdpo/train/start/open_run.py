@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -13,17 +13,30 @@ import torch
 
 from qdpo import __version__
 from qdpo.data import prepare
+from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, DiskError
+from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
-from qdpo.model.policy import adapter
-from qdpo.run import disk, identity, record
+from qdpo.model.generate.generate import stop_at
+from qdpo.model.policy import adapter, adapter_source
+from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
-from qdpo.run.record import BaseRecord, Environment, FoundValues, RunRecord, read_record, write_record
+from qdpo.run.record import (
+    BaseRecord,
+    Environment,
+    FoundValues,
+    RunRecord,
+    read_environment,
+    read_record,
+    write_record,
+    write_sealed,
+)
 from qdpo.run.watcher import Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -34,7 +47,8 @@ from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
-from qdpo.train.start.length import Passes, RunLength, measure_speed, plan_steps, within_hours
+from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
+from qdpo.train.start.tokenizer import take_start, trained_ends
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -77,7 +91,7 @@ class Job:
 def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -> Job:
     """Opens a run, up to a loaded policy; creates the run folder once data and settings are known to be usable."""
     config, say, started = resolved.config, watcher.say, time.monotonic()
-    if run.record.exists():
+    if disk.is_there(run.record):
         identity.check_unchanged(run, resolved)
         say(f"continuing {run.path}")
     check_package(config.track.to)
@@ -87,18 +101,28 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.train.deterministic and device.type == "cuda":
         use_deterministic_kernels()
     cache_dir = cache_folder(config)
-    pinned = read_record(run).base.commit if run.record.exists() else None
+    pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
     )  # fmt: skip
+    adapter_source.check_adapter(
+        config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
+    )
     tokenizer = load_tokenizer(folder.folder)
+    take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
-    if not run.record.exists():
+    if not disk.is_there(run.record):
         _first_start(resolved, run, folder, device, tokenizer, watcher)
+    train, held_out = prepare.load_or_prepare(
+        run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
+    )
+    vocab_size = model_config(folder.folder).get_text_config().vocab_size
+    for part in (train, held_out):
+        prepare.check_ids(part, vocab_size, tokenizer)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
     identity.take_neutral(run, config)
-    train, held_out = prepare.load(run)
+    _mend(run, resolved, device, say)
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     found = read_record(run).found
     config = auto_memory.settled(config, found.memory)
@@ -108,6 +132,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )
     watcher.finish()
     _check_weights(run, folder, loaded)
+    stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(
@@ -173,7 +198,8 @@ def plan_run(job: Job) -> RunLength:
             plan = min(plan, shorter, key=lambda candidate: candidate.steps)
         job.keep(steps=plan.steps, total_pairs=plan.total_pairs, warmup_steps=plan.warmup_steps)
     else:
-        assert found.total_pairs is not None and found.warmup_steps is not None
+        if found.total_pairs is None or found.warmup_steps is None:
+            raise record.damaged(job.run.record, "it has the number of steps, but not of pairs or warm-up steps")
         plan = RunLength(found.steps, found.total_pairs, found.warmup_steps)
     job.watcher.say(f"plan: {plan.steps} steps of {train.pairs_per_step} pairs, {plan.warmup_steps} of them warm-up")
     return plan
@@ -198,31 +224,34 @@ def _first_start(
     watcher: Watcher,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all."""
-    config = resolved.config
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
-            f"{run.path} exists but is not a qdpo run. Choose another `output.name`, or remove the folder."
+            f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
+            "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
-    say = watcher.say
+    say, shape = watcher.say, model_config(folder.folder)
+    config = within_positions(resolved, positions(shape), say)
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    if few := few_held_out(config.data, len(data.train), len(data.held_out)):
+        say(few)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
-    shape = model_config(folder.folder)
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
     if config.adapter.start is not None:
-        files.append(Path(config.adapter.start) / adapter.WEIGHTS)
+        names = (adapter.WEIGHTS, adapter.CONFIG)
+        files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
     found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
 
     def fill(path: Path) -> None:
         new = RunDir(path)
-        prepare.store(new, data)
+        digests = prepare.store(new, data)
         disk.write_text(new.config, identity.config_toml(resolved, found))
-        disk.write_json(new.environment, environment(device).to_json())
+        write_sealed(new.environment, environment(device))
         content = RunRecord(
             settings=layered.flat(resolved.config),
             preset=resolved.preset,
@@ -230,12 +259,26 @@ def _first_start(
             base=BaseRecord(**{**dataclasses.asdict(folder), "folder": str(folder.folder)}),
             data=data.about,
             files={str(file.absolute()): record.file_record(file) for file in files},
+            prepared=digests,
             version=record.VERSION,
         )
         write_record(new, content)
 
     disk.write_folder(run.path, fill)
     say(f"run folder: {run.path}")
+
+
+def _mend(run: RunDir, resolved: Resolved, device: torch.device, say: Callable[[str], None]) -> None:
+    """Writes config.toml and environment.json again if they are missing or damaged, and says so."""
+    try:
+        read_environment(run)
+    except DiskError as error:
+        write_sealed(run.environment, environment(device))
+        say(f"warning: {error}")
+        say(f"{run.environment.name} is written again, with today's versions")
+    if not identity.is_config(run.config):
+        disk.write_text(run.config, identity.config_toml(resolved, read_record(run).found))
+        say(f"warning: {run.config} was missing or damaged; it is written again")
 
 
 def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from qdpo.diagnose.course import Record
 from qdpo.errors import DiskError
 from qdpo.run import disk
+from qdpo.run.lines import is_metric, mend_lines
 from qdpo.run.metrics import record_of
+from qdpo.run.watcher import Say
 from qdpo.train.watch.tracker import Tracker
 
 SCHEMA = 1
@@ -17,13 +19,16 @@ SCHEMA = 1
 class Metrics:
     """The run's metrics.jsonl: one JSON object per line, flushed on every write."""
 
-    def __init__(self, path: Path, *, keep_through: int, tracker: Tracker | None = None):
+    def __init__(
+        self, path: Path, *, keep_through: int, tracker: Tracker | None = None, say: Say = lambda line: None
+    ):  # fmt: skip
         """Opens the file for appending, dropping records after step `keep_through` and a partial last line.
 
-        `tracker` receives the kept records that it lacks, and every record written.
+        `tracker` receives the kept records that it lacks, and every record written. Damaged lines are set aside.
         """
         self.path = path
-        lines = [line for line in disk.read_lines(path) if line["step"] <= keep_through]
+        sound = mend_lines(path, is_metric, say, due=keep_through > 0)
+        lines = [line for line in sound if line["step"] <= keep_through]
         disk.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         kept = [record_of(line) for line in lines]
         self._waiting, self._tracker = "", tracker
@@ -39,7 +44,15 @@ class Metrics:
             self._tracker.record(record)
         self._waiting += _line({"schema": SCHEMA, **record})
         with contextlib.suppress(DiskError):
-            disk.append_text(self.path, self._waiting)  # a checkpoint must not be ahead of its steps after a power cut
+            self.flush()
+
+    def flush(self) -> None:
+        """Appends the lines that wait. Called before a checkpoint, which must not be ahead of its steps.
+
+        Raises: DiskError.
+        """
+        if self._waiting:
+            disk.append_text(self.path, self._waiting)
             self._waiting = ""
 
 

@@ -13,6 +13,7 @@ from qdpo.model.device import release_memory
 from qdpo.model.generate.generate import complete
 from qdpo.model.policy.adapter import Policy
 from qdpo.run import disk
+from qdpo.run.lines import is_sampled, mend_lines
 from qdpo.run.record import AnswerLengths
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import SamplesConfig
@@ -36,7 +37,7 @@ class Samples:
         self._config, self._watcher = config, watcher
         texts = [str(tokenizer.decode(prompt.ids)) for prompt in prompts]
         self._lines: list[SampleLine] = [{"row": p.row, "prompt": text} for p, text in zip(prompts, texts, strict=True)]
-        kept = disk.read_lines(path)
+        kept = mend_lines(path, is_sampled, watcher.say, due=keep_through > 0 and bool(prompts))
         if [line["prompt"] for line in kept] == texts:
             self._lines = [_cut_back(line, keep_through) for line in kept]
         elif kept:

@@ -1,0 +1,144 @@
+"""Decides before a base is loaded whether the adapter that the settings name can be trained over it."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qdpo.errors import ConfigError
+from qdpo.model.base.fetch import BaseFolder
+from qdpo.model.base.folder import read_json
+from qdpo.model.base.load import model_config
+from qdpo.model.policy import lora_fit
+from qdpo.model.policy.adapter import CONFIG, check_adapter_folder, check_targets
+from qdpo.run.watcher import Say
+
+# Endings of the same model's name in other forms, as of Unsloth's and others' copies.
+COPIES = re.compile(
+    r"([-_.](unsloth|bnb|4bit|8bit|int4|int8|nf4|fp4|fp8|fp16|bf16|fp32|awq|gptq|gguf|hf|mlx|dynamic))+$"
+)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+def check_adapter(start: str | None, targets: list[str], base: BaseFolder, say: Say, *, first: bool = True) -> None:
+    """Checks adapter.start, or the names in adapter.targets, against the base's config; loads no weights.
+
+    `first` is False where a run continues, whose base was compared when it began.
+    Raises: ConfigError for an adapter that cannot be trained, or of another base.
+    """
+    if start is not None:
+        folder = Path(start)
+        fields = check_adapter_folder(folder)
+        if first and (note := _compare(fields.get("base_model_name_or_path"), base, folder)):
+            say(note)
+        lora_fit.check_fit(model_config(base.folder), folder)
+    elif targets != [lora_fit.ALL_LINEAR]:
+        check_targets(lora_fit.skeleton(model_config(base.folder)), targets)
+
+
+def _compare(named: str | None, base: BaseFolder, folder: Path) -> str | None:
+    """A note where the adapter's base cannot be told from this one. Raises: ConfigError where it is another model."""
+    if not named:
+        return (
+            f"adapter.start: {folder / CONFIG} does not name the base that it was trained over; only names and shapes "
+            f"of its layers were compared with {base.name}"
+        )
+    place = Path(named).expanduser()
+    if place.is_dir():
+        return _compare_folders(place, base, folder)
+    given = _hub_id(named)
+    ours = {_hub_id(base.name) or base.name, *_other_names(base)}
+    if given is None:
+        if model_name(named) in {model_name(one) for one in ours}:
+            return None
+        return (
+            f"warning: adapter.start was trained over {named}, which is not on this machine (base_model_name_or_path); "
+            f"only names and shapes of its layers were compared with {base.name}. Be sure that it is the same model"
+        )
+    if given.casefold() in {one.casefold() for one in ours}:
+        return None
+    if model_name(given) in {model_name(one) for one in ours}:
+        return (
+            f"warning: adapter.start was trained over {given}, and this run's base is {base.name}: taken as the same "
+            "model in another form, since the names differ in owner and form alone"
+        )
+    if _hub_id(base.name) is None:
+        return (
+            f"warning: adapter.start was trained over {given}, which cannot be compared with the folder {base.name}; "
+            "only names and shapes of its layers were. Be sure that it is the same model"
+        )
+    raise _other(given, base, folder)
+
+
+def _compare_folders(place: Path, base: BaseFolder, folder: Path) -> str | None:
+    if place.resolve() == base.folder.resolve():
+        return None
+    same = _same_weights(place, base.folder)
+    if same is False:
+        raise _other(str(place), base, folder)
+    if same:
+        return None
+    return (
+        f"warning: adapter.start was trained over {place}, whose weights cannot be compared with those of {base.name}; "
+        "only names and shapes of its layers were. Be sure that it is the same model"
+    )
+
+
+def _other(named: str, base: BaseFolder, folder: Path) -> ConfigError:
+    return ConfigError(
+        f"The adapter in {folder} (adapter.start) was trained over {named}, and model.path is another model, "
+        f"{base.name}: over it, the adapter means something else. Give model.path={named}. If you know that it is the "
+        f"same model, correct base_model_name_or_path in {folder / CONFIG}."
+    )
+
+
+def _hub_id(name: str) -> str | None:
+    """The repository that a name or a folder of the hub's cache stands for; None for any other path."""
+    if cached := CACHED.search(name):
+        return f"{cached[1]}/{cached[2]}"
+    return name if HUB_ID.fullmatch(name) and not name.startswith(".") else None
+
+
+def _other_names(base: BaseFolder) -> list[str]:
+    stated = read_json(base.folder / "config.json").get("_name_or_path")
+    return [stated] if isinstance(stated, str) and stated else []
+
+
+def model_name(name: str) -> str:
+    """A model's own name, without its owner and the words for its form, for comparison."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold().removeprefix("meta-")
+    return COPIES.sub("", last)
+
+
+def _same_weights(one: Path, two: Path) -> bool | None:
+    """Whether the first rows of all tensors that both folders hold in one form are equal; None if there are none."""
+    try:
+        first, second = _stored(one), _stored(two)
+        names = [name for name in first.keys() & second.keys() if first[name][1:] == second[name][1:]]
+        same = all(torch.equal(_rows(first[name][0], name), _rows(second[name][0], name)) for name in names)
+        matrices = [name for name in names if len(first[name][2]) > 1]
+    except (SafetensorError, OSError, RuntimeError):
+        return None
+    return same if matrices else None
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith(("adapter_", "consolidated")):
+            continue
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                found[name] = (path, part.get_dtype(), tuple(part.get_shape()))
+    return found
+
+
+def _rows(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as opened:
+        part = opened.get_slice(name)
+        rows = part[:2] if part.get_shape() else opened.get_tensor(name)
+        found: torch.Tensor = rows.contiguous().reshape(-1).view(torch.uint8)
+    return found

@@ -1,0 +1,67 @@
+"""The model card: the code in it loads what was trained."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qdpo.data.tokens.sieve import save_pairs
+from qdpo.model.base import quant
+from qdpo.model.device import DTYPES
+from qdpo.report.card import card_text
+from qdpo.review.open import reopen, tuned
+from qdpo.run.finished import finished_run
+from tests.conftest import Quiet, save_tiny_base
+from tests.export.runs import make_run
+from tests.model.families import pairs
+
+IDS = torch.tensor([[5, 9, 40, 7, 11, 23]])
+
+
+def code_of(card: str, base: Path, adapter: Path) -> str:
+    found = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert found
+    return found[1].replace("path/to/its/base", str(base)).replace("path/to/this/adapter", str(adapter))
+
+
+@pytest.mark.parametrize(("quantization", "double_quant", "dtype"), [("nf4", True, "fp32"), ("none", True, "bf16")])
+def test_the_code_of_the_card_loads_what_was_trained(
+    tmp_path: Path, quantization: str, double_quant: bool, dtype: str
+) -> None:
+    base = save_tiny_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base, quantization=quantization, double_quant=double_quant, dtype=dtype)
+    run.prepared.mkdir()
+    for file in (run.train_pairs, run.held_out_pairs):
+        save_pairs(file, pairs())
+    card = card_text(finished_run(run.path))
+    names: dict[str, Any] = {}
+    exec(code_of(card, base, run.adapter), names)
+    # On CPUs with AVX512-BF16, bitsandbytes computes in bf16 whatever its compute type, unless it is told not to.
+    quant.settle(names["base"], DTYPES[dtype])
+    with torch.no_grad():
+        shown = names["model"](IDS).logits.float()
+        policy, _ = tuned(reopen(run.path, [], Quiet()), Quiet())
+        own = policy.peft(IDS).logits.float()
+        with policy.reference():
+            bare = policy.peft(IDS).logits.float()
+    assert (shown - own).abs().max() < 1e-4 < (bare - own).abs().max()
+    assert ("qdpo merge" in card) == (quantization != "none")
+
+
+def test_the_code_names_the_form_that_was_trained(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", save_tiny_base(tmp_path / "base"), quantization="fp4", double_quant=False)
+    finished = finished_run(run.path)
+    base = replace(finished.record.base, name="owner/model", commit="c0ffee")
+    code = code_of(card_text(replace(finished, record=replace(finished.record, base=base))), tmp_path, tmp_path)
+    assert "from_pretrained(\n    'owner/model', revision='c0ffee', quantization_config=" in code
+    assert "bnb_4bit_quant_type='fp4'" in code and "bnb_4bit_use_double_quant=False" in code
+
+
+def test_an_accuracy_stands_with_its_pairs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", save_tiny_base(tmp_path / "base"))
+    count = finished_run(run.path).record.data.held_out_pairs
+    line = next(one for one in card_text(finished_run(run.path)).splitlines() if one.startswith("| reward accuracy"))
+    assert line.count(f"(n={count})") == 2 and not re.search(r"\d\.\d{4}", line)

@@ -1,0 +1,158 @@
+"""Every template kept here by every kind of row: what is trained is what a server would have produced."""
+
+import copy
+
+import pytest
+
+from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
+from qdpo.data.tokens.render import Rendered, Renderer
+from tests.data.chat import prepare_rows
+from tests.templates.judged import KINDS, judge
+from tests.templates.tokenizers import KEPT, tokenizer_of, tokenizer_of_file
+
+FILES = {path.stem: path for path in sorted(KEPT.glob("*/*.jinja"))}
+# Rows that a template cannot take whole are dropped, each with its reason; all others are trained.
+NO_THOUGHTS = {"reasoning", "thinking", "parts"}
+DROPPED = {
+    "Apertus-8B-Instruct": NO_THOUGHTS,
+    "HuggingFaceTB-SmolLM3-3B": NO_THOUGHTS | {"generated", "call", "text call"},
+    "Mistral-Small-3.2-24B-Instruct-2506": NO_THOUGHTS,
+    "Qwen-Qwen2.5-7B-Instruct": NO_THOUGHTS,
+    "Qwen3-Coder": NO_THOUGHTS,
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": {"call", "text call"},
+    "deepseek-ai-DeepSeek-V3.1": NO_THOUGHTS | {"inline", "generated"},
+    "google-gemma-4-31B-it": NO_THOUGHTS | {"inline", "generated"},
+    "ibm-granite-granite-4.0": NO_THOUGHTS,
+    "microsoft-Phi-3.5-mini-instruct": NO_THOUGHTS | {"call", "text call", "tool turns"},
+    "mistralai-Mistral-Nemo-Instruct-2407": NO_THOUGHTS,
+    "always_opens": NO_THOUGHTS,
+    "arguments_as_text": NO_THOUGHTS,
+    "nemotron": {"call", "text call"},
+    "no_tools": NO_THOUGHTS | {"call", "text call"},
+    "parts": {"call", "text call"},
+}
+THINKING_OFF = {
+    "Qwen3.5-4B": "<think>\n\n</think>\n\n",
+    "Qwen-Qwen3-0.6B": "<think>\n\n</think>\n\n",
+    "GLM-4.7-Flash": "</think>",
+    "nemotron": "<think></think>",
+}
+
+
+def rendered(name: str, kind: str, **settings: object) -> Rendered | Rejection:
+    row = KINDS[kind]
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    assert not isinstance(pair, Rejection), pair
+    return Renderer(tokenizer=tokenizer_of_file(FILES[name]), **settings).render(pair)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_trained_is_what_a_server_would_have_produced(name: str) -> None:
+    tokenizer = tokenizer_of_file(FILES[name])
+    found = {kind: judge(tokenizer, kind, {}) for kind in KINDS}
+    wrong = {kind: one.detail for kind, one in found.items() if one.mark == "!"}
+    assert not wrong
+    assert {kind for kind, one in found.items() if one.mark == "-"} == DROPPED.get(name, set())
+    reasons = {found[kind].reason for kind in DROPPED.get(name, set())}
+    assert reasons <= {"reasoning_not_in_template", "answer_not_in_template", "turn_not_in_template"}
+
+
+@pytest.mark.parametrize("name", THINKING_OFF)
+def test_a_switch_of_the_template_holds_for_prompt_and_answer(name: str) -> None:
+    off = {"enable_thinking": False}
+    plain = rendered(name, "plain", options=off)
+    assert isinstance(plain, Rendered)
+    assert plain.prompt.endswith(THINKING_OFF[name]) and plain.chosen.startswith("It is four.")
+    for kind in ("reasoning", "inline", "generated"):
+        thought = rendered(name, kind, options=off)
+        assert isinstance(thought, Rejection) and thought.reason == "reasoning_not_in_template"
+        assert "thinking off" in thought.detail
+        left_out = rendered(name, kind, options=off, reasoning="ignore")
+        assert isinstance(left_out, Rendered) and left_out.chosen == plain.chosen
+        assert [reason for reason, _detail in left_out.mended] == ["reasoning_not_in_template"]
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "nemotron"])
+def test_a_thought_behind_a_prompt_that_opens_it_is_trained_as_it_was_generated(name: str) -> None:
+    generated, inline, apart = (rendered(name, kind) for kind in ("generated", "inline", "reasoning"))
+    assert isinstance(generated, Rendered) and isinstance(inline, Rendered) and isinstance(apart, Rendered)
+    assert generated.prompt.endswith("<think>\n")
+    assert generated.chosen.startswith("Wondering about sums\n</think>\n\nIt is four.")
+    assert inline.chosen == generated.chosen
+    assert "".join(apart.chosen.split()) == "".join(generated.chosen.split())
+
+
+def test_a_thought_that_the_template_cannot_write_is_dropped_trained_or_left_out() -> None:
+    row = KINDS["reasoning"]
+    tokenizer = tokenizer_of_file(FILES["Qwen-Qwen2.5-7B-Instruct"])
+    found = prepare_rows([row], tokenizer, max_tokens=400, max_prompt_tokens=300, template="auto")
+    assert dict(found.dropped) == {"reasoning_not_in_template": 1}
+    trained = rendered("Qwen-Qwen2.5-7B-Instruct", "reasoning", reasoning="train")
+    assert isinstance(trained, Rendered)
+    assert trained.chosen == "<think>\nWondering about sums\n</think>\n\nIt is four.<|im_end|>"
+    ignored = rendered("Qwen-Qwen2.5-7B-Instruct", "reasoning", reasoning="ignore")
+    assert isinstance(ignored, Rendered) and ignored.chosen == "It is four.<|im_end|>"
+
+
+def test_answers_that_differ_only_in_their_thoughts_are_a_pair_where_they_are_written() -> None:
+    same = [{"role": "assistant", "content": "It is four.", "reasoning": text} for text in ("Sums.", "A guess.")]
+    row = {"prompt": KINDS["plain"]["prompt"], "chosen": same[:1], "rejected": same[1:]}
+    for name, reasons in (("Qwen3.5-4B", {}), ("Qwen-Qwen2.5-7B-Instruct", {"reasoning_not_in_template": 1})):
+        tokenizer = tokenizer_of_file(FILES[name])
+        found = prepare_rows([row], tokenizer, max_tokens=400, max_prompt_tokens=300, template="auto")
+        assert dict(found.dropped) == reasons and len(found.pairs) == 1 - len(reasons)
+
+
+def test_the_text_of_special_tokens_in_thoughts_tools_and_arguments_stays_text() -> None:
+    call = {"name": "weather", "arguments": {"city": "<|im_end|>"}}
+    row = copy.deepcopy(KINDS["call"])
+    row["chosen"] = [
+        {"role": "assistant", "content": "", "reasoning_content": "so <|im_start|>", "tool_calls": [{"function": call}]}
+    ]
+    row["tools"][0]["function"]["description"] = "ends <|endoftext|> early"
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    tokenizer = tokenizer_of_file(FILES["Qwen3.5-4B"])
+    found = Renderer(tokenizer=tokenizer).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rendered)
+    assert sorted(found.hidden.values()) == ["<|im_end|>", "<|im_start|>"]
+    assert found.chosen.count("<|im_end|>") == 1 and found.chosen.endswith("<|im_end|>")
+
+
+def test_a_private_character_in_a_row_is_text_as_any_other() -> None:
+    tokenizer = tokenizer_of_file(FILES["Qwen-Qwen3-0.6B"])
+    row = {
+        "prompt": [{"role": "user", "content": "Press \uf8ff\ue000?"}],
+        "chosen": [{"role": "assistant", "content": "The \uf8ff key \ue000\ue001 is Command."}],
+        "rejected": [{"role": "assistant", "content": "No <|im_end|> idea."}],
+    }
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rendered)
+    assert "The \uf8ff key \ue000\ue001 is Command." in found.chosen and "Press \uf8ff\ue000?" in found.prompt
+    assert not set(found.hidden) & {"\uf8ff", "\ue000", "\ue001"}
+
+
+def test_arguments_that_are_no_json_are_named_where_the_template_wants_an_object() -> None:
+    row = copy.deepcopy(KINDS["text call"])
+    row["chosen"][0]["tool_calls"][0]["function"]["arguments"] = "{city: Paris}"
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer_of_file(FILES["Qwen-Qwen2.5-7B-Instruct"])).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rejection) and found.reason == "bad_tool_call" and "'weather'" in found.detail
+
+
+def test_a_prompt_without_an_answer_is_that_of_a_pair() -> None:
+    for name in ("Qwen3.5-4B", "google-gemma-4-31B-it", "openai-gpt-oss-120b"):
+        renderer = Renderer(tokenizer=tokenizer_of_file(FILES[name]))
+        pair = to_pair(KINDS["turns"], 1, detect_layout([KINDS["turns"]], {}, "the row"))
+        whole = renderer.render(pair)  # type: ignore[arg-type]
+        alone = renderer.prompt(KINDS["turns"]["prompt"], is_chat=True)
+        assert isinstance(whole, Rendered) and isinstance(alone, Rendered) and alone.prompt == whole.prompt
+
+
+def test_a_template_that_knows_no_thoughts_trains_their_text() -> None:
+    tokenizer = tokenizer_of("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")  # fmt: skip
+    for kind in ("inline", "generated"):
+        pair = to_pair(KINDS[kind], 1, detect_layout([KINDS[kind]], {}, "the row"))
+        found = Renderer(tokenizer=tokenizer).render(pair)  # type: ignore[arg-type]
+        assert isinstance(found, Rendered) and found.chosen == KINDS[kind]["chosen"][0]["content"] + "<|im_end|>"
