@@ -8,7 +8,7 @@ from torch import nn
 
 from qdpo.errors import ConfigError
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.headers import Stored
+from qdpo.model.base.headers import HeaderEntry
 
 SOURCE = "Copy or download the model again."
 ELEMENTS_PER_BYTE = 2  # of 4-bit weights
@@ -16,7 +16,7 @@ ROOM = 4  # a head or tables that the folder stores once, or leaves out
 SMALL = 10**7
 
 
-def check_shapes(folder: Path, stored: dict[str, Stored]) -> None:
+def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
     """Build the model without memory from config.json, and compare it with the headers.
 
     Names are compared where both sides have them: transformers renames, splits and joins tensors of many families at

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import ConfigError
-from qdpo.model.base.headers import Stored, read_header
+from qdpo.model.base.headers import HeaderEntry, read_header
 from qdpo.model.base.quant import stored_tensors
 
 PIECE = 2**24  # bytes in memory at a time and thread
@@ -40,7 +40,7 @@ def check_files_finite(folder: Path, files: list[str]) -> None:
                     raise _not_finite(path, tensor.name)
 
 
-def _is_stored_finite(path: Path, tensor: Stored) -> bool:
+def _is_stored_finite(path: Path, tensor: HeaderEntry) -> bool:
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little") + tensor.start)
         left = tensor.end - tensor.start

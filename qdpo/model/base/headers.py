@@ -24,7 +24,7 @@ AGAIN = "Copy or download it again."
 
 
 @dataclass(frozen=True)
-class Stored:
+class HeaderEntry:
     """A tensor of a safetensors file."""
 
     name: str
@@ -40,7 +40,7 @@ class Stored:
         return math.prod(self.shape)
 
 
-def read_header(path: Path) -> list[Stored]:
+def read_header(path: Path) -> list[HeaderEntry]:
     """The tensors of a file, in the order of their bytes. Raises: ConfigError unless the header is well-formed."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -70,7 +70,7 @@ def read_header(path: Path) -> list[Stored]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Any) -> Stored:
+def _stored(path: Path, name: str, entry: Any) -> HeaderEntry:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"{name!r} in its header is not an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -82,7 +82,7 @@ def _stored(path: Path, name: str, entry: Any) -> Stored:
         _refuse(path, f"{name!r} has the data_offsets {offsets!r:.60}")
     if math.prod(shape) * BITS[dtype] != (offsets[1] - offsets[0]) * 8:
         _refuse(path, f"{name!r} of shape {shape} and dtype {dtype} does not take {offsets[1] - offsets[0]:,} bytes")
-    return Stored(name, dtype, tuple(shape), offsets[0], offsets[1])
+    return HeaderEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
 def _naturals(value: Any) -> bool:
@@ -102,9 +102,9 @@ def _refuse(path: Path, what: str) -> NoReturn:
     raise ConfigError(f"{path} (from model.path) is not a sound safetensors file: {what}. {AGAIN}")
 
 
-def tensors_of(folder: Path, files: list[str]) -> dict[str, Stored]:
+def tensors_of(folder: Path, files: list[str]) -> dict[str, HeaderEntry]:
     """The tensors of several files of a folder. Raises: ConfigError if one is damaged, or two hold one name."""
-    found: dict[str, Stored] = {}
+    found: dict[str, HeaderEntry] = {}
     home: dict[str, str] = {}
     for file, tensor in _each(folder, files):
         if tensor.name in found:
@@ -118,7 +118,7 @@ def tensors_of(folder: Path, files: list[str]) -> dict[str, Stored]:
     return found
 
 
-def _each(folder: Path, files: list[str]) -> Iterator[tuple[str, Stored]]:
+def _each(folder: Path, files: list[str]) -> Iterator[tuple[str, HeaderEntry]]:
     for file in files:
         for tensor in read_header(folder / file):
             yield file, tensor
