@@ -30,6 +30,7 @@ HUGE = {
     "percent precision": "{{ '%.1000000000f' % 1.5 }}",
     "format": "{{ '{:>1000000000}'.format(1) }}",
     "format nested": "{{ '{:>{}}'.format(1, 10**9) }}",
+    "format nested text": "{{ '{:>{}}'.format(1, '9' * 9) }}",
     "format map": "{{ '{a:>{b}}'.format_map({'a': 1, 'b': 10**9}) }}",
     "format filter": "{{ '%1000000000d'|format(1) }}",
     "format filter star": "{{ '%*d'|format(10**9, 1) }}",

@@ -9,6 +9,9 @@ from transformers import AutoModelForSequenceClassification
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
+from qdpo.model.base.finite import check_finite
+from qdpo.model.base.foreign import reading
+from qdpo.model.base.headers import AGAIN
 from qdpo.model.base.load import loading
 from qdpo.model.device import DTYPES
 from qdpo.run.watcher import Say
@@ -35,15 +38,14 @@ def load_reward_model(
     Raises: ConfigError for a folder whose weights lack the head, which transformers would initialise at random.
     """
     arguments = loading(folder, quantization, double_quant=True, dtype=dtype, device=device, announce=announce)
-    try:
+    with reading(f"transformers cannot load the reward model in {folder}", AGAIN):
         model, about = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load the reward model in {folder}: {error}") from error
     if about["missing_keys"]:
         raise ConfigError(
             f"The weights in {folder} lack {', '.join(sorted(about['missing_keys'])[:3])}, which would be random: this "
             "is not a trained reward model."
         )
+    check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()
     if quant.settle(model, DTYPES[dtype]) == 0 and quantization != "none":

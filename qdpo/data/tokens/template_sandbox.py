@@ -271,6 +271,9 @@ def _check_format(text: str, has_computed_widths: bool, values: list[Any]) -> No
         raise TooLarge(f"it formats with a width above {WIDEST:,}")
     if has_computed_widths:
         _check_numbers(values, WIDEST)
+        for value in values:
+            if isinstance(value, str):  # a width may come from a text as well
+                _check_format(value, False, [])
 
 
 def _grown(text: str | bytes | bytearray, method: str, values: list[Any]) -> int:

@@ -9,22 +9,34 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.config_values import check_values
+from qdpo.model.base.headers import AGAIN, tensors_of
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
+READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
+LONGEST_JSON = 64 * 2**20  # bytes; the tokenizer.json of a vocabulary of 256,000 takes 33 MB
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 def check_folder(folder: Path) -> None:
     """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
+    from qdpo.model.base.expected import check_shapes
+
     check_files(folder)
-    check_config(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
+    stored, config, owner = tensors_of(folder, weight_files(folder)), read_json(folder / "config.json"), str(folder)
+    check_values(config, f"The folder {owner!r} (from model.path)", tensors=len(stored))
+    check_config(config, f"The folder {owner!r}")
+    check_shapes(folder, stored)
 
 
 def check_files(folder: Path) -> None:
     """Raises: ConfigError if a file is missing, the weights are pickle, or the folder is an adapter."""
     names = {entry.name for entry in folder.iterdir()}
+    for name in sorted(names):
+        if name.endswith(READ):
+            check_regular(folder / name)
     complaint = complaint_about(names)
     if complaint:
         listing = ", ".join(sorted(names)[:20]) or "nothing"
@@ -35,14 +47,46 @@ def check_files(folder: Path) -> None:
             f"The folder {str(folder)!r} (from model.path) holds a model and an adapter_config.json, and transformers "
             "would attach that adapter to the model. Move adapter_config.json and adapter_model.safetensors elsewhere."
         )
-    weights = str(read_json(folder / "config.json").get("transformers_weights") or _weights_file(folder, names))
-    if not weights.endswith((".safetensors", ".safetensors.index.json")):
+    weight_files(folder)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that transformers takes the weights from.
+
+    Raises: ConfigError if they are not safetensors files in this folder.
+    """
+    names = {entry.name for entry in folder.iterdir()}
+    named = read_json(folder / "config.json").get("transformers_weights")
+    weights = _weights_file(folder, names) if named is None else named
+    if not isinstance(weights, str) or not weights.endswith((".safetensors", ".safetensors.index.json")):
         raise ConfigError(
-            f"{folder}/config.json (from model.path) names the weights {weights!r}, which are not safetensors. "
+            f"{folder}/config.json (from model.path) names the weights {weights!r:.80}, which are not safetensors. "
             "Save the model as safetensors."
         )
-    if weights.endswith(".index.json"):
-        _check_shards(folder / weights, names)
+    if weights not in names:
+        raise ConfigError(
+            f"{folder}/config.json (from model.path) names the weights {weights!r:.80} (transformers_weights), which "
+            "are not in the folder. Copy or download the model again."
+        )
+    return _shards(folder / weights, names) if weights.endswith(".index.json") else [weights]
+
+
+def check_regular(path: Path) -> None:
+    """Raises: ConfigError unless this is a regular file of its folder, or of the hub cache around the folder."""
+    if path.is_symlink():
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"{path} (from model.path) is a link to nothing: {error}. Copy the file.") from error
+        folder = path.parent.resolve()
+        in_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+        if target.parent != folder and not in_cache:
+            raise ConfigError(
+                f"{path} (from model.path) is a link out of its folder, to {target}. Copy that file into the folder, "
+                "or pass the folder that holds it."
+            )
+    if not path.is_file():
+        raise ConfigError(f"{path} (from model.path) is not a regular file. Copy or download it again.")
 
 
 def complaint_about(names: Set[str]) -> str:
@@ -88,19 +132,32 @@ def _weights_file(folder: Path, names: Set[str]) -> str:
     )
 
 
-def _check_shards(index: Path, names: Set[str]) -> None:
-    shards = {str(shard) for shard in read_json(index).get("weight_map", {}).values()}
-    unsafe = sorted(shard for shard in shards if leaves_folder(shard))
+def _shards(index: Path, names: Set[str]) -> list[str]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise ConfigError(
+            f"{index} (from model.path): weight_map is not an object from tensors to file names. Copy or download it "
+            "again."
+        )
+    shards = sorted(set(places.values()))
+    unsafe = [shard for shard in shards if leaves_folder(shard)]
     if unsafe:
         raise ConfigError(
             f"{index} (from model.path) points outside its folder, to {unsafe[0]!r}. Do not use this model."
         )
-    missing = sorted(shard for shard in shards if shard not in names)
+    other = [shard for shard in shards if not shard.endswith(".safetensors")]
+    if other:
+        raise ConfigError(
+            f"{index} (from model.path) names {other[0]!r:.80}, which is not a safetensors file. qdpo reads no pickle. "
+            "Save the model as safetensors."
+        )
+    missing = [shard for shard in shards if shard not in names]
     if missing or not shards:
         raise ConfigError(
             f"{index} (from model.path) lists {len(shards)} files, of which {len(missing)} are missing: "
             f"{', '.join(missing[:5])}. Copy or download the model again."
         )
+    return shards
 
 
 def leaves_folder(name: str) -> bool:
@@ -114,11 +171,22 @@ def check_config(config: dict[str, Any], owner: str) -> None:
 
     `owner` opens the message: "The folder …" or "The repository …".
     """
-    _refuse_quantised(config.get("quantization_config"), owner)
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ConfigError(
+            f"{owner} (from model.path): quantization_config in config.json is {quantization!r:.60}, not an object. "
+            "Copy config.json from the model's source."
+        )
+    _refuse_quantised(quantization, owner)
     # Imported late: it takes three seconds, and the other checks do not need it.
     import transformers
 
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(
+            f"{owner} (from model.path): model_type in config.json is {model_type!r:.60}, not a name. Copy config.json "
+            "from the model's source."
+        )
     if model_type in transformers.CONFIG_MAPPING:
         return
     if "auto_map" in config:
@@ -164,10 +232,14 @@ def license_of(folder: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a model's JSON file. Raises: ConfigError if the file does not hold a JSON object."""
+    check_regular(path)
+    size = path.stat().st_size
+    if size > LONGEST_JSON:
+        raise ConfigError(f"{path} (from model.path) has {size:,} bytes; {LONGEST_JSON:,} are the most. {AGAIN}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} (from model.path) is not JSON: {error}. Copy or download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} (from model.path) is not JSON: {error}. {AGAIN}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} (from model.path) holds no JSON object. Copy or download it again.")
+        raise ConfigError(f"{path} (from model.path) holds no JSON object. {AGAIN}")
     return content

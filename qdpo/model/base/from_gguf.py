@@ -24,6 +24,8 @@ from typing import Any
 
 from qdpo.errors import ConfigError, DiskError, VerificationError
 from qdpo.model.base.folder import leaves_folder
+from qdpo.model.base.foreign import reading
+from qdpo.model.base.gguf_header import check_gguf_header
 from qdpo.run.disk import need_space
 from qdpo.run.watcher import Say
 
@@ -34,6 +36,7 @@ WHEEL_SPEC = re.compile(
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # Tokenizer, configs and file-system overhead in addition to the weights; a 256 000-token tokenizer.json takes 33 MB.
 SPARE_BYTES = 100 * 2**20
+FOLDER = "Use the model's safetensors folder instead."
 CONVERSION = 2
 """Counted up where the same file becomes something else than before, so that an older folder is not taken for it."""
 
@@ -223,17 +226,14 @@ def _read_facts(gguf: Path) -> GgufFacts:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConfigError("Reading a .gguf base needs the package gguf. Run `pip install gguf`.") from error
-    try:
-        reader = GGUFReader(gguf)
-    except (ValueError, IndexError) as error:  # raised by its reader past the end of a file
-        raise ConfigError(
-            f"{str(gguf)!r} (from model.path) is truncated or damaged: {error}. Compare its size with the source and "
-            "download it again."
-        ) from error
+    check_gguf_header(gguf)
     names = ("general.architecture", "general.license", "tokenizer.ggml.pre")
-    architecture, license_, splitting = (
-        None if (field := reader.get_field(name)) is None else str(field.contents()) for name in names
-    )
+    way_out = "Compare its size with the source and download it again."
+    with reading(f"{str(gguf)!r} (from model.path) is truncated or damaged", way_out):
+        reader = GGUFReader(gguf)
+        architecture, license_, splitting = (
+            None if (field := reader.get_field(name)) is None else str(field.contents()) for name in names
+        )
     if architecture is None or not reader.tensors:
         raise ConfigError(f"{str(gguf)!r} (from model.path) holds only metadata, not a model. Pass another .gguf file.")
     return GgufFacts(
@@ -261,18 +261,13 @@ def _save_model(gguf: Path, facts: GgufFacts, target: Path) -> None:
     with tempfile.TemporaryDirectory() as alone:
         # transformers would also read an adapter or tokenizer files next to the .gguf; here there are none.
         (Path(alone) / gguf.name).symlink_to(gguf.resolve())
-        try:
+        with reading(f"transformers cannot read {str(gguf)!r} (from model.path)", FOLDER):
             tokenizer = AutoTokenizer.from_pretrained(alone, **local)
             load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the loading report
             dequantise = GgufConfig(dequantize=True)
             model, loading = load(
                 alone, quantization_config=dequantise, dtype=torch.bfloat16, output_loading_info=True, **local
             )
-        except ValueError as error:
-            raise ConfigError(
-                f"transformers cannot read {str(gguf)!r} (from model.path): {error} "
-                "Use the model's safetensors folder instead."
-            ) from error
     left = {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
     if left:
         raise VerificationError(

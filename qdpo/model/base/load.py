@@ -1,33 +1,28 @@
-"""Loads tokenizer, config and frozen base from a local folder."""
+"""Loads config and frozen base from a local folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
+from qdpo.model.base.expected import check_loaded
+from qdpo.model.base.finite import check_files_finite, check_finite
+from qdpo.model.base.folder import read_json, weight_files
+from qdpo.model.base.foreign import reading
+from qdpo.model.base.headers import AGAIN
+from qdpo.model.base.tokenizer import load_tokenizer as load_tokenizer
 from qdpo.model.device import DTYPES
 from qdpo.run.watcher import Say
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises: ConfigError if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The model folder {folder} has no usable tokenizer: {error}") from error
-
-
 def model_config(folder: Path) -> Any:
     """The folder's config, as transformers reads it. Raises: ConfigError for an unknown architecture."""
-    try:
+    with reading(f"transformers cannot read the config of {folder}", AGAIN):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"transformers cannot read the config of {folder}: {error}") from error
 
 
 def load_base(
@@ -48,10 +43,13 @@ def load_base(
     """
     compute = DTYPES[dtype]
     arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention_name, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load the model in {folder}: {error}") from error
+    load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the report
+    if device.type == "cuda" and quantization != "none":
+        check_files_finite(folder, weight_files(folder))
+    with reading(f"transformers cannot load the model in {folder}", AGAIN):
+        model, about = load(folder, attn_implementation=attention_name, output_loading_info=True, **arguments)
+    check_loaded(folder, about)
+    check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()
     layers = quant.settle(model, compute)
@@ -71,7 +69,7 @@ def loading(
     """
     disable_progress_bar()
     arguments: dict[str, Any] = {}
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if "quantization_config" in read_json(folder / "config.json"):
         announce("quantisation: as stored in the folder (already 4-bit)")
     elif quantization != "none":
         arguments["quantization_config"] = quant.four_bit_config(quantization, double_quant, DTYPES[dtype])
