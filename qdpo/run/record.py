@@ -232,8 +232,7 @@ class Result(Part):
     peak_gib: float
     overflows: int
     adapter: str
-    adapter_weights: str | None = None
-    """sha256 of the adapter's tensors, and of its settings without the base's name; None in runs of before."""
+    adapter_weights: str | None = None  # as `run.finished` makes them; None in runs of before
     adapter_settings: str | None = None
     more: dict[str, object] = field(default_factory=dict)
 

@@ -37,7 +37,7 @@ KITS: dict[str, list[Any]] = {
     "layer_replication": [[[0, 1], [0, 2]]],
     "layers_to_transform": [[0, 5], 9, [-1]],
     "layers_pattern": ["layers", ["h"]],
-    "target_modules": [["q_proj", "lm_head"], ["q_proj", "v_prj"], ".*(", "(.*a?)+(.*b?)+(.*c?)+$x", ["embed_tokens"], "lm_head"],
+    "target_modules": [["q_proj", "lm_head"], ["q_proj", "v_prj"], ".*(", "(.*a?)+(.*b?)+$x", ["embed_tokens"]],
     "exclude_modules": [".*(", ".*", ["q_proj"]],
     "rank_pattern": [{"q_proj": 2}, {"(": 2}, {"q_proj": 10**9}],
     "alpha_pattern": [{"(": 2}, {"q_proj": 0}, {"q_proj": "2"}],
@@ -56,7 +56,10 @@ KITS: dict[str, list[Any]] = {
     "later_field": [True, {"on": True}],
 }  # fmt: skip
 # These change nothing, or another loader's view alone, so that the same command may also succeed.
-HARMLESS = {"kasa_config": [{}], "base_model_name_or_path": ["meta-llama/Llama-3.1-8B", "/gone/base"]}
+HARMLESS: dict[str, list[Any]] = {
+    "kasa_config": [{}],
+    "base_model_name_or_path": ["meta-llama/Llama-3.1-8B", "/gone/base"],
+}
 
 
 def cases(rng: random.Random, good: Good) -> Iterator[Case]:

@@ -134,12 +134,12 @@ def load_adapter_folder(policy: Policy, folder: Path) -> None:
     fields = check_adapter_folder(folder)
     tensors = read_tensors(folder)
     load_adapter_tensors(policy, tensors, folder)
-    for name, layer in lora_fit.adapted_layers(policy.peft).items():
-        stated = lora_fit.scale_of(fields, name, layer.r["default"])
-        if stated != layer.scaling["default"]:
+    stated = lora_fit.stated_scales(policy.peft.get_base_model().config, fields, folder)
+    for name, scale in lora_fit.scales(policy.peft).items():
+        if stated.get(name) != scale:
             raise VerificationError(
-                f"{folder / CONFIG} scales {name} by {stated:g}, but the run trained it with "
-                f"{layer.scaling['default']:g} (lora_alpha, use_rslora or a pattern). Put the file back."
+                f"{folder / CONFIG} scales {name} by {stated.get(name)}, but the run trained it with {scale:g} "
+                "(lora_alpha, use_rslora or a pattern). Put the file back."
             )
 
 

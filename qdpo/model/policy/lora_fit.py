@@ -72,7 +72,7 @@ def check_fit(config: Any, folder: Path) -> None:
                 f"{folder / CONFIG}: target_parameters names {one}, but this {base.config.model_type} model has no "
                 "such parameter. Give the base that the adapter was trained over as model.path."
             )
-    model = attach(base, fields, folder)
+    model = attach(base, fields, folder, empty=True)
     _check_layers(model, fields, folder / CONFIG)
     forms = tensor_forms(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in saved_state(model).items()}
@@ -85,12 +85,12 @@ def check_fit(config: Any, folder: Path) -> None:
     _check_sets(set(forms), set(expected), folder)
 
 
-def attach(base: Any, fields: dict[str, Any], folder: Path) -> Any:
-    """A PEFT model of `base` with the adapter's layers. Raises: ConfigError if they do not fit."""
+def attach(base: Any, fields: dict[str, Any], folder: Path, *, empty: bool = False) -> Any:
+    """A PEFT model of `base` with the adapter's layers, without memory if `empty`. Raises: ConfigError for a misfit."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_peft_model(base, lora_config(fields))
+            return get_peft_model(base, lora_config(fields), low_cpu_mem_usage=empty)
     except MISFITS as error:
         raise ConfigError(
             f"The adapter in {folder} (adapter.start) does not fit this base: {error} Give the base that it was "
@@ -124,6 +124,11 @@ def adapted_layers(model: Any) -> dict[str, LoraLayer]:
 def scales(model: Any) -> dict[str, float]:
     """The factor of B·A of each adapted layer, by module name."""
     return {name: float(layer.scaling["default"]) for name, layer in adapted_layers(model).items()}
+
+
+def stated_scales(config: Any, fields: dict[str, Any], folder: Path) -> dict[str, float]:
+    """The factors that PEFT reads from these fields, over the base with this config."""
+    return scales(attach(skeleton(config), fields, folder, empty=True))
 
 
 def scale_of(fields: dict[str, Any], module: str, rank: int) -> float:
@@ -241,5 +246,5 @@ def _check_sets(held: set[str], expected: set[str], folder: Path) -> None:
 
 __all__ = [
     "ALL_LINEAR", "PREFIX", "adapted_layers", "attach", "check_fit", "check_names", "check_patterns", "full_config",
-    "lora_config", "saved_state", "scale_of", "scales", "skeleton",
+    "lora_config", "saved_state", "scale_of", "scales", "skeleton", "stated_scales",
 ]  # fmt: skip
