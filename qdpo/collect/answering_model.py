@@ -65,7 +65,7 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
         name = "/".join(folder.resolve().parts[-2:])
         origin = replace(origin, run=name, adapter=file_record(folder / WEIGHTS).sha256)
     watcher.finish()
-    stop_at(model, start_ends(tokenizer, config.adapter.start, config.data.template))
+    stop_at(model, start_ends(tokenizer, config.adapter.start, config.data))
     return Sampler(model, tokenizer, config.data, device, origin)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qdpo.data import prepare
+from qdpo.data import stored
 from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.data.tokens.prompts_only import encode_prompts, read_prompts
 from qdpo.data.tokens.sieve import TokenPair
@@ -151,7 +151,7 @@ def compare_run(
 
 def _prompts(opened: Reopened, tokenizer: Any, path: Path | None, count: int) -> tuple[str, list[list[int]]]:
     if path is None:
-        pairs = prepare.load(opened.run)[1]
+        pairs = stored.load(opened.run)[1]
         ids = list({pair.prompt.tobytes(): pair.prompt.tolist() for pair in pairs}.values())[:count]
         return "the run's held-out pairs", ids
     data, read = opened.config.data, read_prompts(path)[:count]

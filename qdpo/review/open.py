@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qdpo.data import prepare
+from qdpo.data import stored
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
@@ -89,7 +89,7 @@ def tuned(opened: Reopened, watcher: Watcher) -> tuple[Policy, Any]:
     found = tokenizer_of(opened.finished, opened.place.folder)
     adapter = opened.config.adapter.model_copy(update={"start": str(opened.run.adapter), "reference": "base"})
     config = opened.config.model_copy(update={"adapter": adapter})
-    loaded = load_reopened(opened, config, probe_pairs(prepare.load(opened.run)[1]), watcher)
+    loaded = load_reopened(opened, config, probe_pairs(stored.load(opened.run)[1]), watcher)
     stop_at(loaded.policy.peft, found.ends.trained)
     return loaded.policy, found.tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qdpo.data import prepare
+from qdpo.data import prepare, stored
 from qdpo.data.positions import shortened
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
@@ -70,7 +70,7 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
     chosen = choose(folder, arguments, watcher)
     opened, pairs = chosen.opened, chosen.pairs
     run, config = opened.run, opened.config
-    trained = trained_before(pairs, prepare.load(run)[0])
+    trained = trained_before(pairs, stored.load(run)[0])
     if trained.prompts:
         watcher.say(f"warning: {trained.sentence(len(pairs))}")
     loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
@@ -118,7 +118,7 @@ def choose(folder: Path, arguments: list[str], watcher: Watcher) -> Chosen:
     """The finished run in `folder`, and its held-out pairs or those of data.path. Raises: ConfigError, DataError."""
     opened = reopen(folder, arguments, watcher, may_change=("data.", *PLACES))
     if not any(argument.removeprefix("--").startswith("data.") for argument in arguments):
-        return Chosen(opened, "the run's held-out pairs", prepare.load(opened.run)[1])
+        return Chosen(opened, "the run's held-out pairs", stored.load(opened.run)[1])
     tokenizer, shape = tokenizer_of(opened.finished, opened.place.folder).tokenizer, model_config(opened.place.folder)
     data, limit = opened.config.data, positions(shape)
     if data.template == opened.finished.config().data.template != "plain":

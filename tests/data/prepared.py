@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qdpo.data import prepare
+from qdpo.data import prepare, stored
 from qdpo.data.prepare import PreparedData
 from qdpo.run.folder import RunDir
 from qdpo.settings import layered
@@ -60,7 +60,7 @@ def prepare_file(path: Path, tokenizer: Any, *settings: str) -> Outcome:
     config = layered.resolve(["model.path=none-needed", f"data.path={path}", *settings]).config
     watcher, run = Quiet(), RunDir(Path(tempfile.mkdtemp(dir=path.parent)))
     found = prepare.prepare_data(config.data, tokenizer, seed=0, watcher=watcher)
-    prepare.store(run, found)
+    stored.store(run, found)
     lines = run.data_report.read_text(encoding="utf-8").splitlines()
     return Outcome(found, watcher.text, [json.loads(line) for line in lines], run)
 

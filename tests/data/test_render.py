@@ -71,7 +71,8 @@ def test_a_conversation_without_template_is_refused_or_written_out(base_tokenize
             "template_rerenders_prompt",
         ),
         (
-            "{{ messages[0].content }}A:{% if not add_generation_prompt %}{{ messages[-1].content | reverse }}{% endif %}",
+            "{{ messages[0].content }}A:"
+            "{% if not add_generation_prompt %}{{ messages[-1].content | reverse }}{% endif %}",
             "template_changes_answer",
         ),
         (

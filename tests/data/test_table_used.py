@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qdpo.cli.data import model_side
-from qdpo.data import prepare
+from qdpo.data import prepare, stored
 from qdpo.data.check import check_data
 from qdpo.errors import DataError
 from qdpo.settings import layered
@@ -222,8 +222,8 @@ def test_data_check_warns_as_a_run_does_and_the_date_is_kept(tmp_path: Path) -> 
     assert "puts text of its own before every conversation" in own and "writes a date into prompts" in date
     outcome = prepare_file(path, tokenizer_of("llama31"))
     assert f"warning: {own}\nwarning: {date}\n" in outcome.said
-    stored, _ = prepare.load(outcome.run)
-    assert [pair.digest for pair in stored] == [pair.digest for pair in outcome.found.train]
+    kept, _ = stored.load(outcome.run)
+    assert [pair.digest for pair in kept] == [pair.digest for pair in outcome.found.train]
 
 
 def test_an_id_without_an_embedding_stops_a_run_before_it_trains(

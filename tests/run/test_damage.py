@@ -12,7 +12,7 @@ import pytest
 
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.decisions import Decisions
-from qdpo.data import prepare
+from qdpo.data import prepare, stored
 from qdpo.data.tokens.store import TokenPair, save_pairs
 from qdpo.errors import ConfigError, DataError, DiskError
 from qdpo.report.screen.runs import run_lines
@@ -101,7 +101,7 @@ def test_a_record_without_digest_opens_and_gets_one(run: RunDir) -> None:
         disk.write_json(path, {name: value for name, value in disk.read_json(path).items() if name != seal.KEY})
     record = read_record(run)
     assert record.prepared is None and any_run(run.path).record == record
-    assert len(prepare.load(run)[0]) == 2
+    assert len(stored.load(run)[0]) == 2
     write_record(run, record)
     assert seal.KEY in disk.read_json(run.record)
     assert read_record(run).version == 3
@@ -139,25 +139,25 @@ def test_damaged_pairs_are_named(run: RunDir, damage: Callable[[Path], object], 
     if not sealed and run.train_pairs.is_file() and len(run.train_pairs.read_bytes()) == len(before):
         return
     with pytest.raises((DataError, DiskError), match=r"train\.safetensors.*--fresh"):
-        prepare.load(run)
+        stored.load(run)
 
 
 def test_pairs_of_another_run_are_not_taken(run: RunDir) -> None:
-    pairs, held_out = prepare.load(run)
+    pairs, held_out = stored.load(run)
     save_pairs(run.train_pairs, [pairs[1], pairs[0]])
     save_pairs(run.held_out_pairs, list(held_out))
     with pytest.raises(DataError, match=r"train\.safetensors.*sha256"):
-        prepare.load(run)
+        stored.load(run)
 
 
 @pytest.mark.parametrize("wrong", [-1, -(2**31), VOCABULARY, 2**31 - 1])
 def test_ids_are_held_to_the_vocabulary(run: RunDir, wrong: int) -> None:
     tokenizer = type("T", (), {"__len__": lambda self: VOCABULARY, "convert_ids_to_tokens": lambda self, n: "x"})()
-    prepare.check_ids(prepare.load(run)[0], VOCABULARY, tokenizer)
+    prepare.check_ids(stored.load(run)[0], VOCABULARY, tokenizer)
     edit(run.train_pairs, "ids", 0.9, wrong)
     content = disk.read_json(run.record)
     rewrite_json(run.record, {name: value for name, value in content.items() if name != "prepared"})
-    pairs = prepare.load(run)[0]
+    pairs = stored.load(run)[0]
     for which in (pairs, list(pairs), pairs[:]):
         with pytest.raises(DataError, match=f"Row 2 has the token id {wrong},"):
             prepare.check_ids(which, VOCABULARY, tokenizer)

@@ -15,8 +15,9 @@ SPECIAL = re.compile(
 WORDS = re.compile(r"</?(?:seed:)?(?:think|thinking|tool_calls?|tool_response|arg_key|arg_value)>")
 """Added tokens that are not special, as reasoning models have them."""
 ENDS = (
-    "<|im_end|>", "<|eot_id|>", "<|return|>", "<|end_of_msg|>", "<|role_end|>", "<|eot|>", "<|message_sep|>", "<turn|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>", "<seed:eos>", "[e~[", "<|endoftext|>", "</s>", "<|end|>", "<|user|>",
+    "<|im_end|>", "<|eot_id|>", "<|return|>", "<|end_of_msg|>", "<|role_end|>", "<|eot|>", "<|message_sep|>",
+    "<turn|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<seed:eos>",
+    "[e~[", "<|endoftext|>", "</s>", "<|end|>", "<|user|>",
 )  # fmt: skip
 STARTS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<|startoftext|>", "<seed:bos>", "[gMASK]")
 TEXT = [

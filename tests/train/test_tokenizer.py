@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdpo.collect.answering_model import base_sampler, run_sampler
-from qdpo.data import prepare
+from qdpo.data import stored
 from qdpo.data.tokens.shipped import shipped_template
 from qdpo.errors import ConfigError
 from qdpo.model.base.tokenizer_files import read_tokenizer_files
@@ -68,7 +68,7 @@ def run_of(settings: dict[str, str], name: str = "run") -> RunDir:
 
 def prompts(run: RunDir) -> list[str]:
     tokenizer = tiny_tokenizer()
-    return [tokenizer.decode(pair.prompt) for pair in prepare.load(run)[0]]
+    return [tokenizer.decode(pair.prompt) for pair in stored.load(run)[0]]
 
 
 def test_adapter_keeps_the_trained_template_and_end(bare: Path, settings: dict[str, str], train: Train) -> None:
@@ -147,7 +147,7 @@ def test_plain_conversations_ship_their_format(
     train(model__path=str(base), data__path=data, data__template="plain", **SHORT)
     run = run_of(settings)
     kept = AutoTokenizer.from_pretrained(run.adapter)
-    by_row = {pair.row: pair for pair in prepare.load(run)[0]}
+    by_row = {pair.row: pair for pair in stored.load(run)[0]}
     for row, pair in by_row.items():
         asked = kept.apply_chat_template(talks[row - 1]["prompt"], add_generation_prompt=True, return_dict=False)
         assert asked == pair.prompt.tolist()
@@ -251,7 +251,8 @@ def test_several_templates_are_kept(bare: Path, settings: dict[str, str], train:
 
 
 SWITCHED = (
-    "  {% if think is defined and think is false %}\nno\n{% endif %}{% macro put(m) %}{{ m.content }}{{ think }}{% endmacro %}"
+    "  {% if think is defined and think is false %}\nno\n{% endif %}"
+    "{% macro put(m) %}{{ m.content }}{{ think }}{% endmacro %}"
     "{% for m in messages %}{{ m.role }}:{{ put(m) }}{{ level }}\n{% endfor %}"
 )
 

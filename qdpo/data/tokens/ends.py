@@ -8,6 +8,7 @@ from qdpo.data.layouts.pair import Pair, Rejection
 from qdpo.data.tokens.encode import Encoder
 from qdpo.data.tokens.render import Renderer
 from qdpo.data.tokens.store import TokenPair
+from qdpo.data.tokens.templates import Options
 from qdpo.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ def ends_of_pairs(pairs: Iterable[TokenPair], tokenizer: "PreTrainedTokenizerBas
     return [token for token, _count in found.most_common()]
 
 
-def ends_of_template(tokenizer: "PreTrainedTokenizerBase", template: str) -> list[int]:
+def ends_of_template(tokenizer: "PreTrainedTokenizerBase", template: str, options: Options) -> list[int]:
     """The special token with which an answer to a plain question would be trained to end; empty if there is none."""
-    renderer = Renderer(tokenizer=tokenizer, template=template)
+    renderer = Renderer(tokenizer=tokenizer, template=template, options=options)
     question = [{"role": "user", "content": "Hello"}]
     pair = Pair(prompt=question, chosen="Yes.", rejected="No.", row=1, is_chat=bool(tokenizer.chat_template))
     try:

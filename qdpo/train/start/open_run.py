@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qdpo import __version__
-from qdpo.data import prepare
+from qdpo.data import prepare, stored
 from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
 from qdpo.data.tokens.templates import settle_template
@@ -114,7 +114,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
         _first_start(resolved, run, folder, device, tokenizer, watcher)
-    train, held_out = prepare.load_or_prepare(
+    train, held_out = stored.load_or_prepare(
         run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
     )
     vocab_size = model_config(folder.folder).get_text_config().vocab_size
@@ -249,7 +249,7 @@ def _first_start(
 
     def fill(path: Path) -> None:
         new = RunDir(path)
-        digests = prepare.store(new, data)
+        digests = stored.store(new, data)
         disk.write_text(new.config, identity.config_toml(resolved, found))
         write_sealed(new.environment, environment(device))
         content = RunRecord(

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from qdpo.data import prepare
+from qdpo.data import stored
 from qdpo.data.tokens.ends import ends_of_pairs, ends_of_template
 from qdpo.data.tokens.shipped import PLAIN_ANSWER, plain_template, shipped_template
 from qdpo.data.tokens.store import TokenPair
@@ -108,16 +108,16 @@ def trained_ends(run: RunDir, record: RunRecord, tokenizer: Any, data: DataConfi
     """The special tokens with which the run's answers end: as recorded, else as its prepared pairs show."""
     ends = record.data.ends
     if ends is None and run.train_pairs.is_file():
-        ends = ends_of_pairs(prepare.load(run)[0], tokenizer, max_tokens=data.max_tokens)
+        ends = ends_of_pairs(stored.load(run)[0], tokenizer, max_tokens=data.max_tokens)
     if ends is None:
-        ends = ends_of_template(tokenizer, data.template)
+        ends = ends_of_template(tokenizer, data.template, data.template_options)
     return [token for token in ends if 0 <= token < len(tokenizer)]
 
 
-def start_ends(tokenizer: Any, start: str | None, template: str) -> list[int]:
+def start_ends(tokenizer: Any, start: str | None, data: DataConfig) -> list[int]:
     """The tokens at which answers end before a run: that of the template, and those stated with adapter.start."""
     stated = [] if start is None else tokenizer_files.stated_ends(Path(start).expanduser())
-    ends = [*ends_of_template(tokenizer, template), *stated]
+    ends = [*ends_of_template(tokenizer, data.template, data.template_options), *stated]
     return [token for token in dict.fromkeys(ends) if 0 <= token < len(tokenizer)]
 
 
@@ -207,7 +207,7 @@ def _with_base(trained: Sequence[int], tokenizer: Any, folder: Path) -> list[int
 def _as_trained(tokenizer: Any, data: DataConfig, trained: Sequence[int], run: RunDir) -> None:
     """Sets the template that is shipped; the trained end becomes eos, unless the template writes the old one."""
     if data.template == "plain":
-        pairs = prepare.load(run)[0] if run.train_pairs.is_file() else []
+        pairs = stored.load(run)[0] if run.train_pairs.is_file() else []
         tokenizer.chat_template = plain_template(tokenizer) if _are_conversations(pairs, tokenizer) else None
     source = tokenizer.chat_template or None
     options = data.template_options
