@@ -9,6 +9,7 @@ import os.path
 from dataclasses import dataclass
 from typing import Any
 
+from qdpo.data.tokens.template_bounds import TemplateFault, render
 from qdpo.errors import ConfigError, VerificationError
 
 Turns = list[dict[str, str]]
@@ -101,11 +102,9 @@ def turn_text(tokenizer: Any) -> TurnText:
 
 def _system_parts(tokenizer: Any, user: dict[str, str]) -> tuple[str, str] | None:
     """Text before and after the system message; None if the template refuses it."""
-    from jinja2 import TemplateError
-
     try:
         text = _render(tokenizer, [{"role": "system", "content": SYSTEM}, user])
-    except TemplateError:
+    except VerificationError:
         return None
     before, after, _last = _parts(text, SYSTEM, FIRST)
     return before, after
@@ -123,7 +122,10 @@ def _parts(text: str, *marks: str) -> list[str]:
 
 
 def _render(tokenizer: Any, turns: Turns) -> str:
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        text = render(tokenizer, turns, None, add_generation_prompt=True)
+    except TemplateFault as fault:
+        raise _not_fixed(f"it does not take every conversation: {fault}") from None
     begin = tokenizer.bos_token
     adds = begin is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(begin) if adds else text

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from qdpo.collect.candidates import Answer, Candidates
 from qdpo.collect.judge import reward_scores
 from qdpo.collect.judge.run import Judge, Judgement, left_open, picked
 from qdpo.data.layouts.turns import excerpt
+from qdpo.data.tokens.template_bounds import TemplateFault, render
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.model.base import fetch
 from qdpo.model.base.folder import read_json
@@ -62,15 +62,16 @@ class RewardJudge(Judge):
         """Token ids of each answer's row, or the reason why there are none."""
         try:
             rows = {answer.id: self._row(item, answer) for answer in item.answers}
-        except (TemplateError, TypeError, ValueError) as error:  # the template does not take these turns
-            return f"the model's template refuses the prompt: {excerpt(error, 200)}"
+        except TemplateFault as fault:
+            return f"the model's template refuses the prompt: {excerpt(fault, 200)}"
         if (tokens := max(map(len, rows.values()))) > self._longest:
             return f"longer than the {self._longest:,} tokens that the model reads: {tokens:,}"
         return rows
 
     def _row(self, item: Candidates, answer: Answer) -> list[int]:
         turns = [*item.turns, {"role": "assistant", "content": answer.text}]
-        return list(self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
+        text = render(self._tokenizer, turns)
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # as apply_chat_template does
 
     def _decision(self, item: Candidates, scores: dict[str, float]) -> Judgement:
         if not all(map(math.isfinite, scores.values())):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdpo.data.layouts.before import SYSTEMS, below, earlier_turns
 from qdpo.data.layouts.columns import PROMPTS
 from qdpo.data.layouts.layout import detect_layout
 from qdpo.data.layouts.pair import Message, Rejection, to_pair
-from qdpo.data.layouts.turns import RowProblem, is_dialogue, read_dialogue, read_text, read_turns
+from qdpo.data.layouts.turns import RowProblem, is_dialogue, kind_of, read_dialogue, read_text, read_turns
 from qdpo.data.read.files import FileRows, data_files, missing_file
 from qdpo.data.read.progress import BadLine
 from qdpo.data.read.source import open_source
@@ -18,7 +19,6 @@ from qdpo.errors import DataError
 from qdpo.settings.schema import DataConfig
 
 TEXT_FILES = (".txt", ".md")
-COLUMNS = (*PROMPTS, "messages")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_prompts(path: Path, asked_by: str = "--prompts") -> list[Prompt]:
         found = [Prompt(_question(line), False, f"{path} line {number}") for number, line in lines if line.strip()]
     else:
         rows = FileRows(data_files(path)).located()
-        found = [_prompt(row, COLUMNS, f"{place.file} line {place.line}") for place, row in rows]
+        found = [_prompt(row, PROMPTS, f"{place.file} line {place.line}") for place, row in rows]
     if not found:
         raise DataError(f"{path} has no prompts. Give one a line (.txt), or a column `prompt` (.jsonl).")
     return found
@@ -62,8 +62,14 @@ def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
     sample = source.rows.read_sample()
     if column is not None and column not in sample.columns:
         raise DataError(f"--column={column}: {path} has no such column. Its columns are: {', '.join(sample.columns)}.")
-    names = [column] if column else [name for name in COLUMNS if name in sample.columns]
-    layout = None if names else detect_layout(sample, {}, source.name)
+    names = [column] if column else [name for name in PROMPTS if name in sample.columns]
+    layout = None
+    if column is None:
+        try:
+            layout = detect_layout(sample, {}, source.name)
+        except DataError:  # not pairs, or not clear: the columns of prompts are read, if there are any
+            if not names:
+                raise
     found = []
     for number, (place, row) in enumerate(source.rows.located(), 1):
         origin = f"{place.file} line {place.line}"
@@ -102,23 +108,47 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
 def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
     if isinstance(row, BadLine):
         raise DataError(f"{origin} cannot be read: {row.detail}.")
-    name = next((name for name in columns if name in row), "prompt")
-    cell = row.get(name)
+    filled = [name for name in columns if kind_of(row.get(name)) != "null"]
+    filled = [name for name in filled if name == filled[0] or str(row[name]).strip() not in str(row[filled[0]])]
+    name, *others = filled or [next((name for name in columns if name in row), "prompt")]
     try:
+        before = _before(row, name, others)
+        if others:
+            raise RowProblem(
+                "several_prompts",
+                f"text stands in {name} and in {', '.join(others)}, so some of it would be lost",
+            )
+        cell = row.get(name)
         if isinstance(cell, str) and is_dialogue(cell):
             turns = read_dialogue(cell, name)
             turns = turns[:-1] if not turns[-1]["content"] else turns  # the text ends with a bare "Assistant:"
         elif isinstance(cell, str):
             if not cell.strip():
                 raise RowProblem("null_field", f"{name} is empty")
-            return Prompt(_question(read_text(cell, name)), False, origin)
+            text = read_text(cell, name)
+            text = below(text, row, ("input",)) if name == "instruction" and "input" in filled else text
+            return Prompt([*before, *_question(text)], bool(before), origin)
         else:
             turns = read_turns(cell, name)
     except RowProblem as problem:
         raise DataError(f"{origin}: {problem.detail}. Give `prompt` as text or as a list of messages.") from None
     if turns[-1]["role"] == "assistant":
         raise DataError(f"{origin}: the prompt ends with an answer. Its last turn must be the user's.")
-    return Prompt(turns, True, origin)
+    return Prompt([*(before if turns[0]["role"] != "system" else before[1:]), *turns], True, origin)
+
+
+def _before(row: Any, name: str, others: list[str]) -> list[Message]:
+    """System message and earlier turns of a row beside its prompt; columns that are used leave `others`."""
+    if name == "instruction" and "input" in others:
+        others.remove("input")
+    turns: list[Message] = []
+    system = next((column for column in SYSTEMS if kind_of(row.get(column)) == "text"), None)
+    if system is not None:
+        turns.append({"role": "system", "content": read_text(row[system], system)})
+    if "history" in others:
+        turns += earlier_turns(row["history"], "history")
+        others.remove("history")
+    return turns
 
 
 def _question(text: str) -> list[Message]:
