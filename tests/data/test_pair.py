@@ -271,7 +271,7 @@ def test_scores_that_rate_the_rejected_answer_higher_are_noticed():
         ([{"messages": TALK}], {}, "supervised fine-tuning"),
         ([{"prompt": "q", "chosen": "a", "rejected": "b", "images": []}], {}, "trains on text only"),
         ([{"chosen": "a b c", "rejected": "a b d"}], {}, "no prompt column and no .*would cut into the answers"),
-        ([{"prompt": "q", "chosen": 1, "rejected": "b"}], {}, "'chosen' holds neither text nor messages"),
+        ([{"prompt": "q", "chosen": 1, "rejected": "b"}], {}, "'chosen' holds numbers .*only text is trained"),
         (
             [{"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}],
             {},

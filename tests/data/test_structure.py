@@ -14,6 +14,7 @@ import pytest
 from qdpo.data.layouts.turns import kind_of
 from tests.data.prepared import Row, case, prepare_file, user, write
 from tests.data.template_tokenizers import tokenizer_of
+from tests.templates.tokenizers import KEPT, tokenizer_of_file
 
 ANSWERS = [  # what makes the answers of row n
     case("a trip", lambda n: [{"from": "Paris", "to": f"Rome {n}"}, {"from": "Rome", "to": f"Paris {n}"}]),
@@ -24,6 +25,8 @@ ANSWERS = [  # what makes the answers of row n
     case("a mail", lambda n: [{"from": "Ann", "content": f"Hello {n}"}, {"from": "Bob", "content": f"Bye {n}"}]),
     case("messages on one side", lambda n: [[{"role": "user", "content": f"Hi {n}"}], f"I cannot {n}"]),
 ]
+
+QWEN = KEPT / "published" / "Qwen-Qwen2.5-7B-Instruct.jinja"
 
 
 def texts(path: Path, *settings: str) -> list[tuple[str, str, str]]:
@@ -89,7 +92,7 @@ def tool_rows() -> list[Row]:
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])
 def test_a_table_gives_the_tools_and_calls_of_its_json_lines(tmp_path: Path, ending: str) -> None:
-    tokenizer = tokenizer_of("qwen25")
+    tokenizer = tokenizer_of_file(QWEN)
     rows, table = tool_rows(), pyarrow.Table.from_pylist(tool_rows())
     path = tmp_path / f"tools{ending}"
     if ending == ".parquet":
@@ -106,5 +109,5 @@ def test_a_null_that_the_author_wrote_stays(tmp_path: Path) -> None:
     rows = tool_rows()
     for row in rows:
         row["tools"] = [tool("weather", city={"type": "string", "default": None})]
-    found = prepare_file(write(tmp_path / "tools.jsonl", rows), tokenizer_of("qwen25")).found
-    assert '"default": null' in tokenizer_of("qwen25").decode(found.train[0].prompt)
+    found = prepare_file(write(tmp_path / "tools.jsonl", rows), tokenizer_of_file(QWEN)).found
+    assert '"default": null' in tokenizer_of_file(QWEN).decode(found.train[0].prompt)

@@ -13,8 +13,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from qdpo.cli.data import model_side
-from qdpo.data import prepare, stored
+from qdpo.data import prepare
 from qdpo.data.check import check_data
+from qdpo.data.tokens.store import load_pairs
 from qdpo.errors import DataError
 from qdpo.settings import layered
 from tests.conftest import Quiet, save_tiny_base, tiny_rows, write_jsonl
@@ -222,7 +223,7 @@ def test_data_check_warns_as_a_run_does_and_the_date_is_kept(tmp_path: Path) -> 
     assert "puts text of its own before every conversation" in own and "writes a date into prompts" in date
     outcome = prepare_file(path, tokenizer_of("llama31"))
     assert f"warning: {own}\nwarning: {date}\n" in outcome.said
-    kept, _ = stored.load(outcome.run)
+    kept = load_pairs(outcome.run.train_pairs)
     assert [pair.digest for pair in kept] == [pair.digest for pair in outcome.found.train]
 
 

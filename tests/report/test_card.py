@@ -34,8 +34,9 @@ def test_the_code_of_the_card_loads_what_was_trained(
     base = save_tiny_base(tmp_path / "base")
     run = make_run(tmp_path / "run", base, quantization=quantization, double_quant=double_quant, dtype=dtype)
     run.prepared.mkdir()
-    for file in (run.train_pairs, run.held_out_pairs):
-        save_pairs(file, pairs())
+    counts = finished_run(run.path).record.data
+    for file, count in ((run.train_pairs, counts.train_pairs), (run.held_out_pairs, counts.held_out_pairs)):
+        save_pairs(file, pairs()[:count])
     card = card_text(finished_run(run.path))
     names: dict[str, Any] = {}
     exec(code_of(card, base, run.adapter), names)

@@ -67,7 +67,7 @@ def test_a_sweep_from_the_command_line(settings: dict[str, str], tmp_path: Path)
     del settings["output.name"]
     words = arguments(settings, train__steps="2", adapter__targets="q_proj,nonsense,v_proj")
     first = qdpo("sweep", *words, cwd=tmp_path)
-    assert first.returncode == 2 and "does not fit this model" in first.stderr, first.stderr
+    assert first.returncode == 2 and "no layer of this llama model is called that" in first.stderr, first.stderr
     runs = re.split(r"\nrun \d of ", first.stdout)
     assert "reference log-probs" in runs[1] and "reference log-probs" not in runs[3]
     assert "no pass needed" in runs[3] and "exit code 2" in runs[3] and len(runs) == 4

@@ -217,6 +217,7 @@ def _no_pairs(sample: Sample, columns: Mapping[str, str], origin: str) -> DataEr
     if sample.count == 1 and len(sample.rows) == 1:
         row = next(iter(sample.rows.values()))
         whole = [name for name, cell in row.items() if isinstance(cell, list) and cell and isinstance(cell[0], dict)]
+        whole = [name for name in whole if not _is_turns(row[name])]
         if whole:
             return DataError(
                 f"{origin} is one object whose {whole[0]!r} holds {len(row[whole[0]])} rows. qdpo reads an array of "
