@@ -87,8 +87,8 @@ def finished_run(folder: Path) -> FinishedRun:
     of = f" of {found.record.found.steps}" if found.record.found.steps else ""
     saved = f"saved after step {found.saved_step}{of}" if found.saved_step else "nothing is saved yet"
     raise ConfigError(
-        f"The run {folder} is not finished and has no adapter yet ({saved}). The `qdpo run` command that started it "
-        "continues it."
+        f"The run {folder} is not finished: it has no {found.run.result.name} yet ({saved}). The `qdpo run` "
+        "command that started it continues it."
     )
 
 

@@ -274,7 +274,7 @@ def exists(run: RunDir, base: Path) -> None:
 
 BAD: list[tuple[Callable[[RunDir, Path], None], type[QdpoError], str]] = [
     (no_run, ConfigError, "is not a run: it has no run.json"),
-    (unfinished, ConfigError, "is not finished and has no adapter yet"),
+    (unfinished, ConfigError, "is not finished: it has no result.json yet"),
     (changed_base, ConfigError, r"model\.safetensors has changed since the run .* was started: its contents differ"),
     (missing_shard, ConfigError, "lists 2 files, of which 1 are missing"),
     (outside_shard, ConfigError, "points outside its folder"),

@@ -120,7 +120,7 @@ def test_one_door_for_any_run_and_for_finished_ones(run: RunDir, tmp_path: Path)
         finished_run(run.path)
     run.result.unlink()
     (run.checkpoints / "step-000003").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"not finished and has no adapter yet \(saved after step 3 of 1\)"):
+    with pytest.raises(ConfigError, match=r"not finished: it has no result.json yet \(saved after step 3 of 1\)"):
         finished_run(run.path)
     assert not isinstance(any_run(run.path), FinishedRun)
 
@@ -131,4 +131,4 @@ def test_every_verb_says_the_same_of_a_run_that_is_not_finished(run: RunDir, tmp
     (tmp_path / "prompts.txt").write_text("a prompt\n")
     answer = qdpo(*(word.format(run=run.path) for word in DOORS[verb]), cwd=tmp_path, HF_TOKEN="hf_none")
     assert answer.returncode == 2, answer.stderr
-    assert f"The run {run.path} is not finished and has no adapter yet (nothing is saved yet)" in answer.stderr
+    assert f"The run {run.path} is not finished: it has no result.json yet (nothing is saved yet)" in answer.stderr

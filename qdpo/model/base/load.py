@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
@@ -52,12 +52,20 @@ def load_base(
     check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()
+    model.generation_config = _token_ids_of(model.generation_config)
     layers = quant.settle(model, compute)
     if quantization != "none" and layers == 0:
         raise ConfigError(
             f"No linear layer of {folder} was quantised to 4 bits. Use `model.quantization=none` for this model."
         )
     return model
+
+
+def _token_ids_of(config: GenerationConfig) -> GenerationConfig:
+    """The config without its settings of search and sampling, which transformers would put in for those left open."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
 
 
 def loading(
