@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.faults.base import DONE, REFUSED, Case, Good
 
 KIND = "templates"
-BIG = ("10 ** 9", "2000000000", "10 ** 5 * 10 ** 5", "'9' * 9 | int", "1e9 | int")
+BIG = ("10 ** 9", "2000000000", "10 ** 5 * 10 ** 5", "('9' * 9) | int", "1e9 | int")
 HUGE = {
     "times": "{{ 'x' * (BIG) }}", "times a list": "{{ [1] * (BIG) }}", "centre": "{{ 'x'.center(BIG) }}",
     "centre filter": "{{ 'x' | center(BIG) }}", "ljust": "{{ 'x'.ljust(BIG) }}", "rjust": "{{ 'x'.rjust(BIG) }}",
