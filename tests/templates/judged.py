@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from qdpo.data.layouts.pair import Message, Pair, Rejection, detect_layout, to_pair
 from qdpo.data.tokens.render import Renderer
+from qdpo.errors import ConfigError
 
 Kind = dict[str, Any]
 QUESTION = {"role": "user", "content": "What is two plus two?"}
@@ -115,7 +116,10 @@ def judge(tokenizer: Any, kind: str, options: Mapping[str, Any], *, reasoning: s
     pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
     if isinstance(pair, Rejection):
         return Judged(kind, "!", pair.reason, f"not read: {pair.detail}")
-    found = Renderer(tokenizer=tokenizer, options=options, reasoning=reasoning).render(pair)  # type: ignore[arg-type]
+    try:
+        found = Renderer(tokenizer=tokenizer, options=options, reasoning=reasoning).render(pair)  # type: ignore[arg-type]
+    except ConfigError as error:
+        return Judged(kind, "-", "template_is_broken", str(error))
     if isinstance(found, Rejection):
         return Judged(kind, "-", found.reason, found.detail)
     spelt = {ord(letter): text for letter, text in found.hidden.items()}

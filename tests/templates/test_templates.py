@@ -179,3 +179,32 @@ def test_a_broken_template_is_named_with_its_line(source: str, line: int) -> Non
         ConfigError, match=rf"chat template of 'template' cannot be used: line {line} .*data\.template=FILE"
     ):
         Renderer(tokenizer=tokenizer_of(source)).render(pair)  # type: ignore[arg-type]
+
+
+def test_a_thought_whose_words_stand_in_the_answer_is_missed_as_any_other() -> None:
+    row = copy.deepcopy(KINDS["reasoning"])
+    row["chosen"][0]["reasoning_content"] = "four"
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer_of_file(FILES["Qwen-Qwen2.5-7B-Instruct"])).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rejection) and found.reason == "reasoning_not_in_template"
+
+
+def test_a_turn_whose_words_stand_in_another_is_missed_as_any_other() -> None:
+    last = "{{ messages[-1].content if add_generation_prompt else messages[-2].content }}"
+    tokenizer = tokenizer_of(last + "<|im_end|>{{ messages[-1].content if not add_generation_prompt }}")
+    row = {**KINDS["plain"], "prompt": [{"role": "user", "content": "Hi"}, *KINDS["turns"]["prompt"][1:]]}
+    row["prompt"][-1] = {"role": "user", "content": "I said Hi. Hello friend."}
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rejection) and found.reason == "turn_not_in_template"
+
+
+def test_tags_of_a_thought_that_are_special_tokens_are_structure() -> None:
+    row = copy.deepcopy(KINDS["inline"])
+    for side in ("chosen", "rejected"):
+        content = row[side][0]["content"]
+        row[side][0]["content"] = content.replace("<think>\n", "[THINK]").replace("\n</think>\n\n", "[/THINK]")
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer_of_file(FILES["mistralai-Ministral-3-14B-Reasoning-2512"])).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rendered) and not found.hidden
+    assert found.chosen == "[THINK]Wondering about sums[/THINK]It is four.<|endoftext|>"

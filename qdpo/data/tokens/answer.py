@@ -54,10 +54,25 @@ class Answers:
             answer = verbatim
         thought = answer.get("reasoning_content", "")
         written = self._as_template_writes(asked, answer)
-        if not thought or (holds(written, thought) and not thoughts.is_closed(asked.prompt)):
+        if not thought or (self._has_thought(written, answer) and not thoughts.is_closed(asked.prompt)):
             self._check(written, answer)
             return self._checked_thought(asked, answer, written), []
         return self._unwritten_thought(asked, answer)
+
+    def apart(self, answer: Message) -> Message:
+        """The answer with its thought apart, where the thought's tags are special tokens, and so no text."""
+        inline = None if "reasoning_content" in answer else thoughts.inline(answer["content"])
+        special = special_tokens(self.chat.tokenizer)
+        if inline is None or not inline.thought or not (special.search(inline.close) or special.search(inline.open)):
+            return answer
+        return {**answer, "content": inline.rest, "reasoning_content": inline.thought}
+
+    def _has_thought(self, written: str, answer: Message) -> bool:
+        """True if the template has written the thought, and before the answer: its words may be in the answer, too."""
+        if self.chat.thought_form is None:
+            return False
+        place = written.rfind(answer["content"].strip()) if answer["content"].strip() else -1
+        return holds(written[:place] if place >= 0 else written, answer["reasoning_content"])
 
     def _inline(self, asked: Asked, answer: Message, inline: thoughts.Inline) -> str | Message:
         """An answer that holds its thought in its text: its final text, or the message with the thought apart."""
@@ -106,9 +121,7 @@ class Answers:
 
     def _as_template_writes(self, asked: Asked, answer: Message) -> str:
         full = self.chat.apply([*asked.turns, answer], asked.tools)
-        rest = self._behind_prompt(asked, full)
-        opened = thoughts.opened(asked.prompt)
-        return self._to_end(asked, full, rest, answer, opened)
+        return self._to_end(asked, full, self._behind_prompt(asked, full), answer)
 
     def _behind_prompt(self, asked: Asked, full: str) -> str:
         """What the template writes behind the prompt, without what the prompt has already opened."""
@@ -152,7 +165,7 @@ class Answers:
         self.note("prompt_kept", parting(asked.prompt, before))
         return space + full[len(before) :]
 
-    def _to_end(self, asked: Asked, full: str, rest: str, answer: Message, opened: tuple[str, str] | None) -> str:
+    def _to_end(self, asked: Asked, full: str, rest: str, answer: Message) -> str:
         """`rest` up to the token at which generation stops."""
         content, is_text = answer["content"].strip(), not answer.get("tool_calls")
         after = next((one for one in sorted(self._afters, key=len, reverse=True) if one and full.endswith(one)), None)
@@ -215,11 +228,8 @@ class Answers:
                 )
 
     def _end(self, asked: Asked) -> str:
-        after = next(iter(self._afters), None) if self._afters else None
-        if after is None:
-            after = self._frame(asked)[2]
-            self._afters.add(after)
-        return self._stop(after)
+        """The end of an answer to this prompt."""
+        return self._stop(self._frame(asked)[2])
 
     def _frame(self, asked: Asked) -> tuple[str, str, str]:
         """The conversation's text before and after an answer."""

@@ -86,11 +86,11 @@ class ChatTemplate:
 
     @cached_property
     def _is_broken(self) -> bool:
-        """True if the template fails for plain conversations as well, which every template takes."""
+        """True if the template fails for plain conversations as well, with functions and without."""
         try:
             probe_template(self.tokenizer, **self.options)
         except TemplateFault:
-            return True
+            return not self._tried([QUESTION], [FUNCTION], opens=True)
         return False
 
     def names(self, word: str) -> bool:

@@ -1,7 +1,6 @@
 """Renders a pair as three texts: the prompt exactly as at inference, and the two responses that may follow it."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdpo.data.layouts.pair import Message, Pair, Rejection
 from qdpo.data.layouts.turns import RowProblem, excerpt
+from qdpo.data.tokens import thoughts
 from qdpo.data.tokens.answer import Answers, Asked, Reasoning
 from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import hide
@@ -20,7 +20,6 @@ from qdpo.settings.schema import DataConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THOUGHT = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
 # Outcomes for a system message that the template does not take.
 REFUSED_SYSTEM = {
     "system_folded": "the template takes no system message: it was put before the first question",
@@ -171,7 +170,8 @@ class Renderer:
         return {"role": "assistant", "content": content}
 
     def _chat(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:
-        hidden = hide(self.tokenizer, turns, list(pair.answers()), pair.tools)
+        answers = [self._answers.apart(answer) for answer in pair.answers()]
+        hidden = hide(self.tokenizer, turns, answers, pair.tools)
         _tell_hidden(hidden.spelt, mended)
         turns, prompt, refused = self._prompt(hidden.turns, hidden.tools)
         if refused:
@@ -189,12 +189,19 @@ class Renderer:
 
     def _check_prompt(self, turns: list[Message], tools: list[Any] | None, prompt: str) -> None:
         """Notes what the template leaves out of a prompt. Raises: RowProblem for a turn's text that is lost."""
+        place = 0
         for turn in turns:
-            text = turn["content"]
+            if turn["role"] == "system":
+                continue
+            text = turn["content"].strip()
             if turn["role"] == "assistant":
-                self._note_thought(turn, prompt)
-                text = THOUGHT.sub("", text, count=1)
-            if turn["role"] != "system" and not _holds_turn(prompt, text):
+                inline = thoughts.inline(text)
+                self._note_thought(turn.get("reasoning_content") or (inline.thought if inline else ""), prompt)
+                text = inline.rest.strip() if inline else text
+            found = prompt.find(text, place)
+            if found >= 0:
+                place = found + len(text)
+            elif not _holds_turn(prompt[place:], text):
                 raise RowProblem(
                     "turn_not_in_template",
                     f"the chat template leaves out a turn of the {turn['role']}: {excerpt(text)!r}",
@@ -207,9 +214,7 @@ class Renderer:
         if lost := next((name for name in named if isinstance(name, str) and name not in prompt), None):
             self._note("tools_not_in_prompt", lost)
 
-    def _note_thought(self, turn: Message, prompt: str) -> None:
-        found = THOUGHT.search(turn["content"])
-        thought = turn.get("reasoning_content") or (found[0].strip() if found else "")
+    def _note_thought(self, thought: str, prompt: str) -> None:
         if thought and not holds(prompt, thought):
             self._note("thinking_stripped", excerpt(thought))
 
