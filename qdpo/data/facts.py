@@ -1,4 +1,4 @@
-"""What a chat template did to rows, as sentences for the user; `example` is what happened to the first of them."""
+"""Sentences for the user about what a chat template did to rows; `example` is what happened to the first of them."""
 
 FACTS = {
     "thinking_stripped": "the chat template leaves out the thoughts of earlier answers in {count:,} pairs, as it will "

@@ -35,7 +35,7 @@ class TrainedBefore:
     """Pairs, whatever their answers."""
 
     def sentence(self, of: int) -> str:
-        """What the figures do not show."""
+        """The warning that the figures show what the run remembers, with its counts."""
         return (
             f"this run was trained on {self.pairs:,} of these {of:,} pairs, and on the prompts of {self.prompts:,}: "
             "the figures show what it remembers, not what it has learned. Score pairs whose prompts it has not seen."

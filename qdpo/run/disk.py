@@ -20,7 +20,7 @@ from qdpo.errors import DiskError
 _ONLY_THIS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 WRONG_KIND = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO, errno.ENAMETOOLONG}
-"""Errors that no free space heals: something else stands where the file or folder is due."""
+"""Errors that no free space heals: something else is where the file or folder is due."""
 
 
 def cache_folder(given: str | Path | None) -> Path:
@@ -176,7 +176,7 @@ def _need_file(path: Path, mode: int) -> None:
 
 
 def kind_of(mode: int) -> str:
-    """What an entry of a folder is, in words."""
+    """The kind of an entry of a folder, in words."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a file" if stat.S_ISREG(mode) else "a device")
 

@@ -98,7 +98,7 @@ def adapter_weights(folder: Path) -> str:
 
 
 def adapter_settings(folder: Path) -> str:
-    """sha256 of the adapter's settings without the name of its base, which may be written anew."""
+    """sha256 of the adapter's settings without the name of its base, which may be written again."""
     content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     return seal.digest({name: value for name, value in content.items() if name not in BASE_NAMES})
 

@@ -155,5 +155,5 @@ def test_a_key_that_stands_twice_is_dropped_by_name(tmp_path: Path, is_array: bo
     text = "[" + ",\n".join(rows) + "]" if is_array else "\n".join(rows)
     outcome = prepare_file(write(tmp_path / "a.json", text), tokenizer_of("chatml"))
     assert outcome.noted() == [(7, "dropped", "repeated_key")]
-    assert "line 7: the key 'chosen' stands twice" in outcome.report[0]["detail"]
+    assert "line 7: the key 'chosen' occurs twice" in outcome.report[0]["detail"]
     assert outcome.rows == [number for number in MANY if number != 7]

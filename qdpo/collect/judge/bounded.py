@@ -1,6 +1,6 @@
 """An HTTP transport that bounds a whole answer, headers included: its bytes, and the time from request to last byte.
 
-The timeout of a socket begins anew with every byte, and http.client reads some lines of a chunked answer without a
+The timeout of a socket begins again with every byte, and http.client reads some lines of a chunked answer without a
 bound. So both bounds are kept below it, where bytes enter.
 """
 
@@ -90,7 +90,7 @@ class _Metered(io.RawIOBase):
 
 
 class _MeteredSocket:
-    """What http.client asks of a socket to read an answer."""
+    """The part of a socket that http.client uses to read an answer."""
 
     def __init__(self, sock: Any):
         self._sock = sock

@@ -148,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = REQUEST_S
 
     def setup(self) -> None:
-        """Read through a clock: the timeout of a socket begins anew with every byte."""
+        """Read through a clock: the timeout of a socket begins again with every byte."""
         super().setup()
         self._clock = _Clock(self.connection)
         self.rfile = io.BufferedReader(self._clock)

@@ -44,7 +44,7 @@ ASKED = (
     "previous_turns",
     "previous_messages",
 )
-"""Names of columns that, like PROMPTS and SYSTEMS, hold text to stand before an answer."""
+"""Names of columns that, like PROMPTS and SYSTEMS, hold text to put before an answer."""
 FEW_LOST = 0.1
 """Share of a column's cells that may differ from the text in use before the user is asked."""
 FEW_LABELS = 0.2
@@ -271,7 +271,7 @@ def _texts_of(cell: Any) -> Iterator[str]:
 
 
 def _stands(cell: Any, row: Row, found: FoundColumns, *, anywhere: bool) -> bool:
-    """True if all text of the cell stands before the answers, or is an answer (part of one, if `anywhere`)."""
+    """True if all text of the cell is used before the answers, or is an answer (part of one, if `anywhere`)."""
     roles = ("prompt", "system", "history")
     before = [text for role in roles for text in _texts(row.get(found.named.get(role, "")), True)]
     before += [text for column in found.context for text in _texts(row.get(column), True)]

@@ -41,7 +41,7 @@ class _RepeatedKey(ValueError):
     """An object names a key twice, with two values."""
 
     def __init__(self, key: str):
-        super().__init__(f"the key {key!r} stands twice in an object, with two values")
+        super().__init__(f"the key {key!r} occurs twice in an object, with two values")
         self.key = key
 
 
@@ -60,7 +60,7 @@ STRICT, PLAIN = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
 
 
 def _repeated(number: int, key: str) -> BadLine:
-    return BadLine(f"line {number}: the key {key!r} stands twice in an object, with two values", "repeated_key")
+    return BadLine(f"line {number}: the key {key!r} occurs twice in an object, with two values", "repeated_key")
 
 
 def _read_object(reading: Reading, number: int, line: str) -> Row | BadLine:

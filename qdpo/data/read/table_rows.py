@@ -36,7 +36,7 @@ def read_parquet(reading: Reading) -> Iterator[Numbered]:
         if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * reading.path.stat().st_size:
             raise DataError(
                 f"{reading.path} unpacks to more than {BOMB_RATIO} times its size ({unpacked / 2**30:.1f} GiB), as "
-                "no data does. Write it anew from its source."
+                "no data does. Write it again from its source."
             )
         rows = max(1, min(1000, BATCH_BYTES * max(1, about.num_rows) // max(1, unpacked)))
         yield from _table_rows(table.iter_batches(batch_size=rows), about.num_rows, reading)

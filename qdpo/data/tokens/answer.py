@@ -25,7 +25,7 @@ UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 @dataclass(frozen=True)
 class Asked:
-    """What an answer follows: the turns, the functions, and both as the prompt's text."""
+    """The conversation that an answer follows: the turns, the functions, and both as the prompt's text."""
 
     turns: list[Message]
     tools: list[Any] | None
@@ -124,7 +124,7 @@ class Answers:
         return self._to_end(asked, full, self._behind_prompt(asked, full), answer)
 
     def _behind_prompt(self, asked: Asked, full: str) -> str:
-        """What the template writes behind the prompt, without what the prompt has already opened."""
+        """The text that the template writes behind the prompt, without what the prompt has already opened."""
         prompt = asked.prompt
         if full.startswith(prompt):
             return full[len(prompt) :]

@@ -42,7 +42,7 @@ THOUGHT_FORMS: tuple[Fields, ...] = (
 
 @dataclass(frozen=True)
 class ThoughtForm:
-    """How a template takes a thought: the fields of the message, and the text between thought and answer."""
+    """The form in which a template takes a thought: fields of the message, and the text between thought and answer."""
 
     fields: Fields
     between: str
@@ -50,13 +50,13 @@ class ThoughtForm:
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a template takes a tool call: with its arguments as text or as an object, inside `function` or beside it."""
+    """The form in which a template takes a tool call: arguments as text or as an object, inside `function` or not."""
 
     takes_text: bool
     takes_object: bool
     nested: bool
     without_content: bool
-    """A call stands only in a message whose content is null."""
+    """A call is written only in a message whose content is null."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class ChatTemplate:
         return False
 
     def names(self, word: str) -> bool:
-        """True if the word stands in the template's source."""
+        """True if the word occurs in the template's source."""
         source = self.tokenizer.chat_template
         sources = source.values() if isinstance(source, dict) else [source]
         return any(word in str(one) for one in sources)
 
     @cached_property
     def thought_form(self) -> ThoughtForm | None:
-        """How the template takes thoughts, found by trying each form; None if it writes none of them."""
+        """The form in which the template takes thoughts, found by trying each; None if it writes none of them."""
         for fields in THOUGHT_FORMS:
             text = self._tried([QUESTION, {"role": "assistant", **fields(THOUGHT, ANSWER)}])
             _before, found, rest = text.partition(THOUGHT)
@@ -113,7 +113,7 @@ class ChatTemplate:
 
     @cached_property
     def call_form(self) -> CallForm | None:
-        """How the template takes tool calls, found by trying each form; None if it writes none of them."""
+        """The form in which the template takes tool calls, found by trying each; None if it writes none of them."""
         for content, nested in (("", True), ("", False), (None, True), (None, False)):
             as_object = self._call_text(CALL, nested, content)
             as_text = self._call_text({**CALL, "arguments": json.dumps(CALL["arguments"])}, nested, content)

@@ -116,7 +116,7 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
         if others:
             raise RowProblem(
                 "several_prompts",
-                f"text stands in {name} and in {', '.join(others)}, so some of it would be lost",
+                f"there is text in {name} and in {', '.join(others)}, so some of it would be lost",
             )
         cell = row.get(name)
         if isinstance(cell, str) and is_dialogue(cell):
@@ -138,7 +138,7 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
 
 
 def _before(row: Any, name: str, others: list[str]) -> list[Message]:
-    """System message and earlier turns of a row beside its prompt; columns that are used leave `others`."""
+    """System message and earlier turns of a row, next to its prompt; columns that are used leave `others`."""
     if name == "instruction" and "input" in others:
         others.remove("input")
     turns: list[Message] = []

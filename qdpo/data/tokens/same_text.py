@@ -5,7 +5,7 @@ from typing import Any
 
 
 def holds(text: str, part: Any) -> bool:
-    """True if `text` contains the letters and digits of `part` in their order, whatever stands between them."""
+    """True if `text` contains the letters and digits of `part` in their order, whatever is between them."""
     part = str(part).strip()
     return part in text or _letters(part) in _letters(text)
 

@@ -1,4 +1,4 @@
-"""What a chat template is compiled to: operations that can make a value larger become calls of the sandbox."""
+"""Compiles chat templates: operations that can make a value larger become calls of the sandbox."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain

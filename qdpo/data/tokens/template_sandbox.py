@@ -83,7 +83,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return self.concat([self.shown(part) for part in parts])
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """What a template, a macro or a `{% set x %}…{% endset %}` has written."""
+        """The text that a template, a macro or a `{% set x %}…{% endset %}` has written."""
         pieces = list(pieces)
         self._allow(sum(map(len, pieces)))
         return "".join(pieces)

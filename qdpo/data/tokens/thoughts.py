@@ -22,7 +22,7 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Inline:
-    """An answer's text that holds a thought: `is_open` if the opening tag stands in the text as well."""
+    """An answer's text that holds a thought: `is_open` if the opening tag is in the text as well."""
 
     open: str
     close: str

@@ -96,7 +96,7 @@ def vocabulary(
 
 
 def _add_ends(words: Vocabulary, eos: int | None, ends: Ends) -> None:
-    """The tokens at which llama.cpp stops beside eos: the end of a turn (eot), then that of a message (eom)."""
+    """The tokens at which llama.cpp stops, next to eos: the end of a turn (eot), then that of a message (eom)."""
     turn = next((token for token in ends.trained if token != eos), None)
     others = [token for token in (*ends.trained, *ends.every) if token not in (eos, turn)]
     for name, token in (("eos", eos), ("eot", turn), ("eom", next(iter(others), None))):

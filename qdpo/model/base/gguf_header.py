@@ -46,7 +46,7 @@ def check_gguf_header(path: Path) -> None:
             kind, place = walk.number(4), walk.number(8)
             # A tensor takes at least one bit an element in every type.
             if kind >= MOST_TENSOR_TYPES or place > walk.size or elements > 8 * walk.size:
-                walk.refuse(f"the tensor {name!r:.60} of type {kind}, {elements:,} elements, lies outside the file")
+                walk.refuse(f"the tensor {name!r:.60} of type {kind}, {elements:,} elements, is outside the file")
 
 
 class _Walk:

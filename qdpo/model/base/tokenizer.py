@@ -45,7 +45,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Raises: ConfigError for a file that is no regular file, too large, no JSON, or has a value of the wrong type."""
+    """Raises: ConfigError for what is not a regular file, too large, not JSON, or has a value of the wrong type."""
     for name in OTHER_FILES:
         path = folder / name
         if path.is_symlink() or path.exists():

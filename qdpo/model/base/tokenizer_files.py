@@ -1,4 +1,4 @@
-"""What the tokenizer files of a folder say about conversations: chat templates, end token, vocabulary.
+"""Facts about conversations in the tokenizer files of a folder: chat templates, end token, vocabulary.
 
 Reads JSON and Jinja files alone, so that a folder of another kit, with a tokenizer class that transformers does not
 know, can be read as well.

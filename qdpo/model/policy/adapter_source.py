@@ -95,7 +95,7 @@ def _other(named: str, base: BaseFolder, folder: Path) -> ConfigError:
 
 
 def _hub_id(name: str) -> str | None:
-    """The repository that a name or a folder of the hub's cache stands for; None for any other path."""
+    """The repository that a name or a folder of the hub's cache refers to; None for any other path."""
     if cached := CACHED.search(name):
         return f"{cached[1]}/{cached[2]}"
     return name if HUB_ID.fullmatch(name) and not name.startswith(".") else None
@@ -113,7 +113,7 @@ def model_name(name: str) -> str:
 
 
 def _same_weights(one: Path, two: Path) -> bool | None:
-    """Whether the first rows of all tensors that both folders hold in one form are equal; None if there are none."""
+    """True if the first rows of all tensors that both folders hold in one form are equal; None if there are none."""
     try:
         first, second = _stored(one), _stored(two)
         names = [name for name in first.keys() & second.keys() if first[name][1:] == second[name][1:]]

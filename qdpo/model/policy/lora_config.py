@@ -243,8 +243,8 @@ def _check_pairs(file: Path, kept: dict[str, Any]) -> None:
     for name in ("layers_to_transform", "layers_pattern"):
         if is_text(kept.get("target_modules")) and kept.get(name) not in (None, []):
             raise ConfigError(
-                f"{file} has {name}={_shown(kept[name])} beside target_modules={_shown(kept['target_modules'])}: PEFT "
-                "takes it only beside a list of names. Name the layers in the pattern, or list the modules."
+                f"{file} has {name}={_shown(kept[name])} next to target_modules={_shown(kept['target_modules'])}: PEFT "
+                "takes it only with a list of names. Name the layers in the pattern, or list the modules."
             )
     if kept.get("layers_pattern") and kept.get("layers_to_transform") is None:
         raise ConfigError(

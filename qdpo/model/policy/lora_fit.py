@@ -139,7 +139,7 @@ def scale_of(fields: dict[str, Any], module: str, rank: int) -> float:
 
 
 def check_names(base: Any, names: Iterable[str], origin: str) -> None:
-    """Refuses names of layers of which one matches nothing, which PEFT ignores beside others that match.
+    """Refuses names of layers of which one matches nothing, which PEFT ignores next to others that match.
 
     Raises: ConfigError with the nearest names that the base has.
     """

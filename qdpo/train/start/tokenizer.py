@@ -165,7 +165,7 @@ def tokenizer_in(folder: Path) -> RunTokenizer:
 
 
 def shipped_otherwise(found: RunTokenizer, folder: Path) -> list[str]:
-    """What a model's folder says otherwise than the run: "chat template", "end token"; empty if nothing."""
+    """The points in which a model's folder differs from the run: "chat template", "end token"; empty if in none."""
     there = tokenizer_in(folder)
     template = [] if there.template == found.template else ["chat template"]
     return template + ([] if set(found.ends.trained) <= set(there.ends.every) else ["end token"])
