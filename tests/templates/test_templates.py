@@ -72,6 +72,7 @@ def test_a_switch_of_the_template_holds_for_prompt_and_answer(name: str) -> None
         thought = rendered(name, kind, options=off)
         assert isinstance(thought, Rejection) and thought.reason == "reasoning_not_in_template"
         assert "thinking off" in thought.detail
+        assert rendered(name, kind, options=off, reasoning="train") == thought  # a second thought would follow
         left_out = rendered(name, kind, options=off, reasoning="ignore")
         assert isinstance(left_out, Rendered) and left_out.chosen == plain.chosen
         assert [reason for reason, _detail in left_out.mended] == ["reasoning_not_in_template"]

@@ -95,15 +95,21 @@ class Answers:
             return f"{thought.strip()}{closing}{rest.removeprefix(closing).lstrip()}", []
         written = self._as_template_writes(asked, plain)
         empty = thoughts.starts_closed(written)
-        if (filled := thoughts.filled(empty, thought)) and not thoughts.is_closed(asked.prompt):
+        closed = thoughts.is_closed(asked.prompt)
+        if (filled := thoughts.filled(empty, thought)) and not closed:
             self._check(written, plain)
             return filled + written[len(empty) :], []
         what = f"the chat template does not write the thought {excerpt(thought)!r}"
+        if closed and self.reasoning != "ignore":
+            raise RowProblem(  # tags of its own would be a second thought behind the closed one
+                "reasoning_not_in_template",
+                f"{what} after this prompt (its switches turn thinking off). data.reasoning=ignore leaves it out; with "
+                "thinking on (data.template_options) it is trained",
+            )
         if self.reasoning == "drop":
-            closed = " after this prompt (its switches turn thinking off)" * thoughts.is_closed(asked.prompt)
             raise RowProblem(
                 "reasoning_not_in_template",
-                f"{what}{closed}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
+                f"{what}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
             )
         self._check(written, plain)
         if self.reasoning == "ignore":
