@@ -196,7 +196,7 @@ def _with_context(turns: list[Message], row: Row, layout: Layout) -> list[Messag
         return turns
     if turns[-1]["role"] != "user":
         names = " and ".join(layout.context)
-        raise RowProblem("context_without_question", f"{names} cannot stand below a {turns[-1]['role']} turn")
+        raise RowProblem("context_without_question", f"{names} cannot be put below a {turns[-1]['role']} turn")
     return [*turns[:-1], turns[-1] | {"content": below(turns[-1]["content"], row, layout.context)}]
 
 

@@ -213,7 +213,7 @@ def _text_part(part: Any, where: str) -> Any:
 
 
 def tools_in(value: Any) -> Any:
-    """The functions that stand in a cell beside its messages, or in one of its turns; None if there are none."""
+    """The functions in a cell with messages, or in one of its turns; None if there are none."""
     if isinstance(value, Mapping) and value.get("tools"):
         return value["tools"]
     turns = _unwrapped(value)

@@ -146,7 +146,7 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
 
 
 def _before(row: Any, name: str, others: list[str]) -> tuple[list[Message], str | None]:
-    """System message and earlier turns of a row beside its prompt, and the column of the system message.
+    """System message and earlier turns of a row, and the column of the system message.
 
     Columns that are used leave `others`.
     """
