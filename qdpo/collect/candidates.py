@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.data.layouts.origin import Origin, read_origin
+from qdpo.data.layouts.pair import tools_of
 from qdpo.data.layouts.turns import Message, RowProblem, excerpt, read_text, read_turns
 from qdpo.data.read.files import missing_file
 from qdpo.errors import DataError
@@ -58,11 +59,14 @@ class Candidates:
     """File and line, for messages."""
     drawn: Mapping[str, Any] = field(default_factory=dict)
     """The sampling parameters of `qdpo sample`."""
+    tools: list[Any] | None = None
+    """The functions that the model was told of."""
 
     @cached_property
     def id(self) -> str:
         """Identifies the prompt by its content; a text equals a single user turn with that text."""
-        text = json.dumps(self.turns, sort_keys=True, ensure_ascii=False)
+        content = [self.turns, self.tools] if self.tools else self.turns
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return sha256(text.encode()).hexdigest()[:ID_LETTERS]
 
     @property
@@ -73,7 +77,8 @@ class Candidates:
     def to_json(self) -> dict[str, Any]:
         """The candidates as a line of the file, as plain values."""
         answers = [answer.to_json() for answer in self.answers]
-        return {"prompt": self.prompt, "answers": answers} | ({"drawn": dict(self.drawn)} if self.drawn else {})
+        beside = {"tools": self.tools, "drawn": dict(self.drawn)}
+        return {"prompt": self.prompt, "answers": answers} | {name: value for name, value in beside.items() if value}
 
     def answer(self, id_: str) -> Answer | None:
         """The answer with that id; None if there is none."""
@@ -150,11 +155,12 @@ def _read_line(line: str, place: str) -> Candidates:
         prompt = read_text(prompt, "prompt") if isinstance(prompt, str) else read_turns(prompt, "prompt")
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise RowProblem("null_field", "prompt is empty")
+        tools = tools_of(value.get("tools"), "tools")
         answers = [_read_answer(answer, f"answers[{n}]") for n, answer in enumerate(value["answers"])]
     except RowProblem as problem:
         raise DataError(f"{place} cannot be used: {problem.detail}. Fix or remove the line.") from None
     drawn = value.get("drawn")
-    return Candidates(prompt, tuple(answers), place, drawn if isinstance(drawn, Mapping) else {})
+    return Candidates(prompt, tuple(answers), place, drawn if isinstance(drawn, Mapping) else {}, tools)
 
 
 def _read_answer(cell: Any, column: str) -> Answer:

@@ -133,6 +133,7 @@ class Decisions:
             best = item.answer(str(decision.best))
         assert best is not None
         pair: dict[str, Any] = {"prompt": item.prompt, "chosen": best.text, "rejected": worst.text}
+        pair |= {"tools": item.tools} if item.tools else {}
         for column, answer in zip(COLUMNS, (best, worst), strict=True):
             if answer.origin:
                 pair[column] = replace(answer.origin, cut=answer.cut).to_json()

@@ -92,7 +92,7 @@ def read_prompts(path: str, column: str | None, limit: int | None, watcher: Watc
     found = prompts_of(path, column=column, shipped=shipped_folder())
     distinct: dict[str, Prompt] = {}
     for prompt in found:
-        distinct.setdefault(json.dumps(prompt.turns), prompt)
+        distinct.setdefault(json.dumps([prompt.turns, prompt.tools]), prompt)
     if len(distinct) < len(found):
         watcher.say(f"{len(found) - len(distinct):,} prompts are repeated; each is answered once")
     return list(distinct.values())[:limit]
@@ -110,7 +110,7 @@ def sample(
         ids = encode_prompts(prompts, sampler.tokenizer, sampler.data)
         _check_lengths(sampler, prompts, ids, drawing.max_new_tokens)
         drawn = asdict(drawing) | {"template": sampler.data.template}
-        asked = [Candidates(_written(prompt, sampler), (), prompt.origin, drawn) for prompt in prompts]
+        asked = [Candidates(_written(one, sampler), (), one.origin, drawn, one.tools) for one in prompts]
         done = _done(out, drawn, sampler, watcher)
         left = [_Work(one, tokens) for one, tokens in zip(asked, ids, strict=True) if one.id not in done]
         counts = Sampled(before=len(done), prompts=len(done) + len(left))
@@ -177,7 +177,7 @@ def _take(work: _Work, one: Draw, drawn: Drawn, sampler: Sampler, counts: Sample
 
 
 def _write(work: _Work, out: Path, drawing: SamplingParameters, counts: Sampled) -> None:
-    line = Candidates(work.prompt.prompt, tuple(work.answers), work.prompt.place, work.prompt.drawn)
+    line = Candidates(work.prompt.prompt, tuple(work.answers), work.prompt.place, work.prompt.drawn, work.prompt.tools)
     disk.append_text(out, json.dumps(line.to_json(), ensure_ascii=False) + "\n")
     counts.answers += len(work.answers)
     counts.cut += sum(answer.cut for answer in work.answers)

@@ -1,10 +1,13 @@
 """Every template kept here by every kind of row: what is trained is what a server would have produced."""
 
 import copy
+import json
 
 import pytest
 
 from qdpo.data.layouts.pair import Rejection, detect_layout, to_pair
+from qdpo.data.tokens.encode import Encoder
+from qdpo.data.tokens.ends import special_ids
 from qdpo.data.tokens.render import Rendered, Renderer
 from qdpo.errors import ConfigError
 from qdpo.settings.schema import DataConfig
@@ -69,6 +72,7 @@ def test_a_switch_of_the_template_holds_for_prompt_and_answer(name: str) -> None
         thought = rendered(name, kind, options=off)
         assert isinstance(thought, Rejection) and thought.reason == "reasoning_not_in_template"
         assert "thinking off" in thought.detail
+        assert rendered(name, kind, options=off, reasoning="train") == thought  # a second thought would follow
         left_out = rendered(name, kind, options=off, reasoning="ignore")
         assert isinstance(left_out, Rendered) and left_out.chosen == plain.chosen
         assert [reason for reason, _detail in left_out.mended] == ["reasoning_not_in_template"]
@@ -208,3 +212,88 @@ def test_tags_of_a_thought_that_are_special_tokens_are_structure() -> None:
     found = Renderer(tokenizer=tokenizer_of_file(FILES["mistralai-Ministral-3-14B-Reasoning-2512"])).render(pair)  # type: ignore[arg-type]
     assert isinstance(found, Rendered) and not found.hidden
     assert found.chosen == "[THINK]Wondering about sums[/THINK]It is four.<|endoftext|>"
+
+
+CODE = 'print("a")\nprint(1)\tover'
+
+
+def tool_row(arguments: object, **beside: object) -> dict:
+    row = copy.deepcopy(KINDS["call"])
+    row["chosen"][0]["tool_calls"][0]["function"]["arguments"] = arguments
+    row["chosen"][0] |= beside
+    return row
+
+
+def rendered_row(name: str, row: dict, **settings: object) -> Rendered | Rejection:
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    assert not isinstance(pair, Rejection), pair
+    return Renderer(tokenizer=tokenizer_of_file(FILES[name]), **settings).render(pair)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if "call" not in DROPPED.get(name, set())))
+def test_arguments_with_line_breaks_and_other_letters_are_trained(name: str) -> None:
+    value = {"city": f"{CODE} in Zürich"}
+    for arguments in (value, json.dumps(value)):
+        found = rendered_row(name, tool_row(arguments))
+        assert isinstance(found, Rendered), found
+        assert "over" in found.chosen and "rich" in found.chosen
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if "call" not in DROPPED.get(name, set())))
+def test_a_special_token_in_escapes_of_arguments_stays_text(name: str) -> None:
+    tokenizer = tokenizer_of_file(FILES[name])
+    special = special_ids(tokenizer)
+    plain, escaped = (
+        rendered_row(name, tool_row(json.dumps({"city": city}).replace("<", r"\u003c")))
+        for city in ("Paris", f"Paris {tokenizer.eos_token} x")
+    )
+    assert isinstance(plain, Rendered) and isinstance(escaped, Rendered)
+    counts = [
+        sum(token in special for ids in next(Encoder(tokenizer, "auto").encode([one])) or [] for token in ids)
+        for one in (plain, escaped)
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("place", [1, 3, 4])
+@pytest.mark.parametrize("name", FILES)
+def test_a_later_system_message_is_in_the_prompt_or_the_row_is_dropped(name: str, place: int) -> None:
+    row = copy.deepcopy(KINDS["turns"])
+    row["prompt"] = [{"role": "system", "content": "Be brief."}, *row["prompt"]]
+    row["prompt"].insert(place, {"role": "system", "content": "Speak in rhymes."})
+    found = rendered_row(name, row)
+    if isinstance(found, Rejection):
+        assert found.reason in ("turn_not_in_template", "template_refuses")
+    else:
+        assert "Speak in rhymes." in found.prompt
+        renderer = Renderer(tokenizer=tokenizer_of_file(FILES[name]))
+        assert renderer.prompt(row["prompt"], is_chat=True) == Rendered(found.prompt, "", "")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_thought_beside_the_text_and_in_it_is_written_once(name: str) -> None:
+    row = copy.deepcopy(KINDS["inline"])
+    row["chosen"][0]["reasoning_content"] = "Wondering about sums"
+    assert rendered_row(name, row, reasoning="train") == rendered(name, "inline", reasoning="train")
+    row["chosen"][0]["reasoning_content"] = "Counting fingers"
+    both = rendered_row(name, row, reasoning="train")
+    if isinstance(both, Rendered):
+        assert both.chosen.count("Counting fingers") == both.chosen.count("Wondering about sums") == 1
+        assert both.chosen.count("<think>") < 2
+
+
+def test_a_call_behind_a_thought_that_the_prompt_opens_is_not_lost() -> None:
+    name = "deepseek-ai-DeepSeek-R1-Distill-Llama-8B"
+    found = rendered_row(name, tool_row({"city": "Paris"}, reasoning_content="Which town?"))
+    assert isinstance(found, Rejection) and found.reason == "answer_not_in_template"
+
+
+def test_a_call_of_an_earlier_turn_is_missed_by_its_arguments() -> None:
+    row = copy.deepcopy(KINDS["tool turns"])
+    row["prompt"][1]["tool_calls"][0]["function"]["arguments"] = {"city": "Oslo"}
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    assert not isinstance(pair, Rejection)
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{{ tools }}"
+    renderer = Renderer(tokenizer=tokenizer_of(source))
+    renderer.render(pair)
+    assert renderer.facts["calls_not_in_prompt"].example == "weather"

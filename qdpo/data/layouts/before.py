@@ -188,6 +188,13 @@ def earlier_turns(cell: Any, column: str) -> list[Message]:
     return turns
 
 
+def after_earlier(earlier: list[Message], turns: list[Message]) -> list[Message]:
+    """The turns behind earlier ones; their system message goes to the front."""
+    if earlier and earlier[0]["role"] != "system" and turns[0]["role"] == "system":
+        return [turns[0], *earlier, *turns[1:]]
+    return [*earlier, *turns]
+
+
 def below(text: str, row: Row, columns: Sequence[str]) -> str:
     """The prompt with the texts of these columns below it, an empty line between. Raises: RowProblem `not_text`."""
     for column in columns:

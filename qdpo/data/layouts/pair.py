@@ -8,11 +8,20 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdpo.data.layouts.before import below, earlier_turns
+from qdpo.data.layouts.before import after_earlier, below, earlier_turns
 from qdpo.data.layouts.layout import Layout as Layout
 from qdpo.data.layouts.layout import detect_layout as detect_layout
 from qdpo.data.layouts.turns import Message as Message
-from qdpo.data.layouts.turns import RowProblem, excerpt, read_dialogue, read_text, read_turns, same_turn
+from qdpo.data.layouts.turns import (
+    RowProblem,
+    excerpt,
+    is_null,
+    read_dialogue,
+    read_text,
+    read_turns,
+    same_turn,
+    tools_in,
+)
 from qdpo.data.layouts.winner import RANKED_REJECTED, two_answers
 from qdpo.data.read.files import Sample
 from qdpo.data.read.progress import DEEPEST, Row, is_deep
@@ -99,8 +108,14 @@ def to_pair(row: Row, index: int, layout: Layout) -> Pair | Rejection:
 
 def _to_pair(row: Row, index: int, layout: Layout, keep_empty_rejected: bool) -> Pair | Rejection:
     try:
-        prompt, chosen, rejected, mended = _split(row, layout)
-        prompt = _with_system(prompt, row, layout)
+        try:
+            prompt, chosen, rejected, mended = _split(row, layout)
+        except RowProblem as problem:
+            if problem.reason != "prompt_column_differs" or not layout.context:
+                raise
+            prompt, chosen, rejected, mended = _split(row, replace(layout, context=()))  # the answers lack the context
+            prompt = _with_context(prompt, row, layout)
+        prompt = _with_system(_with_before(prompt, row, layout), row, layout, mended)
         _check(prompt, chosen, rejected, keep_empty_rejected)
         tools = _tools(row, layout)
     except RowProblem as problem:
@@ -165,9 +180,24 @@ def _given_prompt(row: Row, layout: Layout) -> list[Message]:
         turns = turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
     else:
         turns = [{"role": "user", "content": read_text(value, layout.prompt)}]
-    if layout.context and turns[-1]["role"] == "user":
-        turns = [*turns[:-1], turns[-1] | {"content": below(turns[-1]["content"], row, layout.context)}]
-    return [*earlier, *turns]
+    return after_earlier(earlier, _with_context(turns, row, layout))
+
+
+def _with_before(prompt: list[Message], row: Row, layout: Layout) -> list[Message]:
+    """A prompt that only the answers held, with the columns of context and earlier turns."""
+    if layout.prompt is not None or not prompt:
+        return prompt
+    earlier = earlier_turns(row.get(layout.history), layout.history) if layout.history else []
+    return after_earlier(earlier, _with_context(prompt, row, layout))
+
+
+def _with_context(turns: list[Message], row: Row, layout: Layout) -> list[Message]:
+    if not layout.context or not below("", row, layout.context):
+        return turns
+    if turns[-1]["role"] != "user":
+        names = " and ".join(layout.context)
+        raise RowProblem("context_without_question", f"{names} cannot be put below a {turns[-1]['role']} turn")
+    return [*turns[:-1], turns[-1] | {"content": below(turns[-1]["content"], row, layout.context)}]
 
 
 def _answer_turns(row: Row, column: str, given: list[Message], layout: Layout) -> list[Message]:
@@ -210,25 +240,38 @@ def _whole_conversation(given: list[Message], turns: list[Message], column: str,
     )
 
 
-def _with_system(prompt: list[Message], row: Row, layout: Layout) -> list[Message]:
+def _with_system(prompt: list[Message], row: Row, layout: Layout, mended: list[tuple[str, str]]) -> list[Message]:
     value = row.get(layout.system) if layout.system else None
-    if value is None or (prompt and prompt[0]["role"] == "system"):
+    if is_null(value):
         return prompt
     text = read_text(value, str(layout.system))
+    if prompt and prompt[0]["role"] == "system":
+        if text.strip() not in prompt[0]["content"]:
+            left = f"{layout.system} was left out ({excerpt(text)!r}): the conversation has a system message of its own"
+            mended.append(("system_column_left_out", left))
+        return prompt
     return [{"role": "system", "content": text}, *prompt] if text.strip() else prompt
 
 
 def _tools(row: Row, layout: Layout) -> list[Any] | None:
     value = row.get(layout.tools) if layout.tools else None
+    if not value:
+        cells = (row.get(column) for column in (layout.prompt, layout.chosen, layout.rejected) if column)
+        value = next(filter(None, map(tools_in, cells)), None)
+    return tools_of(value, layout.tools or "tools")
+
+
+def tools_of(value: Any, column: str) -> list[Any] | None:
+    """The functions of a cell, also where they are JSON text. Raises: RowProblem `bad_tools`."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except (ValueError, RecursionError):
-            raise RowProblem("bad_tools", f"{layout.tools} is not JSON: {excerpt(value)}") from None
+            raise RowProblem("bad_tools", f"{column} is not JSON: {excerpt(value)}") from None
     if value is not None and not isinstance(value, list):
-        raise RowProblem("bad_tools", f"{layout.tools} holds {type(value).__name__}, not a list of functions")
+        raise RowProblem("bad_tools", f"{column} holds {type(value).__name__}, not a list of functions")
     if is_deep(value):
-        raise RowProblem("bad_tools", f"{layout.tools} nests more than {DEEPEST} lists and objects")
+        raise RowProblem("bad_tools", f"{column} nests more than {DEEPEST} lists and objects")
     return value or None
 
 

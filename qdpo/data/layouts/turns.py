@@ -25,6 +25,7 @@ ROLES = {
     "prompter": "user",  # OpenAssistant
     "developer": "system",  # OpenAI's newer name
     "observation": "tool",  # ShareGPT
+    "function": "tool",  # OpenAI's older name
 }
 SPEAKER_KEYS = ('"role"', "'role'", '"from"', "'from'")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
@@ -165,10 +166,14 @@ def _read_turn(turn: Any, where: str) -> Message:
         raise RowProblem("unknown_role", f"{where} has the role {role!r}; known roles are {', '.join(ROLES)}")
     # In a table every turn has every key, with null for the missing ones.
     beside = {key: turn[key] for key in BESIDE_CONTENT if turn.get(key)}
+    if turn.get("function_call") and "tool_calls" not in beside:  # OpenAI's older form, one call a turn
+        beside["tool_calls"] = [{"type": "function", "function": turn["function_call"]}]
     content = turn.get("content", turn.get("value"))
     if content is None and "tool_calls" in beside:
         content = ""
     thoughts = [turn[key] for key in THOUGHTS if turn.get(key) not in (None, "", [])]
+    if not thoughts and isinstance(details := turn.get("reasoning_details"), list):  # OpenRouter's, in parts
+        thoughts = [part for part in details if isinstance(part, Mapping) and (part.get("text") or part.get("summary"))]
     if isinstance(content, list):  # the newer form: [{"type": "text", "text": …}]
         thoughts += [part for part in content if _is_thought(part)]
         content = "".join(read_text(_text_part(part, where), where) for part in content if not _is_thought(part))
@@ -205,6 +210,15 @@ def _text_part(part: Any, where: str) -> Any:
             f"{where} has a part that is not text: {excerpt(part)} (text only today; image pairs are planned)",
         )
     return part.get("text")
+
+
+def tools_in(value: Any) -> Any:
+    """The functions in a cell with messages, or in one of its turns; None if there are none."""
+    if isinstance(value, Mapping) and value.get("tools"):
+        return value["tools"]
+    turns = _unwrapped(value)
+    turns = turns if isinstance(turns, list) else []
+    return next((turn["tools"] for turn in turns if isinstance(turn, Mapping) and turn.get("tools")), None)
 
 
 def _unwrapped(value: Any) -> Any:

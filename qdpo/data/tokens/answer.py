@@ -16,7 +16,7 @@ from qdpo.data.layouts.turns import RowProblem, excerpt
 from qdpo.data.tokens import thoughts
 from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import special_tokens
-from qdpo.data.tokens.same_text import holds, leaves, parting
+from qdpo.data.tokens.same_text import holds, holds_value, leaves, parting
 from qdpo.data.tokens.templates import end_token
 
 Reasoning = Literal["train", "drop", "ignore"]
@@ -46,7 +46,12 @@ class Answers:
 
     def write(self, asked: Asked, answer: Message) -> tuple[str, list[tuple[str, str]]]:
         """The answer's text with its end, and what was changed. Raises: RowProblem if it cannot be written."""
-        inline = None if "reasoning_content" in answer else thoughts.inline(answer["content"])
+        inline = thoughts.inline(answer["content"])
+        if inline is not None and (beside := answer.get("reasoning_content", "").strip()):
+            if inline.thought == beside:  # the same thought twice
+                answer = {name: value for name, value in answer.items() if name != "reasoning_content"}
+            else:
+                answer, inline = _with_one_thought(answer, inline, beside), None
         if inline is not None:
             verbatim = self._inline(asked, answer, inline)
             if isinstance(verbatim, str):
@@ -100,18 +105,26 @@ class Answers:
         closing = self._closing(asked.prompt)
         if closing and not thoughts.is_closed(asked.prompt):
             written = self._as_template_writes(asked, plain)
+            self._check(written, plain)
             rest = thoughts.without_closed(written)
             return f"{thought.strip()}{closing}{rest.removeprefix(closing).lstrip()}", []
         written = self._as_template_writes(asked, plain)
         empty = thoughts.starts_closed(written)
-        if (filled := thoughts.filled(empty, thought)) and not thoughts.is_closed(asked.prompt):
+        closed = thoughts.is_closed(asked.prompt)
+        if (filled := thoughts.filled(empty, thought)) and not closed:
+            self._check(written, plain)
             return filled + written[len(empty) :], []
         what = f"the chat template does not write the thought {excerpt(thought)!r}"
+        if closed and self.reasoning != "ignore":
+            raise RowProblem(  # tags of its own would be a second thought behind the closed one
+                "reasoning_not_in_template",
+                f"{what} after this prompt (its switches turn thinking off). data.reasoning=ignore leaves it out; with "
+                "thinking on (data.template_options) it is trained",
+            )
         if self.reasoning == "drop":
-            closed = " after this prompt (its switches turn thinking off)" * thoughts.is_closed(asked.prompt)
             raise RowProblem(
                 "reasoning_not_in_template",
-                f"{what}{closed}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
+                f"{what}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
             )
         self._check(written, plain)
         if self.reasoning == "ignore":
@@ -177,7 +190,7 @@ class Answers:
         if after is not None and len(after) <= len(rest):
             return rest[: len(rest) - len(after)] + self._stop(after)
         eos = end_token(self.chat.tokenizer)
-        said = [rest.rfind(text) for name, arguments in _calls(answer) for text in (name, *leaves(arguments))]
+        said = [rest.rfind(text) for name, arguments in calls(answer) for text in (name, *leaves(arguments))]
         if (place := rest.find(eos, max([0, *said]))) >= 0:
             return rest[: place + len(eos)]
         if not special_tokens(self.chat.tokenizer).search(self._frame(asked)[2]):
@@ -218,8 +231,8 @@ class Answers:
             if not words:
                 raise RowProblem("answer_not_in_template", f"of {excerpt(content)!r} the template writes only the end")
             raise RowProblem("template_changes_answer", f"the template changes the answer: {parting(content, written)}")
-        for name, arguments in _calls(answer):
-            missing = [text for text in (name, *leaves(arguments)) if not holds(written, text)]
+        for name, arguments in calls(answer):
+            missing = [text for text in (name, *leaves(arguments)) if not holds_value(written, text)]
             if missing:
                 raise RowProblem(
                     "answer_not_in_template",
@@ -259,6 +272,13 @@ class Answers:
         return text[: end if not pattern.sub("", text[end:]).strip() else match.end()]
 
 
+def _with_one_thought(answer: Message, inline: thoughts.Inline, beside: str) -> Message:
+    """An answer with a thought beside its text and another in it, as one thought."""
+    if not inline.is_open:
+        return answer
+    return {**answer, "content": inline.rest, "reasoning_content": f"{beside}\n\n{inline.thought}".strip()}
+
+
 def _rerendered(prompt: str, full: str) -> RowProblem:
     return RowProblem(
         "template_rerenders_prompt",
@@ -266,7 +286,7 @@ def _rerendered(prompt: str, full: str) -> RowProblem:
     )
 
 
-def _calls(answer: Message) -> Iterator[tuple[str, Any]]:
+def calls(answer: Message) -> Iterator[tuple[str, Any]]:
     """Name and arguments of each tool call of an answer."""
     for call in answer.get("tool_calls") or ():
         inner = call.get("function", call) if isinstance(call, dict) else {}

@@ -1,5 +1,6 @@
 """Replaces the text of special tokens in messages by single characters, so that it stays ordinary text."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ def hide(
 ) -> Hidden:
     """Replace the text of every special token in all strings; characters that the texts use are left alone."""
     pattern = special_tokens(tokenizer)
+    turns, answers = ([_without_escapes(turn, pattern) for turn in side] for side in (turns, answers))
     strings = list(_strings([turns, answers, tools]))
     found = {match[0] for text in strings for match in pattern.finditer(text)}
     free = (letter for letter in map(chr, PRIVATE) if not any(letter in text for text in strings))
@@ -55,6 +57,27 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     texts = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
     longest_first = sorted(filter(None, texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _without_escapes(turn: dict[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
+    r"""The turn with arguments as an object where their text hides a special token in escapes, as in \u003c/s>."""
+    if not any("\\" in text for text in _strings(turn.get("tool_calls"))):
+        return turn
+
+    def opened(call: Any) -> Any:
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(text := inner.get("arguments"), str):
+            return call
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return call
+        if not any(pattern.search(part) for part in _strings(value)):
+            return call
+        inner = {**inner, "arguments": value}
+        return {**call, "function": inner} if "function" in call else inner
+
+    return {**turn, "tool_calls": [opened(call) for call in turn["tool_calls"]]}
 
 
 def _strings(value: Any) -> Iterator[str]:

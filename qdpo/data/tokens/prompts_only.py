@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdpo.data.layouts.before import SYSTEMS, below, earlier_turns
+from qdpo.data.layouts.before import ASKED, SYSTEMS, after_earlier, below, earlier_turns, is_prose
 from qdpo.data.layouts.columns import PROMPTS
 from qdpo.data.layouts.layout import detect_layout
-from qdpo.data.layouts.pair import Message, Rejection, to_pair
-from qdpo.data.layouts.turns import RowProblem, is_dialogue, kind_of, read_dialogue, read_text, read_turns
+from qdpo.data.layouts.pair import Message, Rejection, to_pair, tools_of
+from qdpo.data.layouts.turns import RowProblem, is_dialogue, kind_of, read_dialogue, read_text, read_turns, tools_in
 from qdpo.data.read.files import FileRows, data_files, missing_file
 from qdpo.data.read.progress import BadLine
 from qdpo.data.read.source import open_source
@@ -29,6 +29,8 @@ class Prompt:
     is_chat: bool
     origin: str
     """File and line, for messages."""
+    tools: list[Any] | None = None
+    """The functions that the model may call."""
 
 
 def read_prompts(path: Path, asked_by: str = "--prompts") -> list[Prompt]:
@@ -79,7 +81,7 @@ def prompts_of(path: str, *, column: str | None, shipped: Path) -> list[Prompt]:
             pair = to_pair(row, number, layout)
             if isinstance(pair, Rejection):
                 raise DataError(f"{origin} cannot be used ({pair.reason}): {pair.detail}. Fix or remove the row.")
-            found.append(Prompt(pair.prompt, pair.is_chat, origin))
+            found.append(Prompt(pair.prompt, pair.is_chat, origin, pair.tools))
     return found
 
 
@@ -91,7 +93,7 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any, config: DataConfig
     renderer = Renderer.of(tokenizer, config)
     rendered = []
     for prompt in prompts:
-        text = renderer.prompt(prompt.turns, is_chat=prompt.is_chat)
+        text = renderer.prompt(prompt.turns, prompt.tools, is_chat=prompt.is_chat)
         if isinstance(text, Rejection):
             raise DataError(f"The prompt in {prompt.origin} cannot be used ({text.reason}): {text.detail}.")
         rendered.append(text)
@@ -112,7 +114,10 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
     filled = [name for name in filled if name == filled[0] or str(row[name]).strip() not in str(row[filled[0]])]
     name, *others = filled or [next((name for name in columns if name in row), "prompt")]
     try:
-        before = _before(row, name, others)
+        before, system = _before(row, name, others)
+        if len(columns) > 1:
+            others += _beside(row, name, system)
+        tools = tools_of(row.get("tools") or tools_in(row.get(name)), "tools")
         if others:
             raise RowProblem(
                 "several_prompts",
@@ -127,18 +132,24 @@ def _prompt(row: Any, columns: Sequence[str], origin: str) -> Prompt:
                 raise RowProblem("null_field", f"{name} is empty")
             text = read_text(cell, name)
             text = below(text, row, ("input",)) if name == "instruction" and "input" in filled else text
-            return Prompt([*before, *_question(text)], bool(before), origin)
+            return Prompt([*before, *_question(text)], bool(before or tools), origin, tools)
         else:
             turns = read_turns(cell, name)
     except RowProblem as problem:
         raise DataError(f"{origin}: {problem.detail}. Give `prompt` as text or as a list of messages.") from None
     if turns[-1]["role"] == "assistant":
         raise DataError(f"{origin}: the prompt ends with an answer. Its last turn must be the user's.")
-    return Prompt([*(before if turns[0]["role"] != "system" else before[1:]), *turns], True, origin)
+    own = turns[0]["role"] == "system" and system is not None
+    if own and before[0]["content"].strip() not in turns[0]["content"]:
+        raise DataError(f"{origin}: {name} and {system} hold two different system messages. Remove one.")
+    return Prompt(after_earlier(before[own:], turns), True, origin, tools)
 
 
-def _before(row: Any, name: str, others: list[str]) -> list[Message]:
-    """System message and earlier turns of a row, next to its prompt; columns that are used leave `others`."""
+def _before(row: Any, name: str, others: list[str]) -> tuple[list[Message], str | None]:
+    """System message and earlier turns of a row, and the column of the system message.
+
+    Columns that are used leave `others`.
+    """
     if name == "instruction" and "input" in others:
         others.remove("input")
     turns: list[Message] = []
@@ -148,7 +159,18 @@ def _before(row: Any, name: str, others: list[str]) -> list[Message]:
     if "history" in others:
         turns += earlier_turns(row["history"], "history")
         others.remove("history")
-    return turns
+    return turns, system
+
+
+def _beside(row: Any, name: str, system: str | None) -> list[str]:
+    """Further columns with text that belongs before an answer, and is not in the prompt or the system message."""
+    shown = f"{row.get(name)}\n{row.get(system)}"
+    texts = {column: row.get(column) for column in (*SYSTEMS, *ASKED) if kind_of(row.get(column)) == "text"}
+    return [
+        column
+        for column, text in texts.items()
+        if column != system and text.strip() not in shown and (column in SYSTEMS or is_prose(text))
+    ]
 
 
 def _question(text: str) -> list[Message]:

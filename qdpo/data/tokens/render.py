@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from qdpo.data.layouts.pair import Message, Pair, Rejection
 from qdpo.data.layouts.turns import RowProblem, excerpt
 from qdpo.data.tokens import thoughts
-from qdpo.data.tokens.answer import Answers, Asked, Reasoning
+from qdpo.data.tokens.answer import Answers, Asked, Reasoning, calls
 from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import hide
-from qdpo.data.tokens.same_text import holds, leaves
+from qdpo.data.tokens.same_text import holds, holds_value, leaves
 from qdpo.data.tokens.templates import Options, check_options, end_token, uses_chat_template
 from qdpo.errors import DataError
 from qdpo.settings.schema import DataConfig
@@ -103,17 +103,22 @@ class Renderer:
         except RowProblem as problem:
             return Rejection(pair.row, problem.reason, problem.detail)
 
-    def prompt(self, turns: list[Message], *, is_chat: bool) -> Rendered | Rejection:
+    def prompt(self, turns: list[Message], tools: list[Any] | None = None, *, is_chat: bool) -> Rendered | Rejection:
         """The prompt alone, for generation; both responses are empty."""
         mended: list[tuple[str, str]] = []
         try:
             turns = self._settled(turns, mended)
             if not uses_chat_template(self.tokenizer, self.template):
                 self._need_template(is_chat)
+                if tools:
+                    raise RowProblem("tools_without_template", "functions need a chat template that can write them")
                 hidden = hide(self.tokenizer, turns, [], None)
                 return Rendered(_plain_prompt(hidden.turns, is_chat), "", "", hidden.spelt)
-            hidden = hide(self.tokenizer, turns, [], None)
-            _turns, text, _refused = self._prompt(hidden.turns, None)
+            hidden = hide(self.tokenizer, turns, [], tools)
+            taken, text, _refused = self._prompt(hidden.turns, hidden.tools)
+            for turn in taken:
+                if turn["role"] != "assistant":  # a model's own answers in a talk may be of any form
+                    _check_turn(turn["role"], turn["content"], text)
             return Rendered(text, "", "", hidden.spelt)
         except RowProblem as problem:
             return Rejection(1, problem.reason, problem.detail)
@@ -191,24 +196,18 @@ class Renderer:
         """Notes what the template leaves out of a prompt. Raises: RowProblem for a turn's text that is lost."""
         place = 0
         for turn in turns:
-            if turn["role"] == "system":
-                continue
-            text = turn["content"].strip()
+            text, start = turn["content"].strip(), 0 if turn["role"] == "system" else place
             if turn["role"] == "assistant":
                 inline = thoughts.inline(text)
                 self._note_thought(turn.get("reasoning_content") or (inline.thought if inline else ""), prompt)
                 text = inline.rest.strip() if inline else text
-            found = prompt.find(text, place)
-            if found >= 0:
+            found = prompt.find(text, start)
+            if found < 0:
+                _check_turn(turn["role"], text, prompt[start:])
+            elif turn["role"] != "system":  # templates put system messages anywhere
                 place = found + len(text)
-            elif not _holds_turn(prompt[place:], text):
-                raise RowProblem(
-                    "turn_not_in_template",
-                    f"the chat template leaves out a turn of the {turn['role']}: {excerpt(text)!r}",
-                )
-            for call in turn.get("tool_calls") or ():
-                name = str(call.get("function", call).get("name")) if isinstance(call, Mapping) else ""
-                if name not in prompt:
+            for name, arguments in calls(turn):
+                if not all(holds_value(prompt, part) for part in (name, *leaves(arguments))):
                     self._note("calls_not_in_prompt", name)
         named = [tool.get("function", tool).get("name") for tool in tools or () if isinstance(tool, Mapping)]
         if lost := next((name for name in named if isinstance(name, str) and name not in prompt), None):
@@ -276,6 +275,14 @@ def _tell_hidden(spelt: Mapping[str, str], mended: list[tuple[str, str]]) -> Non
     if spelt:
         shown = ", ".join(map(repr, sorted(spelt.values())))
         mended.append(("special_token_text", f"a message contains {shown}, which is tokenised as ordinary text"))
+
+
+def _check_turn(role: str, text: str, prompt: str) -> None:
+    """Raises: RowProblem for a turn whose text the prompt does not hold."""
+    if not _holds_turn(prompt, text):
+        raise RowProblem(
+            "turn_not_in_template", f"the chat template leaves out a turn of the {role}: {excerpt(text)!r}"
+        )
 
 
 def _holds_turn(prompt: str, text: str) -> bool:

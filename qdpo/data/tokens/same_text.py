@@ -1,5 +1,6 @@
 """Compares a row's texts with what a template has made of them."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ def holds(text: str, part: Any) -> bool:
 
 def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text))
+
+
+def holds_value(text: str, part: str) -> bool:
+    """True if `text` contains a text of a tool call, as it is or with the escapes that JSON has for it."""
+    return any(holds(text, form) for form in (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1]))
 
 
 def leaves(value: Any) -> Iterator[str]:
