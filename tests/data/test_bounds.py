@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,33 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path: Path) -> None:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # kB; the line has 96 MiB
 
 
+@pytest.mark.parametrize(
+    ("ending", "parts"),
+    [
+        (".json", ('[{"a": [', "[],", "1]},", "]")),
+        (".json", ('[{"a": [', '"",', '""]},', "]")),
+        (".json", ('[{"a": "', '\\"', '"},', "]")),
+        (".json", ('[{"a": "', "\\\\", '"},', "]")),
+        (".csv", ("a,b\n", ",", "\n", "")),
+        (".csv", ("a,b\n", '"a""b",', "\n", "")),
+        (".csv", ('a,b\n"', '""', '",c\n', "")),
+        (".csv", ('a,b\n"', 'line, "" one\n', '",c\n', "")),
+    ],
+    ids=["lists", "texts", "escaped quotes", "backslashes", "commas", "quoted cells", "doubled quotes", "lines"],
+)
+def test_what_fills_a_row_that_is_too_large_does_not_matter(
+    tmp_path: Path, ending: str, parts: tuple[str, ...]
+) -> None:
+    """The rest of such a row was read mark by mark, and all its lines were counted anew at each line."""
+    start, fill, end, close = parts
+    row = '{"a": "c"}' if ending == ".json" else "c,d\n"
+    path = write(tmp_path / f"a{ending}", start + fill * (2**23 // len(fill)) + end + row + close)
+    before = time.process_time()
+    _big, (_line, small) = READERS[ending](Reading(path, Gauge(), max_bytes=2**18))
+    assert small == ({"a": "c"} if ending == ".json" else {"a": "c", "b": "d"})
+    assert time.process_time() - before < 3
+
+
 DEEP = "[" * 500 + "]" * 500
 REFUSED = [  # name, content, message
     case("blank lines", "a.jsonl.gz", gzip.compress(b"\n" * 110_000), "more than 100,000 empty lines"),
@@ -101,6 +129,7 @@ REFUSED = [  # name, content, message
     case("a number of 5,000 digits", "a.jsonl", '{"a": ' + "9" * 5000 + "}\n", "line 1 is not JSON .Exceeds the limit"),
     case("an open quote", "a.csv", 'a,b\n"c,d\n' + "e,f\n" * 9, r"line 11 \(its row begins at line 2\) is not CSV"),
     case("a long open quote", "a.csv", 'a,b\n"c,d\n' + "e" * 5_000_000, "opened in the row at line 2 is not closed"),
+    case("a quote forgotten", "a.csv", 'a,b\n"c,d\n' + "e,fgh\n" * 1_700_000, "not closed in the 1,000,000 lines"),
     case("a column twice", "a.csv", "prompt,chosen,chosen\na,b,c\n", r"same name in its header \('chosen'\)"),
     case("semicolons", "a.csv", "prompt;chosen;rejected\na;b;c\n", "look separated by ';'. Save it with commas"),
     case("tabs", "a.csv", "prompt\tchosen\trejected\na\tb\tc\n", "separated by tabs. Rename the file to .tsv"),

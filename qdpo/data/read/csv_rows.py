@@ -1,16 +1,17 @@
 """Reads rows of a CSV or TSV file unchanged: every cell is text, and "NA" stays a word."""
 
 import csv
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 
 from qdpo.data.read.filetext import not_utf8, pieces, text_of
 from qdpo.data.read.progress import Numbered, Reading
+from qdpo.data.read.skip import CsvRow
 from qdpo.errors import DataError
 
-QUOTE = ord('"')
+MOST_LINES = 1_000_000
+"""Lines of one row that is too large to be read, beyond which a quote is taken as forgotten."""
 
 
 class _TooLarge(Exception):
@@ -24,9 +25,10 @@ class _Lines:
         self._reading, self._delimiter, self._pieces = reading, delimiter, pieces(reading)
         self.number = self.start = 0
         self._row: list[bytes] = []
+        self._bytes = 0
 
     def begin_row(self) -> None:
-        self._row = []
+        self._row, self._bytes = [], 0
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -36,7 +38,8 @@ class _Lines:
         if self._row or piece.strip():
             self.start = self.start if self._row else self.number
             self._row.append(piece)
-        if sum(map(len, self._row)) > self._reading.max_bytes:
+            self._bytes += len(piece)
+        if self._bytes > self._reading.max_bytes:
             self._skip_row()
             raise _TooLarge
         try:
@@ -45,11 +48,16 @@ class _Lines:
             raise DataError(f"{self._reading.path}, line {self.number}{not_utf8(error)}") from None
 
     def _skip_row(self) -> None:
-        quotes = _Quotes(self._delimiter)
+        quotes = CsvRow(self._delimiter)
         for piece in self._row:
             quotes.feed(piece)
         while not quotes.ended:
-            _number, piece = next(self._pieces, (0, b""))
+            if self.number > self.start + MOST_LINES:
+                raise DataError(
+                    f"{self._reading.path}: a quote that is opened in the row at line {self.start} is not closed in "
+                    f"the {MOST_LINES:,} lines that follow. Check the quotes there."
+                )
+            self.number, piece = next(self._pieces, (self.number, b""))
             if not piece:
                 if quotes.is_open:
                     raise DataError(
@@ -58,39 +66,6 @@ class _Lines:
                     )
                 return
             quotes.feed(piece)
-
-
-class _Quotes:
-    """Follows CSV text piece by piece to the end of a row."""
-
-    def __init__(self, delimiter: str):
-        self._stop = re.compile(b"[\n" + re.escape(delimiter.encode()) + b"]")
-        self._quoted, self._at_quote, self._at_start, self.ended = False, False, True, False
-
-    @property
-    def is_open(self) -> bool:
-        return self._quoted and not self._at_quote
-
-    def feed(self, text: bytes) -> None:
-        place = 0
-        while place < len(text) and not self.ended:
-            if self._at_quote:
-                self._at_quote = False
-                if text[place] == QUOTE:  # two of them are one, and the cell goes on
-                    place += 1
-                    continue
-                self._quoted = False
-            if self._quoted:
-                place = text.find(b'"', place) + 1 or len(text) + 1
-                self._at_quote = place <= len(text)
-            elif self._at_start and text[place] == QUOTE:
-                self._quoted, self._at_start = True, False
-                place += 1
-            else:
-                found = self._stop.search(text, place)
-                self._at_start = found is not None
-                place = found.end() if found else len(text)
-                self.ended = found is not None and found.group() == b"\n"
 
 
 def _read_csv(reading: Reading, delimiter: str) -> Iterator[Numbered]:

@@ -29,7 +29,7 @@ def opened(reading: Reading) -> Iterator[IO[bytes]]:
         if magic == ZIP_MAGIC:
             raise DataError(f"{reading.path} is a zip archive. Unpack it and give the file inside.")
         try:
-            yield io.BufferedReader(gzip.GzipFile(fileobj=raw)) if magic.startswith(GZIP_MAGIC) else raw
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw), CHUNK_BYTES) if magic.startswith(GZIP_MAGIC) else raw
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{reading.path} is damaged gzip ({error}). Download or pack it again.") from None
         except OSError as error:

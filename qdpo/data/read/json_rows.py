@@ -12,12 +12,12 @@ from typing import Any
 
 from qdpo.data.read.filetext import chunks, lines, opened
 from qdpo.data.read.progress import DEEPEST, BadLine, Numbered, Reading, Row, is_deep
+from qdpo.data.read.skip import JsonValue
 from qdpo.errors import DataError
 
 SHOWN_BEFORE = 25
 """Number of characters that an error message shows before the damaged place."""
 SKIP = "Fix or remove the line, or skip such lines with data.skip_bad_lines=true."
-MARK, QUOTED_MARK = re.compile(r'["{}\[\],]'), re.compile(r'["\\]')
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -176,28 +176,12 @@ class _Window:
 
     def _skip_item(self) -> None:
         """Go to the end of the list, object or text that begins here, without all of it in memory."""
-        depth, is_quoted, place = 0, False, self._place
-        while True:
-            found = (QUOTED_MARK if is_quoted else MARK).search(self._text, place)
-            if found is None:
-                beyond = max(0, place - len(self._text))
-                self._go_to(len(self._text))
-                if not self._read():
-                    raise self.error("the array is not closed")
-                place = self._place + beyond
-                continue
-            mark, place = found.group(), found.end()
-            if mark == "\\":
-                place += 1  # whatever follows is part of the text
-            elif mark == '"':
-                is_quoted = not is_quoted
-            elif mark in "{[":
-                depth += 1
-            elif mark in "}]" and depth:
-                depth -= 1
-            elif depth == 0:  # the comma or bracket that follows a value
-                self._go_to(place - 1)
-                return
+        value = JsonValue()
+        while (end := value.feed(self._text[self._place :])) is None:
+            self._go_to(len(self._text))
+            if not self._read():
+                raise self.error("the array is not closed")
+        self._go_to(self._place + end)
 
     def error(self, problem: str) -> DataError:
         shown = self._text[max(0, self._place - SHOWN_BEFORE) : self._place + 50]

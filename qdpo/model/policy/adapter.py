@@ -154,8 +154,8 @@ def save_adapter(policy: Policy, folder: Path, *, base_name: str, revision: str 
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base_name, "revision": revision, "inference_mode": True}
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(config[name], list):  # a text is one regular expression
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
+        if isinstance(config.get(name), list):  # a text is one regular expression
             config[name] = sorted(config[name])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     umask = os.umask(0)
