@@ -16,7 +16,7 @@ from qdpo.data.tokens.render import Renderer
 from qdpo.data.tokens.sieve import Preparation, TokenPair, load_pairs, nothing_usable, save_pairs
 from qdpo.errors import DataError, DiskError
 
-HH = Path("/work/shared/data/hh-harmless-1600.jsonl.gz")
+HH = Path(__file__).parents[3] / "shared/data/hh-harmless-1600.jsonl.gz"
 
 
 def row(prompt, chosen, rejected):

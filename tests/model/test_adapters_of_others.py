@@ -317,7 +317,7 @@ def test_the_base_that_the_adapter_names_is_compared(base: Path, plain: Path, tm
 
     llama = "meta-llama/Llama-3.1-8B-Instruct"
     assert said(llama, llama) == said(llama.lower(), llama) == ""
-    assert said("/root/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0a/", llama) == ""
+    assert said("/home/me/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0a/", llama) == ""
     assert said("/data/models/Llama-3.1-8B-Instruct", llama) == ""
     for rename in ("unsloth/Llama-3.1-8B-Instruct-bnb-4bit", "unsloth/Meta-Llama-3.1-8B-Instruct-unsloth-bnb-4bit"):
         assert "warning" in said(rename, llama) and "the same model in another form" in said(rename, llama)
