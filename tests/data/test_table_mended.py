@@ -166,7 +166,7 @@ WARNED = [  # rows, warning, tokenizer, settings
     case(
         "27 thoughts left out",
         [thinking(n) for n in MANY],
-        r"leaves out the thoughts of earlier answers in 60 pairs.*\(first: <think>Which\?</think>\)",
+        r"leaves out the thoughts of earlier answers in 60 pairs.*\(first: Which\?\)",
         "qwen3",
     ),
     case(

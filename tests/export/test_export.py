@@ -170,7 +170,7 @@ def test_bad_input_is_refused_and_writes_nothing(run: Path, tmp_path: Path) -> N
     (run / "adapter" / "adapter_config.json").unlink()
     assert "its adapter is missing" in refused(run, "--to", "peft")
     (run / "result.json").unlink()
-    assert "no adapter yet" in refused(run, "--to", "peft")
+    assert "no result.json yet" in refused(run, "--to", "peft")
     assert not (run / "export").exists()
 
 

@@ -4,6 +4,7 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 
 from qdpo.data.read.filetext import not_utf8, pieces, text_of
 from qdpo.data.read.progress import Numbered, Reading
@@ -26,6 +27,9 @@ class _Lines:
         self.number = self.start = 0
         self._row: list[bytes] = []
         self._bytes = 0
+
+    def close(self) -> None:
+        self._pieces.close()
 
     def begin_row(self) -> None:
         self._row, self._bytes = [], 0
@@ -70,7 +74,11 @@ class _Lines:
 
 def _read_csv(reading: Reading, delimiter: str) -> Iterator[Numbered]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses a cell above 128 kB
-    lines = _Lines(reading, delimiter)
+    with closing(_Lines(reading, delimiter)) as lines:
+        yield from _rows(reading, lines, delimiter)
+
+
+def _rows(reading: Reading, lines: _Lines, delimiter: str) -> Iterator[Numbered]:
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     _check_header(reading, reader, delimiter)
     while True:

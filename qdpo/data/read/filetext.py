@@ -59,7 +59,7 @@ def _refuse_binary(path: Path, data: bytes, before: int) -> None:
         )
 
 
-def pieces(reading: Reading) -> Iterator[tuple[int, bytes]]:
+def pieces(reading: Reading) -> Generator[tuple[int, bytes]]:
     """Numbered lines; one that is longer than rows may be comes in several pieces, all with its number.
 
     Only a line feed ends a line: JSON may contain U+2028, where `splitlines` would split.

@@ -273,7 +273,7 @@ class Answers:
 
 
 def _with_one_thought(answer: Message, inline: thoughts.Inline, beside: str) -> Message:
-    """An answer with a thought beside its text and another in it, as one thought."""
+    """An answer with a thought next to its text and another in it, as one thought."""
     if not inline.is_open:
         return answer
     return {**answer, "content": inline.rest, "reasoning_content": f"{beside}\n\n{inline.thought}".strip()}

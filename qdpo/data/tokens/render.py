@@ -200,7 +200,7 @@ class Renderer:
             if turn["role"] == "assistant":
                 inline = thoughts.inline(text)
                 self._note_thought(turn.get("reasoning_content") or (inline.thought if inline else ""), prompt)
-                text = inline.rest.strip() if inline else text
+                text = inline.rest.strip() if inline else "" if thoughts.is_closed(text) else text
             found = prompt.find(text, start)
             if found < 0:
                 _check_turn(turn["role"], text, prompt[start:])
