@@ -10,7 +10,7 @@ import torch
 from benchmarks.pairs import Candidate, read_candidates, same_in_both, write_rows
 from benchmarks.rounds import Side
 from benchmarks.tiny import save_tiny_base
-from qdpo.data import prepare
+from qdpo.data import stored
 from qdpo.model.base import fetch
 from qdpo.model.base.load import load_base, load_tokenizer
 from qdpo.model.policy import adapter
@@ -72,7 +72,7 @@ class Start:
     def in_order_of(self, name: str) -> list[Candidate]:
         """The pairs in the order in which the run NAME, which has planned itself, takes them."""
         run = RunDir(self.work / "runs" / name)
-        train, _held = prepare.load(run)
+        train, _held = stored.load(run)
         record = read_json(run.record)
         config = RunConfig.model_validate(layered.nested(record["settings"]))
         found = record["found"]
