@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass
 
 OPENING = (
-    r"<(?P<name>[\w:.-]*think[\w:.-]*)>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought\n|<\|open\|>think<\|sep\|>"
+    r"<[\w:.-]*think[\w:.-]*>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought\n|<\|open\|>think<\|sep\|>"
 )
 CLOSING = r"</[\w:.-]*think[\w:.-]*>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>|<\|close\|>think<\|sep\|>"
 _OPEN_AT_END = re.compile(rf"(?P<open>{OPENING})\s*\Z")
 _CLOSED_AT_END = re.compile(rf"(?:{CLOSING})\s*\Z")
-_CLOSED_AT_START = re.compile(rf"\s*(?:(?:{OPENING})\s*)?(?:{CLOSING})")
-_OPEN_AT_START = re.compile(rf"\s*(?P<open>{OPENING})")
+_CLOSED_AT_START = re.compile(rf"\A\s*(?:(?:{OPENING})\s*)?(?:{CLOSING})")
+_OPEN_AT_START = re.compile(rf"\A\s*(?P<open>{OPENING})")
 _CLOSE = re.compile(CLOSING)
 _PAIRS = {
     "[THINK]": "[/THINK]",
@@ -52,13 +52,12 @@ def closing_of(opening: str) -> str:
 
 def without_closed(text: str) -> str:
     """The text without a closed thought of white space, or a closing tag, at its start."""
-    return _CLOSED_AT_START.sub("", text, count=1) if _CLOSED_AT_START.match(text) else text
+    return _CLOSED_AT_START.sub("", text)
 
 
 def without_opening(text: str) -> str:
     """The text without an opening tag at its start."""
-    found = _OPEN_AT_START.match(text)
-    return text[found.end() :] if found else text
+    return _OPEN_AT_START.sub("", text)
 
 
 def starts_closed(text: str) -> str:
