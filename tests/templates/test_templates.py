@@ -173,6 +173,16 @@ def test_a_switch_that_the_template_does_not_have_is_refused(name: str) -> None:
         Renderer.of(tokenizer_of_file(FILES["Qwen3.5-4B"]), config)
 
 
+def test_a_switch_without_a_template_is_refused() -> None:
+    tokenizer = tokenizer_of_file(FILES["Qwen3.5-4B"])
+    switched = {"enable_thinking": False}
+    with pytest.raises(ConfigError, match=r"no chat template to switch \(data.template=plain\)"):
+        Renderer.of(tokenizer, DataConfig(template="plain", template_options=switched))
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="'Qwen3.5-4B' has no chat template"):
+        Renderer.of(tokenizer, DataConfig(template_options=switched))
+
+
 @pytest.mark.parametrize(
     ("source", "line"),
     [("{% for m in messages %}\n{{ m.content }}\n{{ nothing.at_all }}{% endfor %}", 3), ("{% if %}", 1)],

@@ -77,8 +77,7 @@ class Renderer:
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> "Renderer":
         """A renderer with the settings of data.*. Raises: ConfigError for a switch that the template does not have."""
-        if config.template_options and uses_chat_template(tokenizer, config.template):
-            check_options(tokenizer, config.template_options)
+        check_options(tokenizer, config.template, config.template_options)
         return cls(
             tokenizer=tokenizer,
             template=config.template,

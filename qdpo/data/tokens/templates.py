@@ -79,8 +79,13 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     return str(tokenizer.eos_token)
 
 
-def check_options(tokenizer: "PreTrainedTokenizerBase", options: Options) -> None:
-    """Raises: ConfigError for a switch that the chat template does not have."""
+def check_options(tokenizer: "PreTrainedTokenizerBase", template: str, options: Options) -> None:
+    """Raises: ConfigError for a switch that the chat template does not have, or if rows are rendered without one."""
+    if options and not uses_chat_template(tokenizer, template):
+        why = "data.template=plain" if template == "plain" else f"{tokenizer.name_or_path!r} has no chat template"
+        raise ConfigError(
+            f"data.template_options.{next(iter(options))}: there is no chat template to switch ({why}). Leave it out."
+        )
     source = tokenizer.chat_template
     sources = [str(one) for one in (source.values() if isinstance(source, dict) else [source])]
     for name in options:
