@@ -298,6 +298,18 @@ def test_a_call_behind_a_thought_that_the_prompt_opens_is_not_lost() -> None:
     assert isinstance(found, Rejection) and found.reason == "answer_not_in_template"
 
 
+def test_a_thought_whose_words_are_in_the_call_is_missed_as_any_other() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.reasoning_content }}{{ m.content }}"
+        "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = tool_row({"city": "Paris"}, reasoning_content="Paris")
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    found = Renderer(tokenizer=tokenizer_of(source)).render(pair)  # type: ignore[arg-type]
+    assert isinstance(found, Rejection) and found.reason == "reasoning_not_in_template"
+
+
 def test_a_call_of_an_earlier_turn_is_missed_by_its_arguments() -> None:
     row = copy.deepcopy(KINDS["tool turns"])
     row["prompt"][1]["tool_calls"][0]["function"]["arguments"] = {"city": "Oslo"}

@@ -76,7 +76,8 @@ class Answers:
         """True if the template has written the thought, and before the answer: its words may be in the answer, too."""
         if self.chat.thought_form is None:
             return False
-        place = written.rfind(answer["content"].strip()) if answer["content"].strip() else -1
+        after = answer["content"].strip() or next((name for name, _arguments in calls(answer)), "")
+        place = written.rfind(after) if after else -1
         return holds(written[:place] if place >= 0 else written, answer["reasoning_content"])
 
     def _inline(self, asked: Asked, answer: Message, inline: thoughts.Inline) -> str | Message:
