@@ -96,6 +96,9 @@ class ColumnsConfig(Section):
     """Names of columns with text that are left out on purpose: a+b. Nothing is asked or said of them."""
 
 
+Reasoning = Literal["train", "drop", "ignore"]
+
+
 class DataConfig(Section):
     path: str | None = None
     """Preference pairs: hub id, json, jsonl, csv, tsv (.gz), parquet, arrow, a folder, bundled:NAME; several: A+B."""
@@ -143,7 +146,7 @@ class DataConfig(Section):
     """System message for conversations without one. Default: whatever the chat template does."""
     refused_system: Literal["fold", "drop", "error"] = "fold"
     """If the chat template refuses a system message: put it before the first question, drop it, or stop."""
-    reasoning: Literal["train", "drop", "ignore"] = "drop"
+    reasoning: Reasoning = "drop"
     """Thoughts that the chat template cannot write: put them in <think> tags, drop the row, or leave them out."""
     template_options: dict[str, bool | int | float | str] = {}
     """Switches of the chat template, as in data.template_options.enable_thinking=false; also used by every export."""

@@ -310,6 +310,22 @@ def test_a_thought_whose_words_are_in_the_call_is_missed_as_any_other() -> None:
     assert isinstance(found, Rejection) and found.reason == "reasoning_not_in_template"
 
 
+def test_thoughts_without_a_chat_template_go_by_the_setting() -> None:
+    row = copy.deepcopy(KINDS["reasoning"])
+    earlier = [*KINDS["turns"]["prompt"][:2], KINDS["plain"]["prompt"][0]]
+    row["prompt"] = [earlier[0], {**earlier[1], "reasoning_content": "Who is it?"}, earlier[2]]
+    pair = to_pair(row, 1, detect_layout([row], {}, "the row"))
+    tokenizer = tokenizer_of_file(FILES["Qwen3.5-4B"])
+    for reasoning, start in (("train", "<think>\nWondering about sums\n</think>\n\nIt is"), ("ignore", " It is")):
+        renderer = Renderer(tokenizer=tokenizer, template="plain", reasoning=reasoning)  # type: ignore[arg-type]
+        found = renderer.render(pair)  # type: ignore[arg-type]
+        assert isinstance(found, Rendered) and found.chosen.strip().startswith(start.strip())
+        assert "Who is it?" in renderer.facts["thinking_stripped"].example
+        assert [reason for reason, _what in found.mended] == ["reasoning_not_in_template"] * 2
+    dropped = Renderer(tokenizer=tokenizer, template="plain").render(pair)  # type: ignore[arg-type]
+    assert isinstance(dropped, Rejection) and dropped.reason == "reasoning_not_in_template"
+
+
 def test_a_call_of_an_earlier_turn_is_missed_by_its_arguments() -> None:
     row = copy.deepcopy(KINDS["tool turns"])
     row["prompt"][1]["tool_calls"][0]["function"]["arguments"] = {"city": "Oslo"}

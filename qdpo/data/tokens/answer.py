@@ -9,7 +9,7 @@ import os.path
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from qdpo.data.layouts.pair import Message
 from qdpo.data.layouts.turns import RowProblem, excerpt
@@ -18,8 +18,8 @@ from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import special_tokens
 from qdpo.data.tokens.same_text import holds, holds_value, leaves, parting
 from qdpo.data.tokens.templates import end_token
+from qdpo.settings.schema import Reasoning
 
-Reasoning = Literal["train", "drop", "ignore"]
 UNFINISHED_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 
 
@@ -122,16 +122,9 @@ class Answers:
                 f"{what} after this prompt (its switches turn thinking off). data.reasoning=ignore leaves it out; with "
                 "thinking on (data.template_options) it is trained",
             )
-        if self.reasoning == "drop":
-            raise RowProblem(
-                "reasoning_not_in_template",
-                f"{what}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
-            )
+        before, note = by_setting(self.reasoning, thought, what)
         self._check(written, plain)
-        if self.reasoning == "ignore":
-            return written, [("reasoning_not_in_template", f"{what}: it was left out")]
-        note = ("reasoning_not_in_template", f"{what}: it was put before the answer in <think> tags")
-        return f"<think>\n{thought.strip()}\n</think>\n\n{written.lstrip()}", [note]
+        return (before + written.lstrip() if before else written), [note]
 
     def _as_template_writes(self, asked: Asked, answer: Message) -> str:
         full = self.chat.apply([*asked.turns, answer], asked.tools)
@@ -271,6 +264,21 @@ class Answers:
             end = following.end()
         # The rest is never generated: a line break, or the header of a turn that some templates always open.
         return text[: end if not pattern.sub("", text[end:]).strip() else match.end()]
+
+
+def by_setting(reasoning: Reasoning, thought: str, what: str) -> tuple[str, tuple[str, str]]:
+    """The text before an answer whose thought has no place, and a note; `what` says why it has none.
+
+    Raises: RowProblem `reasoning_not_in_template` with data.reasoning=drop.
+    """
+    if reasoning == "drop":
+        raise RowProblem(
+            "reasoning_not_in_template", f"{what}. data.reasoning=train writes it in <think> tags, ignore leaves it out"
+        )
+    if reasoning == "ignore":
+        return "", ("reasoning_not_in_template", f"{what}: it was left out")
+    note = ("reasoning_not_in_template", f"{what}: it was put before the answer in <think> tags")
+    return f"<think>\n{thought.strip()}\n</think>\n\n", note
 
 
 def _with_one_thought(answer: Message, inline: thoughts.Inline, beside: str) -> Message:

@@ -11,13 +11,13 @@ from qdpo.data.layouts.pair import Message
 from qdpo.data.layouts.turns import RowProblem
 from qdpo.data.tokens import thoughts
 from qdpo.data.tokens.template_bounds import TemplateFault, probe_template, render
-from qdpo.data.tokens.templates import Options
+from qdpo.data.tokens.templates import QUESTION, Options
 from qdpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QUESTION: Message = {"role": "user", "content": "Qqdpo"}
+ASKED: Message = {"role": "user", "content": QUESTION}
 THOUGHT, ANSWER = "Tqdpo", "Aqdpo"
 CALL = {"name": "fqdpo", "arguments": {"kqdpo": "vqdpo wqdpo"}}
 FUNCTION = {
@@ -90,7 +90,7 @@ class ChatTemplate:
         try:
             probe_template(self.tokenizer, **self.options)
         except TemplateFault:
-            return not self._tried([QUESTION], [FUNCTION], opens=True)
+            return not self._tried([ASKED], [FUNCTION], opens=True)
         return False
 
     def names(self, word: str) -> bool:
@@ -103,7 +103,7 @@ class ChatTemplate:
     def thought_form(self) -> ThoughtForm | None:
         """The form in which the template takes thoughts, found by trying each; None if it writes none of them."""
         for fields in THOUGHT_FORMS:
-            text = self._tried([QUESTION, {"role": "assistant", **fields(THOUGHT, ANSWER)}])
+            text = self._tried([ASKED, {"role": "assistant", **fields(THOUGHT, ANSWER)}])
             _before, found, rest = text.partition(THOUGHT)
             between, written, _after = rest.partition(ANSWER)
             as_python = "'thinking'" in text or '"thinking"' in text  # the list of parts, written out
@@ -126,19 +126,19 @@ class ChatTemplate:
     @cached_property
     def opens_in_words(self) -> bool:
         """True if the template opens a thought with words instead of a tag, as Apriel's does."""
-        prompt = self._tried([QUESTION], opens=True)
-        whole = self._tried([QUESTION, {"role": "assistant", "content": ANSWER}])
+        prompt = self._tried([ASKED], opens=True)
+        whole = self._tried([ASKED, {"role": "assistant", "content": ANSWER}])
         own = prompt.removeprefix(os.path.commonprefix([prompt, whole]))
         has_tag = thoughts.opened(own) is not None or thoughts.is_closed(own)
         return self.thought_form is not None and bool(own.strip()) and not has_tag
 
     def _call_text(self, call: dict[str, Any], nested: bool, content: str | None) -> str:
         made = {"type": "function", "id": "call00001"} | ({"function": call} if nested else call)
-        turns = [QUESTION, {"role": "assistant", "content": content, "tool_calls": [made]}]
+        turns = [ASKED, {"role": "assistant", "content": content, "tool_calls": [made]}]
         answered = {"role": "tool", "tool_call_id": "call00001", "name": "fqdpo", "content": "rqdpo"}
         # Some templates write a call only together with its result.
         text = self._tried(turns, [FUNCTION]) or self._tried([*turns, answered], [FUNCTION])
-        return text[text.rfind(QUESTION["content"]) :]  # before it stand the functions
+        return text[text.rfind(QUESTION) :]  # before it stand the functions
 
     def _tried(self, turns: list[Message], tools: list[Any] | None = None, *, opens: bool = False) -> str:
         try:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from qdpo.data.layouts.pair import Message, Pair, Rejection
 from qdpo.data.layouts.turns import RowProblem, excerpt
 from qdpo.data.tokens import thoughts
-from qdpo.data.tokens.answer import Answers, Asked, Reasoning, calls
+from qdpo.data.tokens.answer import Answers, Asked, by_setting, calls
 from qdpo.data.tokens.chat import ChatTemplate
 from qdpo.data.tokens.hide import hide
 from qdpo.data.tokens.same_text import holds, holds_value, leaves
 from qdpo.data.tokens.templates import Options, check_options, end_token, uses_chat_template
 from qdpo.errors import DataError
-from qdpo.settings.schema import DataConfig
+from qdpo.settings.schema import DataConfig, Reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,6 +154,8 @@ class Renderer:
         while bos and not pair.is_chat and turns[0]["content"].startswith(bos):
             opened, turns = bos, [{**turns[0], "content": turns[0]["content"].removeprefix(bos)}, *turns[1:]]
         answers = [self._plain_answer(answer, eos, mended) for answer in pair.answers()]
+        for turn in turns:
+            self._note_thought(turn.get("reasoning_content", ""), turn["content"])
         hidden = hide(self.tokenizer, turns, answers, None)
         _tell_hidden(hidden.spelt, mended)
         chosen, rejected = (f" {a['content'].strip()}" if pair.is_chat else a["content"] for a in hidden.answers)
@@ -164,13 +166,9 @@ class Renderer:
         content, thought = answer["content"].removesuffix(eos), answer.get("reasoning_content")
         if thought:
             what = f"text without a chat template has no place for the thought {excerpt(thought)!r}"
-            if self.reasoning == "drop":
-                raise RowProblem(
-                    "reasoning_not_in_template",
-                    f"{what}. data.reasoning=train writes it in <think> tags, ignore leaves it out",
-                )
-            mended.append(("reasoning_not_in_template", what))
-            content = f"<think>\n{thought.strip()}\n</think>\n\n{content}" if self.reasoning == "train" else content
+            before, note = by_setting(self.reasoning, thought, what)
+            mended.append(note)
+            content = before + content
         return {"role": "assistant", "content": content}
 
     def _chat(self, turns: list[Message], pair: Pair, mended: list[tuple[str, str]]) -> Rendered:

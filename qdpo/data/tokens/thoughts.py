@@ -3,9 +3,7 @@
 import re
 from dataclasses import dataclass
 
-OPENING = (
-    r"<[\w:.-]*think[\w:.-]*>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought\n|<\|open\|>think<\|sep\|>"
-)
+OPENING = r"<[\w:.-]*think[\w:.-]*>|\[THINK\]|<\|START_THINKING\|>|<\|channel>thought\n|<\|open\|>think<\|sep\|>"
 CLOSING = r"</[\w:.-]*think[\w:.-]*>|\[/THINK\]|<\|END_THINKING\|>|<channel\|>|<\|close\|>think<\|sep\|>"
 _OPEN_AT_END = re.compile(rf"(?P<open>{OPENING})\s*\Z")
 _CLOSED_AT_END = re.compile(rf"(?:{CLOSING})\s*\Z")
