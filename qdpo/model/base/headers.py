@@ -51,7 +51,7 @@ def read_header(path: Path) -> list[HeaderEntry]:
             _refuse(path, f"its header takes {length:,} bytes, more than {LONGEST:,}")
         text = file.read(length)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=keys_once)
     except (ValueError, RecursionError) as error:
         _refuse(path, f"its header is not JSON ({type(error).__name__}: {str(error)[:100]})")
     if not isinstance(header, dict):
@@ -89,7 +89,8 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**53 for item in value)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON's `object_pairs_hook`: the object. Raises: ValueError for a key that is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

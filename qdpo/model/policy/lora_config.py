@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.headers import keys_once
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 8 * 2**20
@@ -191,7 +192,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}. {again}") from error
     try:
-        config = json.loads(text, object_pairs_hook=_once)
+        config = json.loads(text, object_pairs_hook=keys_once)
     except RecursionError as error:
         raise ConfigError(f"{file} is nested too deeply to be an adapter's settings. {again}") from error
     except ValueError as error:
@@ -199,15 +200,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{file} holds a {type(config).__name__}, not an object with settings. {again}")
     return config
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has {twice!r} twice")
-    return found
 
 
 def _refuse_start(file: Path, value: Any) -> NoReturn:
