@@ -52,6 +52,15 @@ def write_records(
     write_sealed(run.result, result)
 
 
+def finished_without_model(folder: Path) -> RunDir:
+    """A finished run's records in `folder`, with an adapter folder and nothing of a model."""
+    made = RunDir(folder)
+    made.adapter.mkdir(parents=True)
+    (made.adapter / "adapter_config.json").write_text("{}")
+    write_records(made, folder.parent.parent / "base", ["data.path=pairs.jsonl"])
+    return made
+
+
 def rewrite_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the record of a run with a digest that is right again."""
     disk.write_json(path, seal.sealed(content))

@@ -22,7 +22,7 @@ from qdpo.run.folder import RunDir
 from qdpo.run.metrics import record_of
 from qdpo.run.record import file_record, read_record, read_result, write_record
 from tests.faults.run_files import edit, exchange, flip, leaves, swap_lengths
-from tests.run.made import rewrite_json, write_records
+from tests.run.made import finished_without_model, rewrite_json
 
 VOCABULARY = 400
 MOUNTS = os.name == "posix" and os.geteuid() == 0
@@ -31,10 +31,7 @@ MOUNTS = os.name == "posix" and os.geteuid() == 0
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A finished run's records with two prepared training pairs and one held-out pair, and nothing of a model."""
-    made = RunDir(tmp_path / "runs" / "made")
-    made.adapter.mkdir(parents=True)
-    (made.adapter / "adapter_config.json").write_text("{}")
-    write_records(made, tmp_path / "base", ["data.path=pairs.jsonl"])
+    made = finished_without_model(tmp_path / "runs" / "made")
     pairs = [TokenPair(*(np.array(ids, np.int32) for ids in ([1, 2], [3], [4, 5])), row=row) for row in (1, 2, 3)]
     save_pairs(made.train_pairs, pairs[:2])
     save_pairs(made.held_out_pairs, pairs[2:])

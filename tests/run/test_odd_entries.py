@@ -19,7 +19,7 @@ from qdpo.train.keep import checkpoint
 from qdpo.train.keep.disk_full import Saver
 from qdpo.train.keep.stop import StopRequest
 from qdpo.train.watch.metrics_file import Metrics
-from tests.run.made import write_records
+from tests.run.made import finished_without_model
 
 VOCABULARY = 400
 MOUNTS = os.name == "posix" and os.geteuid() == 0
@@ -28,11 +28,7 @@ MOUNTS = os.name == "posix" and os.geteuid() == 0
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A finished run's records, with nothing of a model."""
-    made = RunDir(tmp_path / "runs" / "made")
-    made.adapter.mkdir(parents=True)
-    (made.adapter / "adapter_config.json").write_text("{}")
-    write_records(made, tmp_path / "base", ["data.path=pairs.jsonl"])
-    return made
+    return finished_without_model(tmp_path / "runs" / "made")
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "prepared", "checkpoints", "adapter", "config.toml"])
