@@ -13,7 +13,7 @@ from qdpo.model.base.headers import HeaderEntry
 SOURCE = "Copy or download the model again."
 ELEMENTS_PER_BYTE = 2  # of 4-bit weights
 ROOM = 4  # a head or tables that the folder stores once, or leaves out
-SMALL = 10**7
+SMALL = 10**7  # parameters that any model may have beyond its weights, as tiny ones in tests
 
 
 def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:

@@ -24,15 +24,14 @@ def check_folder(folder: Path) -> None:
     """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
     from qdpo.model.base.expected import check_shapes
 
-    check_files(folder)
-    stored, config, owner = tensors_of(folder, weight_files(folder)), read_json(folder / "config.json"), str(folder)
+    stored, config, owner = tensors_of(folder, check_files(folder)), read_json(folder / "config.json"), str(folder)
     check_values(config, f"The folder {owner!r} (from model.path)", tensors=len(stored))
     check_config(config, f"The folder {owner!r}")
     check_shapes(folder, stored)
 
 
-def check_files(folder: Path) -> None:
-    """Raises: ConfigError if a file is missing, the weights are pickle, or the folder is an adapter."""
+def check_files(folder: Path) -> list[str]:
+    """Names of the weight files. Raises: ConfigError if a file is missing, they are pickle, or it is an adapter."""
     names = {entry.name for entry in folder.iterdir()}
     for name in sorted(names):
         if name.endswith(READ):
@@ -47,7 +46,7 @@ def check_files(folder: Path) -> None:
             f"The folder {str(folder)!r} (from model.path) holds a model and an adapter_config.json, and transformers "
             "would attach that adapter to the model. Move adapter_config.json and adapter_model.safetensors elsewhere."
         )
-    weight_files(folder)
+    return weight_files(folder)
 
 
 def weight_files(folder: Path) -> list[str]:
