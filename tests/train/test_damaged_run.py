@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qdpo.data.tokens.store import load_pairs
 from qdpo.errors import DataError, DiskError
 from qdpo.run import disk, seal
 from qdpo.run.folder import RunDir
@@ -14,7 +15,7 @@ from qdpo.run.record import read_record
 from qdpo.settings import layered
 from qdpo.train import between_steps
 from qdpo.train.loop import run_training
-from tests.conftest import Quiet, arguments, tiny_rows, write_jsonl
+from tests.conftest import Quiet, arguments, save_tiny_base, tiny_rows, write_jsonl
 from tests.faults.run_files import edit, exchange, flip, insert, swap_lengths
 from tests.run.made import rewrite_json
 
@@ -75,6 +76,30 @@ def test_damaged_pairs_are_prepared_again(
     said = resume()
     assert "train.safetensors cannot be used" in said and "preparing the pairs again" in said
     assert before == (stopped.train_pairs.read_bytes(), stopped.held_out_pairs.read_bytes())
+
+
+def test_pairs_that_were_cut_at_the_models_positions_are_prepared_again(tmp_path: Path) -> None:
+    """data.max_tokens is lowered at the start of a run; the same must hold where the pairs are prepared again."""
+    base = save_tiny_base(tmp_path / "base", max_position_embeddings=40)
+    settings = {
+        "model.path": str(base), "model.quantization": "none", "model.dtype": "fp32", "model.device": "cpu",
+        "data.path": str(write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(12))), "data.max_drop_fraction": "1",
+        "train.pairs_per_step": "2", "train.optimizer": "adamw", "output.dir": str(tmp_path / "runs"),
+        "output.name": "run", "cache.dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    changes = {**CHANGES, "data__eval_fraction": "0.2"}
+    run_training(layered.resolve(arguments(settings, **changes)), Quiet())
+    run = RunDir(tmp_path / "runs" / "run")
+    before = run.train_pairs.read_bytes()
+    longest = int(load_pairs(run.train_pairs).lengths.sum(1).max())
+    assert longest < 80
+    run.result.unlink()
+    shutil.rmtree(run.adapter)
+    edit(run.train_pairs, "ids", 0.3, 9)
+    watcher = Quiet()
+    run_training(layered.resolve(arguments(settings, **changes)), watcher)
+    assert "data.max_tokens: 40, the positions" in watcher.text and "preparing the pairs again" in watcher.text
+    assert run.train_pairs.read_bytes() == before
 
 
 def test_damaged_pairs_of_data_that_give_others_now_stop_the_run(stopped: RunDir, resume: Callable[..., str]) -> None:

@@ -109,17 +109,17 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     adapter_source.check_adapter(
         config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
     )
-    tokenizer = load_tokenizer(folder.folder)
+    tokenizer, shape = load_tokenizer(folder.folder), model_config(folder.folder)
+    config = within_positions(resolved, positions(shape), say)
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
-        _first_start(resolved, run, folder, device, tokenizer, watcher)
+        _first_start(resolved, config, run, folder, device, tokenizer, watcher)
     train, held_out = stored.load_or_prepare(
         run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
     )
-    vocab_size = model_config(folder.folder).get_text_config().vocab_size
     for part in (train, held_out):
-        prepare.check_ids(part, vocab_size, tokenizer)
+        prepare.check_ids(part, shape.get_text_config().vocab_size, tokenizer)
     settle_template(tokenizer, config.data.template)  # what samples and the saved tokenizer use
     identity.take_neutral(run, config)
     _mend(run, resolved, device, say)
@@ -217,20 +217,23 @@ def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
 
 def _first_start(
     resolved: Resolved,
+    config: RunConfig,
     run: RunDir,
     folder: BaseFolder,
     device: torch.device,
     tokenizer: Any,
     watcher: Watcher,
 ) -> None:
-    """Prepares the data, then writes the run folder with all found values, whole or not at all."""
+    """Prepares the data, then writes the run folder with all found values, whole or not at all.
+
+    `config` holds the settings as they are used, `resolved` as they were given.
+    """
     if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
             f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
             "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
     say, shape = watcher.say, model_config(folder.folder)
-    config = within_positions(resolved, positions(shape), say)
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
