@@ -115,7 +115,8 @@ def differences(folder: Path, work: Path) -> dict[str, Any]:
         found.whole_nats = _largest(whole_N - off_N)
     found.mean_logp, found.effect = off_N.mean().item(), _largest(on_N - off_N)
     found.adapted = sorted({_module(name) for name in policy.adapter_parameters()})
-    found.dead = sorted({_module(name) for name in policy.adapter_parameters() if name not in gradients})
+    learning = {_module(name) for name, gradient in gradients.items() if gradient.any()}
+    found.dead = sorted(set(found.adapted) - learning)
     biggest = max(gradient.abs().max() for gradient in gradients.values())
     for kept in (1, 0):
         _compare(loaded, pairs, kept, found, (off_N, on_N), gradients, biggest)

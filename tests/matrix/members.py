@@ -101,7 +101,7 @@ def randomise(model: Any) -> None:
             continue  # rotary frequencies and the like
         elif tensor.dim() > 1:
             tensor.copy_(noise(tensor, 0.1))
-        elif not tensor.isfinite().all() or tensor.abs().max() > 1e3 or last == "sinks":
-            tensor.copy_(noise(tensor, 0.5))
+        elif not tensor.isfinite().all() or tensor.abs().max() > 1e3 or not tensor.any() or last == "sinks":
+            tensor.copy_(noise(tensor, 0.5))  # where all are 0, whole branches would be idle
         elif "norm" in name or "bias" in last:
             tensor.add_(noise(tensor, 0.2 if "norm" in name else 0.1))
