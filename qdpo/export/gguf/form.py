@@ -15,19 +15,30 @@ from numpy.typing import NDArray
 from qdpo.errors import ConfigError
 from qdpo.families.config_fields import family_of
 from qdpo.families.family import WITH_GGUF, GgufForm
+from qdpo.families.serving import LLAMA_CPP, LLAMA_CPP_RELEASE, serving_of
+from qdpo.model.base.folder import read_json
 
 Array = NDArray[Any]
 
 
+def other_writer(folder: Path, words: str) -> str:
+    """The remedy where qdpo writes no GGUF file: `words`, a command of llama.cpp, if it knows the architecture."""
+    serving = serving_of(read_json(folder / "config.json"))
+    if serving is None or serving.architecture in LLAMA_CPP:
+        return f"Try llama.cpp's converter:\n  {words}"
+    served = "`qdpo export RUN --to vllm`" if serving.vllm else "transformers"
+    return (
+        f"llama.cpp's converter does not know {serving.architecture} either (read in {LLAMA_CPP_RELEASE}; a later "
+        f"release may). Serve the merged folder by {served} instead."
+    )
+
+
 def form_of(config: Any, otherwise: str) -> GgufForm:
-    """The family's GGUF form. Raises: ConfigError naming the family, with the remedy `otherwise` (a command)."""
+    """The family's GGUF form. Raises: ConfigError naming the family, with the remedy `otherwise`."""
     family = family_of(config)
     if family is None or family.gguf is None:
         known = ", ".join(WITH_GGUF)
-        raise ConfigError(
-            f"qdpo cannot write GGUF for the family {config.model_type!r} (only {known}). Try llama.cpp's converter:\n"
-            f"  {otherwise}"
-        )
+        raise ConfigError(f"qdpo cannot write GGUF for the family {config.model_type!r} (only {known}). {otherwise}")
     return family.gguf
 
 
@@ -35,10 +46,7 @@ def require_exact(form: GgufForm, config: Any, otherwise: str) -> None:
     """Raises: ConfigError naming a model setting that llama.cpp does not compute as transformers does."""
     reason = _inexact(form, config)
     if reason:
-        raise ConfigError(
-            f"This {config.model_type} model has {reason}, which qdpo cannot write as GGUF. Try llama.cpp's "
-            f"converter:\n  {otherwise}"
-        )
+        raise ConfigError(f"This {config.model_type} model has {reason}, which qdpo cannot write as GGUF. {otherwise}")
 
 
 def _inexact(form: GgufForm, config: Any) -> str | None:
