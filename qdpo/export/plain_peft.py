@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from qdpo.errors import VerificationError
 from qdpo.export.merge.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
@@ -24,6 +23,7 @@ from qdpo.export.proof import served
 from qdpo.model.base.weight_names import folder_names, served_skeleton
 from qdpo.model.policy.lora_file import read_tensors
 from qdpo.model.policy.lora_fit import full_config
+from qdpo.model.policy.peft_names import peft_names
 from qdpo.run import disk
 
 
@@ -56,12 +56,14 @@ def _fill(part: Path, lora: Lora, adapter: Path, model: Any, base: Path) -> None
         tensors[f"{PREFIX}{module}{B_SUFFIX}"] = layer.b_NR
     save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
     kept = {name: lora.config.get(name) for name in ("base_model_name_or_path", "revision", "fan_in_fan_out")}
+    targets = peft_names(model, lora.layers)
     config = full_config(
         {
             **{name: value for name, value in kept.items() if value is not None},
             "r": lora.rank,
             "lora_alpha": lora.rank,
-            "target_modules": _targets(lora, model),
+            "target_modules": targets.modules,
+            **({"target_parameters": targets.parameters} if targets.parameters else {}),
         }
     )
     (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -69,13 +71,6 @@ def _fill(part: Path, lora: Lora, adapter: Path, model: Any, base: Path) -> None
         if path.is_file() and path.name not in (WEIGHTS, CONFIG) and not path.name.startswith("."):
             shutil.copyfile(path, part / path.name)
     _verify(part, lora, base)
-
-
-def _targets(lora: Lora, model: nn.Module) -> list[str]:
-    """The last parts of the layers' names if no other module of `model` has them, else the full names; sorted."""
-    last = {module.rpartition(".")[2] for module in lora.layers}
-    named = {name for name, _module in model.named_modules() if name.rpartition(".")[2] in last}
-    return sorted(last if named == set(lora.layers) else lora.layers)
 
 
 def _verify(part: Path, trained: Lora, base: Path) -> None:
