@@ -7,7 +7,7 @@ No torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qdpo.families.config_fields import experts_field, family_of, field
@@ -83,6 +83,15 @@ class Serving:
     """`adapter`: the base with the adapter over it, or the merged model; `merged`: the merged model alone."""
     has_experts: bool
 
+    @classmethod
+    def unknown(cls, architecture: str) -> "Serving":
+        """A model whose config.json names no class."""
+        return cls(architecture=architecture, gguf=None, vllm=None, has_experts=False)
+
+    def without_own_gguf(self) -> "Serving":
+        """The same for a config with settings that qdpo does not write as GGUF."""
+        return replace(self, gguf="llama.cpp" if self.architecture in LLAMA_CPP else None)
+
 
 def serving_of(config: Mapping[str, Any]) -> Serving | None:
     """The programs for the model of a config.json; None if it does not name its class."""
@@ -99,3 +108,22 @@ def serving_of(config: Mapping[str, Any]) -> Serving | None:
         vllm="adapter" if name in VLLM_ADAPTER else "merged" if name in VLLM_MERGED else None,
         has_experts=experts_field(text if isinstance(text, Mapping) else config) is not None,
     )
+
+
+def ships_as(serving: Serving, beginning: str | None = None) -> str:
+    """The ways out of a run in one line; `beginning` is that of the adapter's names for servers."""
+    ways = [f"merged folder ({serving.architecture})"]
+    if serving.gguf == "qdpo":
+        ways.append("GGUF")
+    elif serving.gguf == "llama.cpp":
+        ways.append("GGUF by llama.cpp's convert_hf_to_gguf.py")
+    under = f" under {beginning}*" if beginning else ""
+    if serving.vllm == "adapter":
+        ways.append(f"adapter for PEFT and vLLM{under}")
+    else:
+        ways.append(f"adapter for PEFT{under}")
+    if serving.vllm == "merged":
+        ways.append("vLLM: merged only")
+    lacks = [] if serving.gguf else [f"GGUF (llama.cpp's converter does not know it, {LLAMA_CPP_RELEASE})"]
+    lacks += [] if serving.vllm else [f"vLLM (does not list it, {VLLM_RELEASE})"]
+    return ", ".join(ways) + (f"; not as: {', '.join(lacks)}" if lacks else "")

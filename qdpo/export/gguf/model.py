@@ -17,8 +17,6 @@ from qdpo.export.gguf.form import (
     Names,
     context_length,
     form_of,
-    full_rope,
-    head_size,
     other_writer,
     require_exact,
     row_order,
@@ -27,6 +25,7 @@ from qdpo.export.gguf.vocabulary import Vocabulary, vocabulary
 from qdpo.export.merge.weight_names import WeightPlace, text_weights, weights
 from qdpo.export.servers import command
 from qdpo.families.family import GgufForm
+from qdpo.families.gguf_exact import full_rope, head_size
 from qdpo.model.base.text_model import text_model
 from qdpo.run import disk
 from qdpo.train.start.tokenizer import RunTokenizer, tokenizer_in

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from qdpo.model.base.weight_names import folder_names
+from qdpo.model.base.folder import read_json
+from qdpo.model.base.text_model import text_model
 from qdpo.run.watcher import Say
 
 # Classes of whole checkpoints that compute text otherwise than the text class that is trained (transformers 5.24).
@@ -16,11 +17,10 @@ UNLIKE = {
 
 def text_class(folder: Path, say: Say) -> str:
     """The text class as JSON for `reload`; empty if the class that config.json names is reloaded, as servers do."""
-    names = folder_names(folder)
-    why = UNLIKE.get(names.served.__name__)
-    if why is None:
+    named = (read_json(folder / "config.json").get("architectures") or [""])[0]
+    if named not in UNLIKE:
         return ""
-    text = names.text
-    say(f"compared as {text.cls.__name__} (transformers' {names.served.__name__}: {why})")
+    text = text_model(folder)
+    say(f"compared as {text.cls.__name__} (transformers' {named}: {UNLIKE[named]})")
     tied = bool(getattr(text.config, "tie_word_embeddings", False))
     return json.dumps({"class": text.cls.__name__, "key_mapping": text.key_mapping, "tied": tied})

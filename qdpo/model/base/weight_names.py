@@ -21,7 +21,7 @@ from qdpo.errors import ConfigError
 from qdpo.model.base.folder import read_json, weight_files
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import tensors_of
-from qdpo.model.base.text_model import TextModel, model_config, skeleton, text_model
+from qdpo.model.base.text_model import TextModel, found_in, model_config, skeleton
 
 WEIGHT = ".weight"
 
@@ -95,8 +95,8 @@ class FolderNames:
         lost = sorted(module for module in wanted if module not in pairs)
         if lost:
             raise ConfigError(
-                f"{len(lost)} of the adapter's layers, such as {lost[0]}, are no layers of {self.served.__name__}, the "
-                f"class that config.json of {self.folder} names and servers load. Serve the merged model: `qdpo merge`."
+                f"{len(lost)} of the adapter's layers, such as {lost[0]}, are not layers of {self.served.__name__}, "
+                f"the class that config.json of {self.folder} names and servers load. Serve the merged model: `qdpo merge`."
             )
         return {module: pairs[module] for module in wanted}
 
@@ -157,13 +157,13 @@ def served_class(config: Mapping[str, Any]) -> Any:
     return found if isinstance(found, type) and issubclass(found, transformers.GenerationMixin) else None
 
 
-def folder_names(folder: Path) -> FolderNames:
-    """The names of a model folder's weights.
+def folder_names(folder: Path, stored: Collection[str] | None = None) -> FolderNames:
+    """The names of a model folder's weights; with `stored`, those in its files, before the files are there.
 
     Raises: ConfigError if transformers cannot build the class that is trained, or the files do not hold it.
     """
-    files = tensors_of(folder, weight_files(folder))
-    text = text_model(folder)
+    files = tensors_of(folder, weight_files(folder)) if stored is None else stored
+    text = found_in(folder, files)
     trained = stored_names(skeleton(text), files, text.key_mapping)
     served = served_class(read_json(folder / "config.json")) or text.whole
     return FolderNames(folder=folder, text=text, served=served, trained=trained)
