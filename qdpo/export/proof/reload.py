@@ -48,8 +48,10 @@ def _load(folder: str, device: str, part: dict[str, Any] | None) -> Any:
         text.tie_word_embeddings = part["tied"]
         cls = getattr(transformers, part["class"])
         return cls.from_pretrained(folder, config=text, key_mapping=part["key_mapping"], **arguments)
-    named = (config.architectures or [""])[0]
-    cls = getattr(transformers, named, transformers.AutoModelForCausalLM)
+    cls = getattr(transformers, (config.architectures or [""])[0], None)
+    if cls is None:
+        cls = transformers.AutoModelForCausalLM
+        cls = cls if type(config) in cls._model_mapping else transformers.AutoModelForMultimodalLM
     return cls.from_pretrained(folder, **arguments)
 
 

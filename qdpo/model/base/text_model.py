@@ -105,7 +105,20 @@ def text_model_of(config: Any) -> TextModel:
         )
     if whole is not None:
         text.tie_word_embeddings = _is_tied(plain, text, whole)
+        for name in ("bos_token_id", "eos_token_id"):  # the outer ones are those that generation goes by
+            if getattr(plain, name, None) is not None:
+                setattr(text, name, getattr(plain, name))
     return _with_decoder(text, cls, whole or cls, is_part=text is not plain)
+
+
+def check_text_model(config: Mapping[str, object], owner: str) -> None:
+    """Refuses a config.json of which there is no text model to train, by name; for use before a download.
+
+    Raises: ConfigError.
+    """
+    with reading(f"transformers cannot build the model of config.json of {owner} (from model.path)", AGAIN):
+        built: Any = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+        text_model_of(built)
 
 
 def has_text_model(config: Any) -> bool:
@@ -118,7 +131,7 @@ def has_text_model(config: Any) -> bool:
 
 def model_config(folder: Path) -> Any:
     """The folder's config, as transformers reads it. Raises: ConfigError for an unknown architecture."""
-    with reading(f"transformers cannot read the config of {folder}", AGAIN):
+    with reading(f"transformers cannot read {folder}/config.json (from model.path)", AGAIN):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 

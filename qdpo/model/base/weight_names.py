@@ -96,7 +96,7 @@ class FolderNames:
         if lost:
             raise ConfigError(
                 f"{len(lost)} of the adapter's layers, such as {lost[0]}, are not layers of {self.served.__name__}, "
-                f"the class that config.json of {self.folder} names and servers load. Serve the merged model: `qdpo merge`."
+                f"which config.json of {self.folder} names and servers load. Serve the merged model: `qdpo merge`."
             )
         return {module: pairs[module] for module in wanted}
 
