@@ -18,9 +18,10 @@ from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge import shards
-from qdpo.export.merge.shards import PlannedTensor, Stored
+from qdpo.export.merge.shards import PlannedTensor
 from qdpo.export.merge.source import MergeSource, open_source
 from qdpo.model.base import quant
+from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
 from qdpo.run import disk

@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import LoraLayer, read_lora
-from qdpo.export.merge.shards import Stored, stored_tensors
 from qdpo.families.config_fields import family_of, names_experts
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit
+from qdpo.model.base.tensor_files import Stored, stored_tensors
 from qdpo.model.device import DTYPES
 from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
