@@ -12,7 +12,7 @@ from qdpo.model.base import quant
 from qdpo.model.base.finite import check_finite
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import AGAIN
-from qdpo.model.base.load import loading
+from qdpo.model.base.load import loaded, loading
 from qdpo.model.device import DTYPES
 from qdpo.run.watcher import Say
 
@@ -39,7 +39,7 @@ def load_reward_model(
     """
     arguments = loading(folder, quantization, double_quant=True, dtype=dtype, device=device, announce=announce)
     with reading(f"transformers cannot load the reward model in {folder}", AGAIN):
-        model, about = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **arguments)
+        model, about = loaded(AutoModelForSequenceClassification, **arguments)
     if about["missing_keys"]:
         raise ConfigError(
             f"The weights in {folder} lack {', '.join(sorted(about['missing_keys'])[:3])}, which would be random: this "

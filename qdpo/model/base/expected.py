@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qdpo.errors import ConfigError
+from qdpo.families.stored_form import stored_form
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import HeaderEntry
 
@@ -39,7 +40,8 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
             f"{folder}/config.json (from model.path) describes a model of {wanted:,} parameters, but the weights take "
             f"only {stored_bytes:,} bytes. {SOURCE}"
         )
-    if getattr(config, "quantization_config", None):
+    form = stored_form(config.to_dict(), str(folder))
+    if form is not None and not form.is_dequantised:
         return
     for name, parameter in model.state_dict().items():
         found = stored.get(name)

@@ -180,7 +180,7 @@ def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
     with disk_errors(cache):
         # config.json first: an unusable model is refused before gigabytes are downloaded.
         config = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
-        check_config(config, owner)
+        check_config(config, owner, repo)
         refuse(config)
         wanted = filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         absent = [name for name in wanted if try_to_load_from_cache(repo, name, revision=commit.resolved) is None]

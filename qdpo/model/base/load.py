@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
+from qdpo.families.stored_form import stored_form
 from qdpo.model.base import quant
+from qdpo.model.base.dequantise import state_dict_of
 from qdpo.model.base.expected import check_loaded
 from qdpo.model.base.finite import check_files_finite, check_finite
 from qdpo.model.base.folder import read_json, weight_files
@@ -43,12 +46,12 @@ def load_base(
     """
     compute = DTYPES[dtype]
     arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
-    load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned the report
     if device.type == "cuda" and quantization != "none":
         check_files_finite(folder, weight_files(folder))
     with reading(f"transformers cannot load the model in {folder}", AGAIN):
-        model, about = load(folder, attn_implementation=attention_name, output_loading_info=True, **arguments)
+        model, about = loaded(AutoModelForCausalLM, attn_implementation=attention_name, **arguments)
     check_loaded(folder, about)
+    model.name_or_path = model.config.name_or_path = str(folder)  # unknown to transformers where it got the weights
     check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()
@@ -73,11 +76,15 @@ def loading(
 ) -> dict[str, Any]:
     """Arguments for loading a model of any kind with transformers: only this folder's safetensors, no custom code.
 
-    A folder that is already 4-bit keeps its own settings.
+    A folder that is already 4-bit keeps its own settings; one in FP8 or MXFP4 is dequantised weight by weight.
     """
     disable_progress_bar()
-    arguments: dict[str, Any] = {}
-    if "quantization_config" in read_json(folder / "config.json"):
+    arguments: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    form = stored_form(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
+    if form is not None and form.is_dequantised:
+        announce(f"weights: stored in {form.words}, dequantised one by one while loading")
+        arguments = _dequantised(folder, DTYPES[dtype])
+    if form is not None and not form.is_dequantised:
         announce("quantisation: as stored in the folder (already 4-bit)")
     elif quantization != "none":
         arguments["quantization_config"] = quant.four_bit_config(quantization, double_quant, DTYPES[dtype])
@@ -88,6 +95,31 @@ def loading(
         "local_files_only": True,
         "use_safetensors": True,
     }
+
+
+def loaded(auto: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The model by an Auto class with the arguments of `loading`, and transformers' report of what was missing."""
+    config = arguments.get("config")
+    if config is not None:  # without a folder an Auto class fails: it looks for code there
+        auto = auto._model_mapping[type(config)]
+    found: tuple[Any, dict[str, Any]] = auto.from_pretrained(output_loading_info=True, **arguments)
+    return found
+
+
+def _dequantised(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments in the place of the folder of an original in FP8 or MXFP4.
+
+    transformers dequantises as well, but has one quantiser a model: then the rest could not become 4-bit.
+    """
+    config = model_config(folder)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    arguments = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state_dict_of(folder, dtype)}
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        with reading(f"transformers cannot read {folder / GENERATION_CONFIG_NAME}", AGAIN):
+            arguments["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return arguments
 
 
 def embeddings_to_host(model: Any) -> None:

@@ -17,6 +17,7 @@ from qdpo.model.base.folder import WEIGHTS, WEIGHTS_INDEX, leaves_folder, read_j
 TYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "U8": torch.uint8,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 PIECE_BYTES = 2**24
@@ -42,13 +43,16 @@ class Stored:
         step = PIECE_BYTES // self.dtype.itemsize
         total = prod(self.shape)
         for first in range(0, total, step):
-            yield self._read(first, min(step, total - first))
+            yield self.part(first, min(step, total - first))
 
     def whole(self) -> Tensor:
-        return self._read(0, prod(self.shape)).view(self.shape)
+        return self.part(0, prod(self.shape)).view(self.shape)
 
-    def _read(self, first: int, count: int) -> Tensor:
-        """Reads instead of mapping: mapped pages would count as this process's memory."""
+    def part(self, first: int, count: int) -> Tensor:
+        """`count` elements from the one numbered `first`, flat.
+
+        Reads instead of mapping: mapped pages would count as this process's memory.
+        """
         size = count * self.dtype.itemsize
         raw = np.fromfile(self.path, dtype=np.uint8, count=size, offset=self.start + first * self.dtype.itemsize)
         if len(raw) != size:
