@@ -209,7 +209,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "odd block size": ("deepseek_v3", settings(weight_block_size=[48, 0]), r"is \[48, 0\], not two"),
     "NaN scale": ("ministral3", put(f"{Q}_scale_inv", lambda one: one * torch.nan), rf"'{Q}_scale_inv' hold nan"),
     "negative scale": ("ministral3", put(f"{Q}_scale_inv", lambda one: -one), rf"'{Q}_scale_inv' hold -"),
-    "no scale": ("ministral3", put(f"{Q}_scale_inv", lambda one: one * 0), rf"'{Q}_scale_inv' are all 0"),
+    "no scale": ("ministral3", put(f"{Q}_scale_inv", lambda one: one * 0), rf"'{Q}_scale_inv' are 0 for a whole"),
     "NaN exponent": ("gpt_oss", put(f"{E}_scales", set_to((1, 2, 0), 255)), rf"'{E}_scales' hold inf"),
     "NaN code": (
         "ministral3", put(Q, lambda one: set_to((3, 4), NAN)(one.view(torch.uint8)).view(torch.float8_e4m3fn)),

@@ -20,7 +20,9 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge import shards
 from qdpo.export.merge.shards import PlannedTensor
 from qdpo.export.merge.source import MergeSource, open_source
+from qdpo.families.stored_form import without_settings
 from qdpo.model.base import quant
+from qdpo.model.base.dequantise import Dequantised
 from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
@@ -83,9 +85,9 @@ def merge_run(
         )
     chosen = DTYPES[dtype] if dtype else default_dtype(source)
     name = next(name for name, one in DTYPES.items() if one == chosen)
-    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}")
     job = _Merge(source, base, chosen)
     total = sum(tensor.bytes for tensor in job.planned)
+    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}: {_size(source, total)}")
     disk.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
     _clear_leftovers(out)
     report: list[MergeReport] = []
@@ -143,6 +145,15 @@ def _why(source: MergeSource) -> str:
     return ", the run's compute type" if default_dtype(source) == source.compute else ", as the base's files are"
 
 
+def _size(source: MergeSource, total: int) -> str:
+    """The size on disk; of a base that is smaller because it is stored in fewer bits, that too."""
+    size = f"{total / 2**30:.2f} GiB"
+    if source.stored_as is None:
+        return size
+    stored = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    return f"{size} (the base, stored in {source.stored_as.words}, takes {stored / 2**30:.2f} GiB)"
+
+
 class _Merge:
     """Produces the merged tensors, one at a time."""
 
@@ -156,7 +167,7 @@ class _Merge:
             if key not in companions
         ]
 
-    def _type(self, stored: Stored) -> torch.dtype:
+    def _type(self, stored: Stored | Dequantised) -> torch.dtype:
         is_weight = stored.dtype.is_floating_point or stored.name in self.source.marks
         return self.dtype if is_weight else stored.dtype
 
@@ -183,7 +194,7 @@ class _Merge:
             return values
         return values.to(self.source.compute)
 
-    def _weight(self, stored: Stored) -> Tensor:
+    def _weight(self, stored: Stored | Dequantised) -> Tensor:
         """The weight that the adapter is added to, (N, K)."""
         source, key = self.source, stored.name
         whole = stored.whole()
@@ -220,8 +231,8 @@ def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> 
     name = str(dtype).removeprefix("torch.")
     config = {
         key: value
-        for key, value in source.config.items()
-        if key not in ("quantization_config", "_name_or_path", "transformers_weights")
+        for key, value in without_settings(source.config).items()
+        if key not in ("_name_or_path", "transformers_weights")
     }
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):

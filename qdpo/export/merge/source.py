@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import LoraLayer, read_lora
 from qdpo.families.config_fields import family_of, names_experts
+from qdpo.families.stored_form import StoredForm, stored_form
 from qdpo.model.base import fetch, quant
+from qdpo.model.base.dequantise import Dequantised, plain_tensors
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit
-from qdpo.model.base.tensor_files import Stored, stored_tensors
+from qdpo.model.base.tensor_files import Stored
 from qdpo.model.device import DTYPES
 from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
@@ -33,7 +35,8 @@ class MergeSource:
     config: dict[str, Any]
     """The base's config.json."""
     compute: torch.dtype
-    tensors: dict[str, Stored]
+    tensors: dict[str, Stored | Dequantised]
+    """Of a base in FP8 or MXFP4, those of the same model with plain weights."""
     deltas: dict[str, LoraLayer]
     """By the weight's name in the base's files, like the fields below."""
     marks: dict[str, FourBitMark | None]
@@ -46,8 +49,13 @@ class MergeSource:
     """The device that made the run's 4-bit weights, or the CPU."""
 
     @property
+    def stored_as(self) -> StoredForm | None:
+        """The form of the base's files; None if they are plain."""
+        return stored_form(self.config, f"The folder {str(self.folder)!r}")
+
+    @property
     def is_stored_four_bit(self) -> bool:
-        return "quantization_config" in self.config
+        return self.stored_as is not None and not self.stored_as.is_dequantised
 
     @property
     def transposed(self) -> bool:
@@ -61,7 +69,7 @@ class MergeSource:
                 return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
-    def companions(self, key: str) -> dict[str, Stored]:
+    def companions(self, key: str) -> dict[str, Stored | Dequantised]:
         """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
@@ -75,7 +83,7 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     run, record, settings = finished.run, finished.record, finished.config()
     place = _locate(finished, settings, say)
     deltas = read_lora(run.adapter).layers
-    tensors = stored_tensors(place)
+    tensors = plain_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     compute = DTYPES[record.found.dtype]
     if names_experts(tensors):
@@ -83,10 +91,11 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
             f"The base in {place} is a mixture of experts, whose weights are not stored in the shapes in which they "
             "are used. Only dense models can be merged; serve the adapter with the base instead."
         )
-    form = None
-    if settings.model.quantization != "none" and "quantization_config" not in config:
+    stored_as, form = stored_form(config, f"The folder {str(place)!r}"), None
+    is_four_bit = stored_as is not None and not stored_as.is_dequantised
+    if settings.model.quantization != "none" and not is_four_bit:
         form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
-    marks = _marks(record, config, tensors, form, place, say)
+    marks = _marks(record, is_four_bit, tensors, form, place, say)
     keys = weight_keys({*marks, *deltas}, tensors, place)
     by_key = {keys[name]: delta for name, delta in deltas.items()}
     source = MergeSource(
@@ -112,7 +121,7 @@ def _locate(finished: FinishedRun, settings: RunConfig, say: Callable[[str], Non
 
 def _marks(
     record: RunRecord,
-    config: dict[str, Any],
+    is_four_bit: bool,
     tensors: Collection[str],
     form: FourBit | None,
     folder: Path,
@@ -121,7 +130,7 @@ def _marks(
     """The run's 4-bit layers by module name, each with its mark."""
     if record.four_bit is not None:
         return dict(record.four_bit)
-    if "quantization_config" in config:
+    if is_four_bit:
         ends = f".{quant.STATE}"
         return {name.partition(".weight" + ends)[0]: None for name in tensors if ends in name}
     if form is None:

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import ConfigError
-from qdpo.families.stored_form import FP8, stored_form
+from qdpo.families.stored_form import FP8, MXFP4, stored_form
+from qdpo.model.base.finite import is_finite
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.headers import HeaderEntry
 from qdpo.model.base.originals import GROUP_BYTES, Packed, dtype_of, packed_weights, plain_headers
 from qdpo.model.base.tensor_files import NAMES, Stored, stored_tensors
 
-# Codes dequantised at a time; their float32 values take four times the bytes, MXFP4's eight times.
-TILE = 2**21
+# Codes dequantised at a time.
+TILE = 2**20
 # The value of each code of E2M1: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, 5.3.3).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# Two bits of mantissa and the exponents of float32: bf16 holds each product of MXFP4. Those of FP8 need float32.
+EXACT = {FP8: torch.float32, MXFP4: torch.bfloat16}
 STATED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 AGAIN = "Copy or download the model again."
 
@@ -34,11 +37,12 @@ AGAIN = "Copy or download the model again."
 class Dequantised:
     """A weight that is stored as codes and scales, read as a plain one.
 
-    Its values are exact products in float32; `dtype` is the type in which a plain folder would hold them.
+    Raises: ConfigError for a scale or a product that is not finite.
     """
 
     name: str
     dtype: torch.dtype
+    """The type in which a plain folder would hold it."""
     shape: tuple[int, ...]
     codes: Stored
     scales: Stored
@@ -51,38 +55,71 @@ class Dequantised:
         return prod(self.shape) * self.dtype.itemsize
 
     def pieces(self) -> Iterator[Tensor]:
-        """The whole weight, flat and in order, in pieces of float32.
+        """The whole weight, flat and in order, in pieces of a type that holds each product: see EXACT."""
+        for matrix in range(prod(self.shape[:-2])):
+            if self.method == MXFP4:
+                turned = torch.empty(self.shape[-2:], dtype=EXACT[MXFP4])
+                self._fill(turned, matrix)
+                yield turned.view(-1)
+            else:
+                yield from (tile.reshape(-1) for _rows, tile in self._tiles(matrix))
 
-        Raises: ConfigError for a scale or a product that is not finite.
-        """
-        scale = self._scale()
-        for tile in self._eights(scale) if self.method == FP8 else self._fours(scale):
-            if not bool(torch.isfinite(tile).all()):
-                raise ConfigError(
-                    f"{self.codes.path} (from model.path): the weight {self.codes.name!r} with its scales gives NaN or "
-                    f"infinite values, so nothing can be calculated with this model. {AGAIN}"
-                )
-            yield tile.reshape(-1)
-
-    def whole(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight in `dtype`, each value rounded once."""
-        found, at = torch.empty(prod(self.shape), dtype=dtype), 0
-        for piece in self.pieces():
-            found[at : at + len(piece)] = piece
-            at += len(piece)
-        self._check_range(found, dtype)
-        return found.view(self.shape)
-
-    def _check_range(self, found: Tensor, dtype: torch.dtype) -> None:
-        if dtype != torch.float32 and not bool(torch.isfinite(torch.stack(torch.aminmax(found))).all()):
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in `dtype`, each product rounded once; None for a type that holds them."""
+        found = torch.empty(self.shape, dtype=dtype or EXACT[self.method])
+        for matrix, part in enumerate(found.view(-1, *self.shape[-2:])):
+            self._fill(part, matrix)
+        if not is_finite(found):
             raise ConfigError(
                 f"{self.codes.path} (from model.path): the weight {self.codes.name!r} has values that "
                 f"{str(dtype).removeprefix('torch.')} does not hold. Use `model.dtype=bf16`."
             )
+        return found
 
-    def _scale(self) -> Tensor:
-        """The scales in float32."""
-        stored = self.scales.whole()
+    def _fill(self, part: Tensor, matrix: int) -> None:
+        """Writes one matrix of the plain weight; that of MXFP4 is stored transposed."""
+        place = part.T if self.method == MXFP4 else part
+        for rows, tile in self._tiles(matrix):
+            place[rows] = tile
+
+    def _tiles(self, matrix: int) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of a stored matrix at a time: which, and their products."""
+        for rows, tile in self._fours(matrix) if self.method == MXFP4 else self._eights(matrix):
+            if not is_finite(tile):
+                raise ConfigError(
+                    f"{self.codes.path} (from model.path): the weight {self.codes.name!r} with its scales gives NaN or "
+                    f"infinite values, so nothing can be calculated with this model. {AGAIN}"
+                )
+            yield rows, tile
+
+    def _eights(self, matrix: int) -> Iterator[tuple[slice, Tensor]]:
+        """FP8: rows of one block at a time."""
+        rows, columns = self.shape[-2:]
+        high, wide = self.block
+        for block, scale_C in enumerate(self._scale(matrix, -(-rows // high), -(-columns // wide))):
+            scale_K = scale_C.repeat_interleave(wide)[:columns]
+            for some in _slices(block * high, min(rows, (block + 1) * high), columns):
+                tile = self.codes.part((matrix * rows + some.start) * columns, (some.stop - some.start) * columns)
+                yield some, tile.float().view(-1, columns).mul_(scale_K)
+
+    def _fours(self, matrix: int) -> Iterator[tuple[slice, Tensor]]:
+        """MXFP4: some rows, of any block."""
+        columns, rows = self.shape[-2:]
+        size = columns // 2  # bytes of a row
+        scale_NG = self._scale(matrix, rows, size // GROUP_BYTES).to(EXACT[MXFP4])
+        for some in _slices(0, rows, columns):
+            byte_B = self.codes.part((matrix * rows + some.start) * size, (some.stop - some.start) * size)
+            tile = _pairs().index_select(0, byte_B.int()).view(EXACT[MXFP4])
+            yield (
+                some,
+                tile.view(-1, size // GROUP_BYTES, 2 * GROUP_BYTES).mul_(scale_NG[some, :, None]).view(-1, columns),
+            )
+
+    def _scale(self, matrix: int, rows: int, columns: int) -> Tensor:
+        """The scales of one matrix in float32, by blocks of rows and of columns."""
+        size = min(rows * columns, prod(self.scales.shape))  # one for all, where there is one
+        first = matrix * size if prod(self.scales.shape) > size else 0
+        stored = self.scales.part(first, size)
         if stored.dtype in (torch.uint8, torch.float8_e8m0fnu):
             # A byte is the exponent of a float32: 0 is 2^-127, which has no implicit 1; 255 is NaN, and infinite here.
             power = stored.view(torch.uint8).to(torch.int32)
@@ -97,54 +134,24 @@ class Dequantised:
             )
         if not bool(scale.any()):
             raise ConfigError(
-                f"{self.scales.path} (from model.path): the scales {self.scales.name!r} are all 0, which leaves "
-                f"nothing of the weight. {AGAIN}"
+                f"{self.scales.path} (from model.path): the scales {self.scales.name!r} are 0 for a whole matrix, "
+                f"which leaves nothing of it. {AGAIN}"
             )
-        return scale
-
-    def _eights(self, scale: Tensor) -> Iterator[Tensor]:
-        """FP8, rows of one block at a time: (rows, K)."""
-        rows, columns = self.shape[-2:]
-        high, wide = self.block
-        grid = (-(-rows // high), -(-columns // wide))
-        scale_ERC = scale.reshape(-1, *grid) if scale.numel() > 1 else scale.view(1, 1, 1)
-        for matrix in range(prod(self.shape[:-2])):
-            scale_RK = scale_ERC[matrix % len(scale_ERC)].repeat_interleave(wide, dim=1)[:, :columns]
-            for block, scale_K in enumerate(scale_RK):
-                for first, count in _tiles(block * high, min(rows, (block + 1) * high), columns):
-                    codes = self.codes.part((matrix * rows + first) * columns, count * columns)
-                    yield codes.float().view(count, columns).mul_(scale_K)
-
-    def _fours(self, scale: Tensor) -> Iterator[Tensor]:
-        """MXFP4, one expert at a time: (32·G, N), the inputs first."""
-        experts, inputs, rows = self.shape
-        groups = inputs // (2 * GROUP_BYTES)
-        scale_ENG = scale.view(experts, rows, groups)
-        for expert in range(experts):
-            found_KN = torch.empty(inputs, rows)
-            for first, count in _tiles(0, rows, inputs // 2):
-                place = (expert * rows + first) * inputs // 2
-                pair_NB = _pairs()[self.codes.part(place, count * inputs // 2).int()]
-                tile_NG = (
-                    pair_NB.view(count, groups, 2 * GROUP_BYTES) * scale_ENG[expert, first : first + count, :, None]
-                )
-                found_KN[:, first : first + count] = tile_NG.view(count, inputs).T
-            yield found_KN
+        return scale.view(rows, columns) if size > 1 else scale.view(1, 1)
 
 
 @cache
 def _pairs() -> Tensor:
-    """The two values of every byte, the low half first: (256, 2)."""
-    value = torch.tensor(E2M1)
-    byte = torch.arange(256)
-    return torch.stack([value[byte & 15], value[byte >> 4]], dim=1)
+    """The two values of every byte, the low half first, as the bits of one number: (256,)."""
+    value, byte = torch.tensor(E2M1, dtype=EXACT[MXFP4]), torch.arange(256)
+    return torch.stack([value[byte & 15], value[byte >> 4]], dim=1).view(torch.int32).view(-1)
 
 
-def _tiles(first: int, end: int, columns: int) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of each tile."""
+def _slices(first: int, end: int, columns: int) -> Iterator[slice]:
+    """Some rows each, of at most TILE codes."""
     step = max(1, TILE // columns)
     for row in range(first, end, step):
-        yield row, min(step, end - row)
+        yield slice(row, min(row + step, end))
 
 
 def plain_tensors(folder: Path) -> dict[str, Stored | Dequantised]:
