@@ -19,7 +19,7 @@ from qdpo.errors import ConfigError
 from qdpo.families.stored_form import StoredForm, stored_form
 from qdpo.model.base import dequantise, quant
 from qdpo.model.base.dequantise import Dequantised, Lazily, plain_tensors
-from qdpo.model.base.folder import check_folder
+from qdpo.model.base.expected import check_folder
 from qdpo.model.base.load import load_base
 from qdpo.model.base.quant import FourBit
 from tests.model.packed import BLOCKS, ORIGINALS, STATIC, edit, in_eight_bits, rewrite, save_original, stated

@@ -1,31 +1,31 @@
 """Loads config and frozen base from a local folder."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
-from qdpo.families.stored_form import stored_form
+from qdpo.families.stored_form import settings_of, stored_form
 from qdpo.model.base import quant
 from qdpo.model.base.dequantise import state_dict_of
-from qdpo.model.base.expected import check_loaded
+from qdpo.model.base.expected import check_loaded, check_strays
 from qdpo.model.base.finite import check_files_finite, check_finite
 from qdpo.model.base.folder import read_json, weight_files
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import AGAIN
+from qdpo.model.base.text_model import TextModel, text_model
+from qdpo.model.base.text_model import model_config as model_config
 from qdpo.model.base.tokenizer import load_tokenizer as load_tokenizer
+from qdpo.model.base.weight_renames import module_name
 from qdpo.model.device import DTYPES
 from qdpo.run.watcher import Say
-
-
-def model_config(folder: Path) -> Any:
-    """The folder's config, as transformers reads it. Raises: ConfigError for an unknown architecture."""
-    with reading(f"transformers cannot read the config of {folder}", AGAIN):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def load_base(
@@ -40,18 +40,24 @@ def load_base(
 ) -> Any:
     """Loads the frozen base onto its device, in evaluation mode, with no parameter trainable.
 
+    Of a multimodal checkpoint its text model alone is loaded.
     `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `choose_path` of model/policy switches it
     later. A folder that is already 4-bit keeps its own settings.
     Raises: ConfigError for a model that transformers cannot load, or cannot load with that attention.
     """
     compute = DTYPES[dtype]
     arguments = loading(folder, quantization, double_quant=double_quant, dtype=dtype, device=device, announce=announce)
+    text = text_model(folder)
     if device.type == "cuda" and quantization != "none":
         check_files_finite(folder, weight_files(folder))
-    with reading(f"transformers cannot load the model in {folder}", AGAIN):
-        model, about = loaded(AutoModelForCausalLM, attn_implementation=attention_name, **arguments)
+    with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part):
+        model, about = loaded(
+            text.cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
+            attn_implementation=attention_name, **arguments,
+        )  # fmt: skip
     check_loaded(folder, about)
-    model.name_or_path = model.config.name_or_path = str(folder)  # unknown to transformers where it got the weights
+    if text.is_part:
+        check_strays(folder, about, model.get_submodule(text.decoder), text.decoder)
     check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()
@@ -64,6 +70,27 @@ def load_base(
     return model
 
 
+@contextmanager
+def _unreported(skips: bool) -> Iterator[None]:
+    """Without transformers' list of the tensors of other parts, which are skipped on purpose."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error() if skips else None
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _as_stored(text: TextModel, folder: Path) -> Any:
+    """The text model's config, with the 4-bit settings of a folder that is stored so, for this model's names."""
+    config, outer = copy.deepcopy(text.config), read_json(folder / "config.json")
+    stored, form = settings_of(outer), stored_form(outer, f"The folder {str(folder)!r}")
+    if form is not None and not form.is_dequantised:
+        left = [module_name(one, text.decoder, text.key_mapping) for one in stored.get("llm_int8_skip_modules") or ()]
+        config.quantization_config = {**stored, "llm_int8_skip_modules": left} if left else stored
+    return config
+
+
 def _token_ids_of(config: GenerationConfig) -> GenerationConfig:
     """The config without its settings of search and sampling, which transformers would put in for those left open."""
     return GenerationConfig(
@@ -74,16 +101,17 @@ def _token_ids_of(config: GenerationConfig) -> GenerationConfig:
 def loading(
     folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Say
 ) -> dict[str, Any]:
-    """Arguments for loading a model of any kind with transformers: only this folder's safetensors, no custom code.
+    """Arguments of `loaded` for a model of any kind: only this folder's safetensors, no custom code.
 
     A folder that is already 4-bit keeps its own settings; one in FP8 or MXFP4 is dequantised weight by weight.
+    transformers can do that too, but has one quantiser a model: then the rest could not become 4-bit.
     """
     disable_progress_bar()
-    arguments: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    arguments: dict[str, Any] = {}
     form = stored_form(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
     if form is not None and form.is_dequantised:
         announce(f"weights: stored in {form.words}, dequantised one by one while loading")
-        arguments = _dequantised(folder, DTYPES[dtype])
+        arguments["state_dict"] = state_dict_of(folder, DTYPES[dtype])
     if form is not None and not form.is_dequantised:
         announce("quantisation: as stored in the folder (already 4-bit)")
     elif quantization != "none":
@@ -97,29 +125,18 @@ def loading(
     }
 
 
-def loaded(auto: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """The model by an Auto class with the arguments of `loading`, and transformers' report of what was missing."""
-    config = arguments.get("config")
-    if config is not None:  # without a folder an Auto class fails: it looks for code there
-        auto = auto._model_mapping[type(config)]
-    found: tuple[Any, dict[str, Any]] = auto.from_pretrained(output_loading_info=True, **arguments)
-    return found
-
-
-def _dequantised(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments in the place of the folder of an original in FP8 or MXFP4.
-
-    transformers dequantises as well, but has one quantiser a model: then the rest could not become 4-bit.
-    """
-    config = model_config(folder)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    arguments = {"pretrained_model_name_or_path": None, "config": config, "state_dict": state_dict_of(folder, dtype)}
+def loaded(cls: Any, folder: Path, *, config: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder, and transformers' report of missing tensors, with the arguments of `loading`."""
+    if "state_dict" not in arguments:
+        found: tuple[Any, dict[str, Any]]
+        found = cls.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
+        return found
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        with reading(f"transformers cannot read {folder / GENERATION_CONFIG_NAME}", AGAIN):
-            arguments["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return arguments
+        arguments["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    # Weights from elsewhere than a folder; then transformers knows no name, and writes None into adapters.
+    model, about = cls.from_pretrained(None, config=config, output_loading_info=True, **arguments)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model, about
 
 
 def embeddings_to_host(model: Any) -> None:

@@ -10,10 +10,12 @@ A packed weight is two tensors, its codes and its scales. The names are transfor
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qdpo.errors import ConfigError
-from qdpo.families.stored_form import KEY, MXFP4, StoredForm
+from qdpo.families.stored_form import KEY, MXFP4, StoredForm, stored_form
+from qdpo.model.base.folder import read_json
 from qdpo.model.base.headers import HeaderEntry
 
 BLOCKS, SCALES, SCALE_INV = "_blocks", "_scales", "_scale_inv"
@@ -48,6 +50,12 @@ def packed_weights(stored: Mapping[str, HeaderEntry], form: StoredForm | None, o
     config.json that says otherwise than the files.
     """
     return _Headers(stored, form, owner).packed()
+
+
+def as_plain(folder: Path, stored: Mapping[str, HeaderEntry]) -> dict[str, HeaderEntry]:
+    """The tensors of a folder as if it were plain. Raises: ConfigError as `packed_weights` and `stored_form` do."""
+    owner = f"The folder {str(folder)!r}"
+    return plain_headers(stored, packed_weights(stored, stored_form(read_json(folder / "config.json"), owner), owner))
 
 
 def plain_headers(stored: Mapping[str, HeaderEntry], packed: Mapping[str, Packed]) -> dict[str, HeaderEntry]:
