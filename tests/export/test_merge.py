@@ -17,6 +17,7 @@ from qdpo.errors import ConfigError, DiskError, QdpoError, VerificationError
 from qdpo.export.merge import shards
 from qdpo.export.merge.lora import read_lora
 from qdpo.export.merge.merge import MergeReport, merge_run
+from qdpo.model.base import tensor_files
 from qdpo.run import disk
 from qdpo.run.folder import RunDir
 from tests.conftest import Quiet
@@ -65,7 +66,7 @@ def test_merged_equals_pefts_own_merge(
     report = merge(run, tmp_path / "out")
     assert (len(report.files) >= 3) == three_files and report.dtype == "fp32" and report.dequantized == 0
     assert worst_logit(run, base, tmp_path / "out") <= 1e-4
-    assert ("lm_head.weight" in json.dumps(sorted(shards.stored_tensors(tmp_path / "out")))) != tied
+    assert ("lm_head.weight" in json.dumps(sorted(tensor_files.stored_tensors(tmp_path / "out")))) != tied
 
 
 @pytest.mark.parametrize("family", sorted(SHARED.keys() - {"llama"}))
@@ -75,7 +76,7 @@ def test_every_family_merges_under_its_own_names(tmp_path: Path, family: str) ->
     lora = {"target_modules": TARGETS[config.model_type]} if config.model_type in TARGETS else {}
     run = make_run(tmp_path / "run", base, **lora)
     merge(run, tmp_path / "out")
-    assert shards.stored_tensors(base).keys() == shards.stored_tensors(tmp_path / "out").keys()
+    assert tensor_files.stored_tensors(base).keys() == tensor_files.stored_tensors(tmp_path / "out").keys()
     assert worst_logit(run, base, tmp_path / "out") <= 1e-4
 
 

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge import shards
-from qdpo.export.merge.shards import PlannedTensor, Stored
+from qdpo.export.merge.shards import PlannedTensor
 from qdpo.export.merge.source import MergeSource, open_source
+from qdpo.families.stored_form import without_settings
 from qdpo.model.base import quant
+from qdpo.model.base.dequantise import Dequantised
+from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
@@ -85,11 +88,11 @@ def merge_run(
         )
     chosen = DTYPES[dtype] if dtype else default_dtype(source)
     name = next(name for name, one in DTYPES.items() if one == chosen)
-    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}")
-    for line in others_told(source.others):
-        watcher.say(line)
     job = _Merge(source, base, chosen)
     total = sum(tensor.bytes for tensor in job.planned)
+    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}: {_size(source, total)}")
+    for line in others_told(source.others):
+        watcher.say(line)
     disk.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
     _clear_leftovers(out)
     report: list[MergeReport] = []
@@ -168,6 +171,15 @@ def _why(source: MergeSource) -> str:
     return ", the run's compute type" if default_dtype(source) == source.compute else ", as the base's files are"
 
 
+def _size(source: MergeSource, total: int) -> str:
+    """The size on disk; of a base that is smaller because it is stored in fewer bits, that too."""
+    size = f"{total / 2**30:.2f} GiB"
+    if source.stored_as is None:
+        return size
+    stored = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    return f"{size} (the base, stored in {source.stored_as.words}, takes {stored / 2**30:.2f} GiB)"
+
+
 class _Merge:
     """Produces the merged tensors, one at a time."""
 
@@ -181,7 +193,7 @@ class _Merge:
             if key not in companions
         ]
 
-    def _type(self, stored: Stored) -> torch.dtype:
+    def _type(self, stored: Stored | Dequantised) -> torch.dtype:
         is_weight = stored.dtype.is_floating_point and stored.name not in self.source.untouched
         return self.dtype if is_weight or stored.name in self.source.packed else stored.dtype
 
@@ -192,7 +204,7 @@ class _Merge:
         if delta is None and not self._is_dequantized(tensor.name):
             as_is = tensor.name in self.source.untouched
             for piece in stored.pieces():
-                yield piece if as_is else self._as_loaded(piece).to(tensor.dtype)
+                yield (piece if as_is else self._as_loaded(piece)).to(tensor.dtype)
             return
         weight_NK = self._weight(stored)
         if delta is not None and self.source.transposed:
@@ -212,7 +224,7 @@ class _Merge:
             return values
         return values.to(self.source.compute)
 
-    def _weight(self, stored: Stored) -> Tensor:
+    def _weight(self, stored: Stored | Dequantised) -> Tensor:
         """The weight that the adapter is added to, (N, K)."""
         source, key = self.source, stored.name
         whole = stored.whole()
@@ -250,8 +262,8 @@ def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> 
     name = str(dtype).removeprefix("torch.")
     config = {
         key: value
-        for key, value in source.config.items()
-        if key not in ("quantization_config", "_name_or_path", "transformers_weights")
+        for key, value in without_settings(source.config).items()
+        if key not in ("_name_or_path", "transformers_weights")
     }
     text = config.get("text_config")
     for part in (config, *([text] if isinstance(text, dict) else [])):  # other parts keep their weights, and their type

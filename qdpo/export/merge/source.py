@@ -10,10 +10,12 @@ import torch
 
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import LoraLayer, read_lora
-from qdpo.export.merge.shards import Stored, stored_tensors
 from qdpo.families.config_fields import family_of
+from qdpo.families.stored_form import StoredForm, stored_form
 from qdpo.model.base import fetch, quant
+from qdpo.model.base.dequantise import Dequantised, plain_tensors
 from qdpo.model.base.quant import FourBit
+from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.text_model import skeleton
 from qdpo.model.base.weight_names import FolderNames, float32_parameters, folder_names
 from qdpo.model.device import DTYPES
@@ -33,7 +35,8 @@ class MergeSource:
     config: dict[str, Any]
     """The base's config.json."""
     compute: torch.dtype
-    tensors: dict[str, Stored]
+    tensors: dict[str, Stored | Dequantised]
+    """Of a base in FP8 or MXFP4, those of the same model with plain weights."""
     deltas: dict[str, LoraLayer]
     """By the weight's name in the base's files, like the fields below."""
     marks: dict[str, FourBitMark | None]
@@ -52,8 +55,13 @@ class MergeSource:
     """The device that made the run's 4-bit weights, or the CPU."""
 
     @property
+    def stored_as(self) -> StoredForm | None:
+        """The form of the base's files; None if they are plain."""
+        return stored_form(self.config, f"The folder {str(self.folder)!r}")
+
+    @property
     def is_stored_four_bit(self) -> bool:
-        return "quantization_config" in self.config
+        return self.stored_as is not None and not self.stored_as.is_dequantised
 
     @property
     def transposed(self) -> bool:
@@ -68,7 +76,7 @@ class MergeSource:
                     return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
-    def companions(self, key: str) -> dict[str, Stored]:
+    def companions(self, key: str) -> dict[str, Stored | Dequantised]:
         """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
@@ -82,15 +90,15 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     run, record, settings = finished.run, finished.record, finished.config()
     place = _locate(finished, settings, say)
     deltas = read_lora(run.adapter).layers
-    tensors = stored_tensors(place)
+    tensors = plain_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     compute = DTYPES[record.found.dtype]
-    names = folder_names(place)
+    names = folder_names(place, tensors)
     model = skeleton(names.text)
-    form = None
-    if settings.model.quantization != "none" and "quantization_config" not in config:
-        form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
     packed = frozenset(key for key in tensors if f"{key}.absmax" in tensors)
+    stored_as, form = stored_form(config, f"The folder {str(place)!r}"), None
+    if settings.model.quantization != "none" and (stored_as is None or stored_as.is_dequantised):
+        form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
     marks = _marks(record, names, packed, form, model, say)
     keys = names.in_files({*marks, *deltas})
     source = MergeSource(

@@ -189,7 +189,7 @@ def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse, lo
     with disk_errors(cache):
         # config.json first: an unusable model is refused before gigabytes are downloaded.
         config = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
-        check_config(config, owner)
+        check_config(config, owner, repo)
         refuse(config)
         if WEIGHTS_INDEX in sizes:
             index = Path(hf_hub_download(repo, WEIGHTS_INDEX, revision=commit))
