@@ -32,11 +32,10 @@ def inexact(form: GgufForm, config: Any) -> str | None:
     return next((reason for reason, applies in checks.items() if applies), None)
 
 
-def full_rope(config: Any) -> dict[str, Any]:
-    """Rotary settings of the layers that attend to all positions."""
-    rope: dict[str, Any] = config.rope_parameters
-    full: dict[str, Any] = rope.get("full_attention", rope)
-    return full
+def full_rope(config: Any) -> Any:
+    """Rotary settings of the layers that attend to all positions, by name."""
+    rope = config.rope_parameters
+    return rope.get("full_attention", rope)
 
 
 def head_size(config: Any) -> int:

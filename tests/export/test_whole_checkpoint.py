@@ -1,19 +1,22 @@
 """A checkpoint with other parts than its text model ships whole: text merged, all else as it was, for servers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.plain_peft import write_normal
 from qdpo.model.base.text_model import text_model
 from qdpo.model.base.weight_names import folder_names
 from qdpo.run.folder import RunDir
-from tests.conftest import Quiet
+from tests.conftest import Quiet, tiny_tokenizer
 from tests.export.runs import SETTINGS, adapt
 from tests.model.multimodal import CONFIGS, save_folder, text_logits, whole_model
 from tests.run.made import write_records
@@ -82,3 +85,54 @@ def test_merged_whole_and_adapter_under_the_names_that_servers_load(tmp_path: Pa
     over = PeftModel.from_pretrained(known.served.from_pretrained(base, dtype=torch.float32).eval(), tmp_path / "peft")
     assert (text_logits(over) - wanted).abs().max() <= 1e-3
     assert (text_logits(known.served.from_pretrained(base, dtype=torch.float32).eval()) - wanted).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_processor_goes_along(tmp_path: Path) -> None:
+    base = save_folder(whole_model("gemma3"), tmp_path / "base")
+    plain = tiny_tokenizer()
+    special = {"boi_token": "<|im_start|>", "eoi_token": "<|im_end|>", "image_token": "<|im_end|>"}
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer, eos_token=plain.eos_token, pad_token=plain.pad_token,
+        extra_special_tokens=special,
+    )  # fmt: skip
+    tokenizer.chat_template = plain.chat_template
+    hf.Gemma3Processor(image_processor=hf.Gemma3ImageProcessorPil(), tokenizer=tokenizer).save_pretrained(base)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (base / name).write_text(json.dumps({"of": name}))
+    run, _logits = trained(base, tmp_path / "run")
+    merge_run(run, run.merged, base="dequantized", dtype=None, watcher=Quiet())
+    assert type(hf.AutoProcessor.from_pretrained(run.merged)) is hf.Gemma3Processor
+    for path in base.glob("*processor_config.json"):
+        assert (run.merged / path.name).read_bytes() == path.read_bytes()
+    before, after = (json.loads((place / "config.json").read_text()) for place in (base, run.merged))
+    assert after["vision_config"] == before["vision_config"] and after.keys() == before.keys()
+    different = {name for name, value in after["text_config"].items() if before["text_config"][name] != value}
+    assert different <= {"eos_token_id"}
+
+
+def test_other_parts_and_what_stays_in_float32_keep_every_byte(tmp_path: Path) -> None:
+    """Also with a type asked for, in a base of 16 bits."""
+    model = whole_model("gemma3").to(torch.bfloat16)
+    base = save_folder(model, tmp_path / "base")
+    run, _logits = trained(base, tmp_path / "run")
+    watcher = Quiet()
+    merge_run(run, run.merged, base="dequantized", dtype="fp16", watcher=watcher)
+    before, after = stored(base), stored(run.merged)
+    others = folder_names(base).trained.others
+    assert "copied as they are (not trained): multi_modal_projector, vision_tower" in watcher.text
+    for name, tensor in after.items():
+        assert tensor.dtype == (torch.bfloat16 if name in others else torch.float16)
+        if name in others:
+            assert torch.equal(tensor, before[name])
+
+
+def test_drafting_heads_are_copied_and_said(tmp_path: Path) -> None:
+    base = save_folder(whole_model("qwen3_5"), tmp_path / "base")
+    tensors = {**stored(base), "mtp.fc.weight": torch.randn(8, 8).bfloat16()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run, _logits = trained(base, tmp_path / "run")
+    watcher = Quiet()
+    merge_run(run, run.merged, base="dequantized", dtype=None, watcher=watcher)
+    assert torch.equal(stored(run.merged)["mtp.fc.weight"], tensors["mtp.fc.weight"])
+    assert "copied as they are: mtp (heads that draft tokens" in watcher.text
