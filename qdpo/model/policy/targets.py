@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.text_model import decoder_path
 
 ALL_LINEAR = "all-linear"
 # bitsandbytes' layers of the same meaning, by name, so that a loaded base and its skeleton give the same answer.
@@ -177,13 +178,6 @@ def size(module: Any) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)
 
 
-def decoder_path(model: Any) -> str:
-    """The path of the module that holds the table of input embeddings: the text decoder in every family seen."""
-    table = model.get_input_embeddings()
-    path = next((name for name, module in model.named_modules() if module is table), "")
-    return path.rpartition(".")[0]
-
-
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Linear layers of any class, and the modules that hold matrices of their own under a role's name."""
     for path, module in model.named_modules():
@@ -236,5 +230,5 @@ def _refusal(name: str, left: dict[str, list[str]], decoder: str) -> ConfigError
 
 
 __all__ = [
-    "ALL_LINEAR", "LoraTargets", "decoder_path", "is_plain", "lora_targets", "sentence", "size", "unusual",
+    "ALL_LINEAR", "LoraTargets", "is_plain", "lora_targets", "sentence", "size", "unusual",
 ]  # fmt: skip

@@ -50,13 +50,16 @@ def load_policy(
     *,
     device: torch.device,
     dtype: str,
-    layers: Sequence[str] | None,
     probe_with: Sequence[TokenPair],
     say: Say,
+    layers: Sequence[str] | None = None,
+    of_0_1: bool = False,
 ) -> Loaded:
-    """Loads the base from `folder` and builds the policy from it."""
+    """Loads the base from `folder` and builds the policy from it; for `layers` and `of_0_1` see `make_policy`."""
     model = base_of(config, folder, device, dtype, say)
-    return make_policy(config, model, device=device, dtype=dtype, layers=layers, probe_with=probe_with, say=say)
+    return make_policy(
+        config, model, device=device, dtype=dtype, probe_with=probe_with, say=say, layers=layers, of_0_1=of_0_1
+    )
 
 
 def make_policy(
@@ -65,18 +68,19 @@ def make_policy(
     *,
     device: torch.device,
     dtype: str,
-    layers: Sequence[str] | None,
     probe_with: Sequence[TokenPair],
     say: Say,
+    layers: Sequence[str] | None = None,
+    of_0_1: bool = False,
 ) -> Loaded:
     """Attaches the adapter to a base, selects the attention path by a check on two real pairs, installs fast parts.
 
-    `layers` are those of a new adapter, as recorded; None in a run of 0.1, which recorded none.
+    A new adapter gets the recorded `layers`, or those that adapter.targets means; in a run `of_0_1` as PEFT reads it.
     """
     weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
     if config.memory.embeddings == "host":
         embeddings_to_host(model)
-    model = _attach(config, model, layers)
+    model = _attach(config, model, layers, of_0_1=of_0_1)
     check_base_unchanged(model, weights)
     policy = _policy(model, config, device)
     row = row_tensors(PairRow(list(probe_with)), device)
@@ -122,11 +126,11 @@ def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, s
         ) from error
 
 
-def _attach(config: RunConfig, model: Any, layers: Sequence[str] | None) -> Any:
+def _attach(config: RunConfig, model: Any, layers: Sequence[str] | None, *, of_0_1: bool) -> Any:
     settings, seed = config.adapter, config.train.seed
     if settings.start is not None:
         return adapter.start_adapter(model, Path(settings.start))
-    if layers is None:
+    if of_0_1:
         return adapter.adapter_of_0_1(
             model, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, rslora=settings.rslora, seed=seed
         )

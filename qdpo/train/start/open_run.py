@@ -137,8 +137,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     config = auto_memory.settled(config, found.memory)
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
-        config, folder.folder, device=device, dtype=found.dtype, layers=found.adapted, probe_with=probe_pairs(train),
-        say=say,
+        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
+        layers=found.adapted, of_0_1=found.adapted is None,
     )  # fmt: skip
     watcher.finish()
     _check_weights(run, folder, loaded)
