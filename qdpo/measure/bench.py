@@ -23,6 +23,7 @@ from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.measure import random_base, steps
 from qdpo.model.device import DTYPES, choose_device, choose_dtype, peak_gib, release_memory
+from qdpo.model.policy.adapter import choose_targets
 from qdpo.run.watcher import Say
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -158,7 +159,10 @@ def _build(
         device=device,
     )
     pairs = _pairs(lengths, (number + WARM_UP) * config.train.pairs_per_step, shape.vocabulary)
-    loaded = make_policy(config, model, device=device, dtype=dtype, probe_with=probe_pairs(pairs), say=say)
+    layers = list(choose_targets(model, config.adapter.targets).adapted)
+    loaded = make_policy(
+        config, model, device=device, dtype=dtype, layers=layers, probe_with=probe_pairs(pairs), say=say
+    )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     states = memory.STATE_BYTES[chosen.run.optimizer] * memory.adapter_numbers(shape, chosen.run.rank)

@@ -72,8 +72,8 @@ def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher:
     watcher.begin("loading the model", 1, "model")
     record = opened.finished.record
     loaded = load_policy(
-        config, opened.place.folder, device=opened.device, dtype=record.found.dtype, probe_with=probe_with,
-        say=watcher.say,
+        config, opened.place.folder, device=opened.device, dtype=record.found.dtype, layers=record.found.adapted,
+        probe_with=probe_with, say=watcher.say,
     )  # fmt: skip
     watcher.finish()
     if loaded.weights != record.weights:
