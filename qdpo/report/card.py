@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from qdpo import __version__
+from qdpo.errors import ConfigError
+from qdpo.families.stored_form import FP8, MXFP4, StoredForm, stored_form
 from qdpo.report.accuracy import accuracy_text
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun
@@ -149,8 +151,14 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
     where = [repr(record.base.name if record.base.commit else "path/to/its/base")]
     where += [f"revision={record.base.commit!r}"] if record.base.commit else []
     classes, before = ["AutoModelForCausalLM"], []
-    # A folder that is 4-bit already brings its own settings; marks that were not recorded leave the setting to tell.
-    if model.quantization != "none" and record.four_bit != {} and not _is_stored_in_4_bits(Path(record.base.folder)):
+    stored = _stored_form(Path(record.base.folder))
+    # Marks that were not recorded leave the setting to tell.
+    in_4_bits = model.quantization != "none" and record.four_bit != {}
+    if stored is not None and stored.is_dequantised:  # transformers has one quantiser a model
+        classes.append({FP8: "FineGrainedFP8Config", MXFP4: "Mxfp4Config"}[stored.method])
+        where.append(f"quantization_config={classes[-1]}(dequantize=True)")
+        before = _over_dequantised(model.quantization, stored.method) if in_4_bits else []
+    elif in_4_bits and stored is None:  # a folder that is 4-bit already brings its own settings
         classes.append("BitsAndBytesConfig")
         where.append("quantization_config=in_4_bits")
         before = [
@@ -177,11 +185,18 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
     )
 
 
-def _is_stored_in_4_bits(base: Path) -> bool:
+def _over_dequantised(quantization: str, method: str) -> list[str]:
+    return [
+        f"# The adapter was trained over {quantization.upper()} made of the base's {method.upper()}. Over 16 bits made",
+        "# of that it is another model; `qdpo merge` makes one model of both, in 16 bits.",
+    ]
+
+
+def _stored_form(base: Path) -> StoredForm | None:
     try:
-        return "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        return stored_form(json.loads((base / "config.json").read_text(encoding="utf-8")), f"The folder {str(base)!r}")
+    except (OSError, ValueError, ConfigError):  # the base has changed or gone since the run
+        return None
 
 
 def public_name(name: str, source: str, *, hide: bool = False) -> str:

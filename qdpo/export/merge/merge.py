@@ -23,6 +23,7 @@ from qdpo.export.merge.source import MergeSource, open_source
 from qdpo.families.stored_form import without_settings
 from qdpo.model.base import quant
 from qdpo.model.base.dequantise import Dequantised
+from qdpo.model.base.folder import weight_files
 from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
@@ -176,7 +177,7 @@ def _size(source: MergeSource, total: int) -> str:
     size = f"{total / 2**30:.2f} GiB"
     if source.stored_as is None:
         return size
-    stored = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+    stored = sum((source.folder / name).stat().st_size for name in weight_files(source.folder))
     return f"{size} (the base, stored in {source.stored_as.words}, takes {stored / 2**30:.2f} GiB)"
 
 

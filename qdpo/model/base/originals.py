@@ -8,15 +8,15 @@ A packed weight is two tensors, its codes and its scales. The names are transfor
   The plain weight `x` is (E, 32·G, N): experts, inputs, outputs, as gpt-oss multiplies by it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qdpo.errors import ConfigError
 from qdpo.families.stored_form import KEY, MXFP4, StoredForm, stored_form
-from qdpo.model.base.folder import read_json
-from qdpo.model.base.headers import HeaderEntry
+from qdpo.model.base.folder import read_json, weight_files
+from qdpo.model.base.headers import HeaderEntry, tensors_of
 
 BLOCKS, SCALES, SCALE_INV = "_blocks", "_scales", "_scale_inv"
 UNUSED = ("activation_scale", "input_scale")
@@ -52,10 +52,25 @@ def packed_weights(stored: Mapping[str, HeaderEntry], form: StoredForm | None, o
     return _Headers(stored, form, owner).packed()
 
 
+def plain_folder(folder: Path) -> dict[str, HeaderEntry]:
+    """The tensors of a folder as if it were plain. Raises: ConfigError as `as_plain` and `tensors_of` do."""
+    return as_plain(folder, tensors_of(folder, weight_files(folder)))
+
+
 def as_plain(folder: Path, stored: Mapping[str, HeaderEntry]) -> dict[str, HeaderEntry]:
-    """The tensors of a folder as if it were plain. Raises: ConfigError as `packed_weights` and `stored_form` do."""
+    """The same, where the headers are read already. Raises: ConfigError as `packed_weights` and `stored_form` do."""
     owner = f"The folder {str(folder)!r}"
     return plain_headers(stored, packed_weights(stored, stored_form(read_json(folder / "config.json"), owner), owner))
+
+
+def plain_names(folder: Path, stored: Collection[str]) -> list[str]:
+    """The names of the tensors that a plain folder would hold, where the headers are not there yet."""
+    form = stored_form(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
+    if form is None or not form.is_dequantised:
+        return list(stored)
+    if form.method == MXFP4:
+        return [name.removesuffix(BLOCKS) for name in stored if not name.endswith(SCALES)]
+    return [name for name in stored if not name.endswith((SCALE_INV, *UNUSED))]
 
 
 def plain_headers(stored: Mapping[str, HeaderEntry], packed: Mapping[str, Packed]) -> dict[str, HeaderEntry]:

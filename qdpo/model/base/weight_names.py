@@ -18,9 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from qdpo.errors import ConfigError
-from qdpo.model.base.folder import read_json, weight_files
+from qdpo.model.base.folder import read_json
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.headers import tensors_of
+from qdpo.model.base.originals import plain_folder, plain_names
 from qdpo.model.base.text_model import TextModel, found_in, model_config, skeleton
 
 WEIGHT = ".weight"
@@ -162,7 +162,7 @@ def folder_names(folder: Path, stored: Collection[str] | None = None) -> FolderN
 
     Raises: ConfigError if transformers cannot build the class that is trained, or the files do not hold it.
     """
-    files = tensors_of(folder, weight_files(folder)) if stored is None else stored
+    files = plain_folder(folder) if stored is None else plain_names(folder, stored)
     text = found_in(folder, files)
     trained = stored_names(skeleton(text), files, text.key_mapping)
     served = served_class(read_json(folder / "config.json")) or text.whole
