@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.plain_peft import write_normal
+from qdpo.export.trained import trained_run
 from qdpo.model.base.text_model import text_model
 from qdpo.model.base.weight_names import folder_names
+from qdpo.report.card import card_text
 from qdpo.run.folder import RunDir
 from tests.conftest import Quiet, tiny_tokenizer
 from tests.export.runs import SETTINGS, adapt
@@ -136,3 +138,18 @@ def test_drafting_heads_are_copied_and_said(tmp_path: Path) -> None:
     merge_run(run, run.merged, base="dequantized", dtype=None, watcher=watcher)
     assert torch.equal(stored(run.merged)["mtp.fc.weight"], tensors["mtp.fc.weight"])
     assert "copied as they are: mtp (heads that draft tokens" in watcher.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_card_loads_the_adapter_onto_the_class_of_its_names(tmp_path: Path) -> None:
+    base = save_folder(whole_model("gemma3"), tmp_path / "base", "outer")
+    run, wanted = trained(base, tmp_path / "run")
+    text = card_text(trained_run(run.path).finished)
+    code = text.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path/to/its/base", str(base)).replace("path/to/this/adapter", str(run.adapter))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert type(names["base"]) is hf.Gemma3ForCausalLM
+    assert (text_logits(names["model"].float()) - wanted).abs().max() <= 1e-3
+    merged = card_text(trained_run(run.path).finished, is_merged=True)
+    assert "Gemma3ForConditionalGeneration.from_pretrained" in merged
