@@ -11,6 +11,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qdpo.export.gguf import model as gguf_model
+from qdpo.export.gguf.adapter import write_gguf_adapter
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.plain_peft import write_normal
 from qdpo.export.trained import trained_run
@@ -20,13 +22,14 @@ from qdpo.report.card import card_text
 from qdpo.run.folder import RunDir
 from tests.conftest import Quiet, tiny_tokenizer
 from tests.export.runs import SETTINGS, adapt
-from tests.model.multimodal import CONFIGS, save_folder, text_logits, whole_model
+from tests.model.multimodal import CONFIGS, part, save_folder, text_logits, whole_model
 from tests.run.made import write_records
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "in_proj_qkv", "w1")
 DENSE = ("gate_proj", "up_proj", "down_proj")
 # Families whose whole class, in transformers 5.24, computes text otherwise than the text class; see `verify.UNLIKE`.
 UNLIKE = {"aya_vision", "cohere2_vision", "llama4"}
+GGUF = hf.GgufConfig(dequantize=True)
 # gemma3n's tower comes from timm; llava's is refused at the door.
 FAMILIES = sorted(CONFIGS.keys() - {"gemma3n", "llava"})
 QUICK = {"gemma3", "gemma4", "qwen3_5_moe", "qwen3_vl"}
@@ -153,3 +156,19 @@ def test_the_card_loads_the_adapter_onto_the_class_of_its_names(tmp_path: Path) 
     assert (text_logits(names["model"].float()) - wanted).abs().max() <= 1e-3
     merged = card_text(trained_run(run.path).finished, is_merged=True)
     assert "Gemma3ForConditionalGeneration.from_pretrained" in merged
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gguf_of_gemma_3_holds_its_text_model(tmp_path: Path) -> None:
+    """By transformers' own reader of GGUF; and the adapter's file is compared with the trained delta."""
+    text = hf.Gemma3TextConfig(**part("gemma3_text", num_hidden_layers=6, query_pre_attn_scalar=16))
+    base = save_folder(whole_model("gemma3", text_config=text), tmp_path / "base", "outer")
+    run, wanted = trained(base, tmp_path / "run")
+    merge_run(run, run.merged, base="dequantized", dtype=None, watcher=Quiet())
+    out = tmp_path / "model.gguf"
+    gguf_model.write_gguf(run.merged, out, quant="f32", name="tuned", base_gguf=None)
+    found = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=text_model(run.merged).config, gguf_file=out.name, quantization_config=GGUF
+    )
+    assert (text_logits(found.float().eval()) - wanted).abs().max() <= 1e-3
+    assert write_gguf_adapter(run.adapter, base, tmp_path / "adapter.gguf", quant="f32", name="tuned") <= 1e-6
