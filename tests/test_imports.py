@@ -22,7 +22,7 @@ IMPORTERS = {
 # The same inside a room: a folder stands on those before it.
 INSIDE = {
     "data": ["read", "layouts", "tokens"],
-    "model": ["base", "fast", "policy", "generate"],
+    "model": ["base", "fast", "policy", "generate", "trace"],
     "train": ["step", "keep", "policy", "watch", "start"],
     "report": ["screen", "page"],
     "collect": ["judge", "label"],
