@@ -45,6 +45,14 @@ class ModelFacts:
     seen: tuple[str, ...]
     """Sources of its config.json: the first is the one that was taken, the others agree with it."""
 
+    @property
+    def line(self) -> str:
+        """The facts in one line."""
+        context = self.context and f"context {self.context:,} tokens"
+        thinking = self.thinking and f"thoughts: {self.thinking} of its chat template"
+        quantised = self.quantised and f"ships in {self.quantised}"
+        return "; ".join(part for part in (self.licence, context, thinking, quantised) if part)
+
 
 def names() -> list[str]:
     """The models that ship, by makers' names."""
@@ -75,7 +83,10 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def facts(name: str) -> ModelFacts:
-    """Facts about a model that its config.json does not hold. Raises: ConfigError for a name that known_name does not know."""
+    """Facts about a model that its config.json does not hold.
+
+    Raises: ConfigError for a name that known_name does not know.
+    """
     entry = _entry(name)
     return ModelFacts(
         name=str(known_name(name)), licence=entry.get("licence"), context=entry.get("context"),
