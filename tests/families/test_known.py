@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
 from qdpo.errors import ConfigError
 from qdpo.families import known
 from qdpo.families.config_fields import positions
 from qdpo.measure.random_base import config_of
+from qdpo.model.base.text_model import skeleton, text_model_of
 from tests.conftest import ROOT
 
 # A repository at a commit, a package with its version, a page of the hub.
@@ -110,8 +110,7 @@ OTHERWISE = {
 
 def parameters(name: str) -> int:
     """Parameters of a known model's text model, built by transformers without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(name))
+    model = skeleton(text_model_of(config_of(name)))
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -132,3 +131,11 @@ def test_a_config_has_the_parameters_of_its_name(name: str) -> None:
     size = OTHERWISE.get(name) or (found and float(found[1]) / (1000 if found[2] == "m" else 1))
     assert size, "its name has no size: add it to OTHERWISE"
     assert parameters(name) / 1e9 == pytest.approx(size, rel=0.15)
+
+
+@pytest.mark.parametrize("name", [name for name in known.names() if "text_config" in known.config_of(name)])
+def test_a_multimodal_config_says_if_its_tables_are_tied(name: str) -> None:
+    """Its class's default decides where config.json says nothing: true for Mistral 3, whose heads are their own."""
+    config = known.config_of(name)
+    assert "tie_word_embeddings" in config or config["model_type"] == "gemma3"
+    assert config_of(name).tie_word_embeddings == config.get("tie_word_embeddings", True)
