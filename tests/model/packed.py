@@ -74,7 +74,9 @@ def pack(plain: Path, folder: Path, settings: dict[str, Any]) -> Path:
     weights = load_file(folder / "model.safetensors")
     packed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if settings["quant_method"] == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
+        if "vision_tower" in name or "multi_modal_projector" in name:
+            packed[name] = weight
+        elif settings["quant_method"] == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
             packed[f"{name}_blocks"], packed[f"{name}_scales"] = in_four_bits(weight)
         elif settings["quant_method"] == "fp8" and name.endswith(("proj.weight", "_mqa.weight")):
             block = settings["weight_block_size"]

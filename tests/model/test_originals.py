@@ -22,7 +22,19 @@ from qdpo.model.base.dequantise import Dequantised, Lazily, plain_tensors
 from qdpo.model.base.expected import check_folder
 from qdpo.model.base.load import load_base
 from qdpo.model.base.quant import FourBit
-from tests.model.packed import BLOCKS, ORIGINALS, STATIC, edit, in_eight_bits, rewrite, save_original, stated
+from tests.model.multimodal import Names, save_folder, whole_model
+from tests.model.packed import (
+    BLOCKS,
+    MINISTRAL,
+    ORIGINALS,
+    STATIC,
+    edit,
+    in_eight_bits,
+    pack,
+    rewrite,
+    save_original,
+    stated,
+)
 
 CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,6 +129,21 @@ def test_scales_that_are_powers_of_two(save: Save) -> None:
     rewrite(folder, in_powers)
     theirs = by_transformers(folder, torch.bfloat16)
     assert all(torch.equal(value, theirs[key]) for key, value in opened(folder).state_dict().items())
+
+
+@pytest.mark.parametrize("names", ["inner", "outer"])
+def test_a_multimodal_original_gives_its_text_model(names: Names, tmp_path: Path) -> None:
+    """Ministral 3 is shipped so: the text part in FP8 with activation scales, tower and projector in 16 bits."""
+    plain = save_folder(whole_model("mistral3").bfloat16(), tmp_path / "plain", names)
+    folder = pack(plain, tmp_path / "packed", {**STATIC, "modules_to_not_convert": MINISTRAL})
+    weights = {
+        name: one.whole(torch.bfloat16) if isinstance(one, Dequantised) else one.whole()
+        for name, one in plain_tensors(folder).items()
+    }
+    assert weights.keys() == load_file(plain / "model.safetensors").keys()
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = opened(folder).state_dict(), opened(plain).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
