@@ -124,7 +124,7 @@ def of_model(path: str, *, revision: str | None = None, like: str | None = None)
     """
     folder = Path(path).expanduser()
     config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
-    name = known.known_name(path)
+    name = None if folder.exists() else known.known_name(path)
     if config is not None and config.is_file():
         shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)

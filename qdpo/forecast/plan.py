@@ -135,9 +135,16 @@ def make_plan(
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
-        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
+        facts=_facts(str(config.model.path)),
         notes=tuple(notes),
     )
+
+
+def _facts(path: str) -> ModelFacts | None:
+    """Those of a known hub id; a folder of that name may hold anything."""
+    if Path(path).expanduser().exists() or known.known_name(path) is None:
+        return None
+    return known.facts(path)
 
 
 def _card(
