@@ -122,7 +122,8 @@ def of_model(path: str, *, revision: str | None = None, like: str | None = None)
 
     Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
-    config, name = _config_file(path, revision), known.known_name(path)
+    config = _config_file(path, revision)
+    name = None if Path(path).expanduser().exists() else known.known_name(path)
     if config is not None:
         shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)

@@ -140,9 +140,16 @@ def make_plan(
         capped_hours=config.train.hours,
         ways=ways,
         ships_as=_ships_as(str(config.model.path), config.model.revision),
-        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
+        facts=_facts(str(config.model.path)),
         notes=tuple(notes),
     )
+
+
+def _facts(path: str) -> ModelFacts | None:
+    """Those of a known hub id; a folder of that name may hold anything."""
+    if Path(path).expanduser().exists() or known.known_name(path) is None:
+        return None
+    return known.facts(path)
 
 
 def _card(
