@@ -10,6 +10,7 @@ from typing import Any
 from qdpo.errors import ConfigError
 from qdpo.families.config_fields import experts_field, is_tied, positions
 from qdpo.families.family import FAMILIES, WITH_FORECAST, LayerForm
+from qdpo.families.traced import TracedShape
 
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -58,6 +59,9 @@ class Shape:
     def table_weights(self) -> int:
         """Weights of the embedding table; the head has as many, unless the two are tied."""
         return self.vocabulary * self.hidden
+
+
+AnyShape = Shape | TracedShape
 
 
 def from_config(config: Mapping[str, Any], source: str, *, like: str | None = None) -> Shape:

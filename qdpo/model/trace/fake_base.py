@@ -20,9 +20,19 @@ def random_base(config: Any, *, quantization: str, double_quant: bool, dtype: to
 
     Inside FakeTensorMode everything that costs memory is fake; norms and position tables stay real.
     """
+    model = bare_base(config, dtype)
+    return filled_base(model, quantization=quantization, double_quant=double_quant, dtype=dtype, device=device)
+
+
+def bare_base(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a transformers config with its parameters on meta; position tables are real."""
     attention.register()
     with no_fake(), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def filled_base(model: Any, *, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device) -> Any:
+    """A bare base with its weights on `device`, quantised and frozen."""
     head = model.get_output_embeddings()
     if quantization != "none":
         for name, layer in list(model.named_modules()):
