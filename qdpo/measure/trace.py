@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.forecast.memory import MemorySettings, RowSize
-from qdpo.model.fast import attention
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
 from qdpo.model.policy.adapter import Policy
@@ -47,8 +47,8 @@ def trace_peak(
                 if parameter.requires_grad:
                     setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter)))
         causal = model.get_base_model()
-        policy = Policy(model, causal.base_model, Head.of(causal), device, "spans", run.tile_mib)
-        assert choose_attention.switch_attention(policy, attention.NAME)
+        policy = Policy(model, decoder_of(causal), Head.of(causal), device, "spans", run.tile_mib)
+        choose_attention.choose_unseen(policy)
         with no_fake():
             install.install(model, device, weightless=True)
         layers = recompute.Layers(policy.backbone, host=CountedHostInputs(count) if run.offload else None)

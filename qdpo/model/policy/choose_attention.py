@@ -56,6 +56,17 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
     raise VerificationError("No attention path is exact on this model: " + "; ".join(refused))
 
 
+def choose_unseen(policy: Policy) -> None:
+    """Sets the path that the architecture allows, for a model without weights, on which nothing can be checked."""
+    attention.register()
+    policy.layout = "spans"
+    if sharing_obstacle(policy, 0) is None and switch_attention(policy, attention.NAME):
+        return
+    policy.layout = "separate"
+    if is_beyond_sdpa(policy) or not switch_attention(policy, "sdpa"):
+        switch_attention(policy, "eager")
+
+
 def switch_attention(policy: Policy, name: str) -> bool:
     """Switches the attention function to `name`. True if it took effect; transformers skips unregistered models."""
     verbosity = logging.get_verbosity()

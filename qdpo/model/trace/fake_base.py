@@ -3,15 +3,16 @@
 It never exists in 16 bits: its linear layers are quantised one by one on the device, or are fake tensors.
 """
 
+import copy
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoModelForCausalLM
 
 from qdpo.model.base import quant
+from qdpo.model.base.text_model import TextModel, text_model_of
 from qdpo.model.fast import attention
 
 
@@ -20,15 +21,17 @@ def random_base(config: Any, *, quantization: str, double_quant: bool, dtype: to
 
     Inside FakeTensorMode everything that costs memory is fake; norms and position tables stay real.
     """
-    model = bare_base(config, dtype)
+    with no_fake():
+        text = text_model_of(config)
+    model = bare_base(text, dtype)
     return filled_base(model, quantization=quantization, double_quant=double_quant, dtype=dtype, device=device)
 
 
-def bare_base(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a transformers config with its parameters on meta; position tables are real."""
+def bare_base(text: TextModel, dtype: torch.dtype) -> Any:
+    """A text model with its parameters on meta; position tables are real."""
     attention.register()
     with no_fake(), init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return text.cls._from_config(copy.deepcopy(text.config), dtype=dtype)
 
 
 def filled_base(model: Any, *, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device) -> Any:

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from qdpo.families import traced
 from qdpo.families.config_fields import positions
 from qdpo.families.traced import LayerKind, Moments, TracedShape, Traces
-from qdpo.model.fast import attention
+from qdpo.model.base.text_model import decoder_of, text_model_of
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
@@ -40,8 +40,9 @@ SAME = 0.01
 def trace_layers(config: Any, plain: Mapping[str, Any]) -> TracedShape:
     """The traced shape of a transformers config; `plain` is its text part as the config.json has it."""
     with _quietly():
-        whole = bare_base(config, DTYPE)
-        layers = recompute.decoder_layers(whole.base_model)
+        text = text_model_of(config)
+        whole, config = bare_base(text, DTYPE), text.config.get_text_config()
+        layers = recompute.decoder_layers(decoder_of(whole))
         alike = kinds.kinds_of(layers)
         places = sorted(set(alike))
         tables = kinds.tables_of(whole)
@@ -51,7 +52,7 @@ def trace_layers(config: Any, plain: Mapping[str, Any]) -> TracedShape:
         outside = kinds.weights_of(whole, targets, without=inside)
         names = [_name(layers[place], config, place) for place in places]
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda(), short_loops():
-            rig = _Rig(bare_base(config, DTYPE), places, count)
+            rig = _Rig(bare_base(text, DTYPE), places, count)
             recomputed, kept = rig.traces(0), rig.traces("all")
             products = rig.products()
     limit = positions(config)
@@ -110,18 +111,28 @@ class _Slope(torch.autograd.Function):
         return torch.mul(slope_ND, gradients[0])
 
 
+@contextlib.contextmanager
+def _before_each_module(hook: Any) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class _Rig:
     """One layer of each kind as a policy on fake tensors, with marks where one layer ends and the next begins."""
 
     def __init__(self, model: Any, places: list[int], count: LiveBytes):
         self._count = count
-        layers = recompute.decoder_layers(model.base_model)
+        layers = recompute.decoder_layers(decoder_of(model))
         chosen = [layers[place] for place in places]
         del layers[:]
         layers.extend(chosen)
-        types = getattr(model.config, "layer_types", None)
+        config = model.config.get_text_config()
+        types = getattr(config, "layer_types", None)
         if types:
-            model.config.layer_types = [types[place] for place in places] + list(types[len(places) :])
+            config.layer_types = [types[place] for place in places] + list(types[len(places) :])
         base = filled_base(model, quantization="nf4", double_quant=True, dtype=DTYPE, device=DEVICE)
         with no_fake():
             peft = adapter.new_adapter(
@@ -134,28 +145,18 @@ class _Rig:
                     fake.grad = torch.empty_like(fake)
                     setattr(module, name, fake)
         causal = peft.get_base_model()
-        self.policy = Policy(peft, causal.base_model, Head.of(causal), DEVICE, "spans", 128)
-        self._choose_attention()
+        self.policy = Policy(peft, decoder_of(causal), Head.of(causal), DEVICE, "spans", 128)
+        choose_attention.choose_unseen(self.policy)
         with no_fake():
             install.install(peft, DEVICE, weightless=True)
-        self._layers = recompute.Layers(causal.base_model, layers=chosen)
+        self._layers = recompute.Layers(decoder_of(causal), layers=chosen)
         self._number = len(chosen)
         self._marks: list[tuple[str, float, float]] = []
+        self._awaits_end = False
         causal.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
         for number, layer in enumerate(chosen):
             layer.register_forward_pre_hook(lambda *_: self._mark("begin"))
             layer.register_forward_hook(self._after_layer(number))
-
-    def _choose_attention(self) -> None:
-        """Our own function if the architecture allows shared rows, else transformers' own, sequence by sequence."""
-        policy = self.policy
-        if choose_attention.sharing_obstacle(policy, 0) is None and choose_attention.switch_attention(
-            policy, attention.NAME
-        ):
-            return
-        policy.layout = "separate"
-        if choose_attention.is_beyond_sdpa(policy) or not choose_attention.switch_attention(policy, "sdpa"):
-            choose_attention.switch_attention(policy, "eager")
 
     def _mark(self, name: str) -> None:
         self._marks.append((name, self._count.live, self._count.peak))
@@ -165,10 +166,15 @@ class _Rig:
         def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             hidden.register_hook(lambda _gradient: self._mark("gradient"))
-            if number == self._number - 1:
-                self._mark("end")
+            self._awaits_end = number == self._number - 1
 
         return hook
+
+    def _before_module(self, _module: nn.Module, _arguments: Any) -> None:
+        """Marks the end of the layers at the module behind them: only there is the last layer's input gone."""
+        if self._awaits_end:
+            self._awaits_end = False
+            self._mark("end")
 
     def traces(self, kept: int | str) -> list[Traces]:
         """The traces before the layers, of each kind of layer, and behind them."""
@@ -205,20 +211,27 @@ class _Rig:
         self._marks = []
         self._count.peak = self._count.live
         self._mark("start")
-        if self.policy.shared:
-            row = even_row(tokens, prompts, pairs, DEVICE)
-            spans = row.spans
-            assert isinstance(spans, PairSpans)
-            spans.sequences(DEVICE)
-            hidden = response_hidden(self.policy, row.token_T, row.position_T, row.source_N, spans)
-        else:
-            ids = torch.ones(1, tokens, dtype=torch.int64, device=DEVICE)
-            hidden = self.policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        with _before_each_module(self._before_module):
+            hidden = self._forward(tokens, prompts, pairs)
+        if self._awaits_end:  # nothing is behind the layers
+            self._awaits_end = False
+            self._mark("end")
         slope: Any = _Slope.apply(hidden)  # type: ignore[no-untyped-call]
         del hidden
         self._mark("head")
         torch.autograd.backward(slope)
         self._mark("done")
+
+    def _forward(self, tokens: int, prompts: int, pairs: int) -> Tensor:
+        if self.policy.shared:
+            row = even_row(tokens, prompts, pairs, DEVICE)
+            spans = row.spans
+            assert isinstance(spans, PairSpans)
+            spans.sequences(DEVICE)
+            return response_hidden(self.policy, row.token_T, row.position_T, row.source_N, spans)
+        ids = torch.ones(1, tokens, dtype=torch.int64, device=DEVICE)
+        hidden: Tensor = self.policy.backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        return hidden
 
     def products(self) -> list[float]:
         """Multiplications per token in the forward pass of each kind of layer."""
