@@ -30,7 +30,16 @@ INSIDE = {
 }
 # Formats of other programs may stay as they are read: config.json, adapter_config.json, transformers' arguments, and
 # the JSON that a browser sends.
-FOREIGN = {"from_config", "read_json", "loading", "check_adapter_folder", "full_config", "scale_of", "Labelling"}
+FOREIGN = {
+    "from_config",
+    "config_of",
+    "read_json",
+    "loading",
+    "check_adapter_folder",
+    "full_config",
+    "scale_of",
+    "Labelling",
+}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
 WIDE = 7

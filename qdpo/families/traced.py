@@ -5,17 +5,21 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 RANK = 16
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
 VERSION = 1
+# Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
+SHIPPED = Path(__file__).with_name("traces.json")
 # Row sizes of the traces: tokens; the share of prompts among them; pairs, where the number of pairs matters.
 TOKENS = (512, 1024, 2048, 4096, 16384)
 SHARES = (1 / 16, 15 / 16)
@@ -23,7 +27,7 @@ PAIRS = (1, 4)
 # Fields of a config that change neither the size of a tensor nor the code that runs.
 _NAMES = {
     "_name_or_path", "architectures", "auto_map", "dtype", "initializer_range", "max_position_embeddings",
-    "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "torch_dtype",
+    "quantization_config", "rms_norm_eps", "rope_theta", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
 
@@ -70,7 +74,7 @@ class Traces:
         found = points[low].toward(points[high], (tokens - TOKENS[low]) / (TOKENS[high] - TOKENS[low]))
         if tokens > TOKENS[-1]:
             found = found.plus(*_bends(points, tokens))
-        return Moments(*(max(0.0, value) for value in _values(found)))
+        return found
 
     def _of_share(self, place: int, share: float, pairs: float) -> Moments:
         by_pairs = [_line(one, PAIRS, pairs) for one in self.at[place]]
@@ -142,7 +146,9 @@ class TracedShape:
     before: Traces
     """From the token ids to the first layer."""
     after: Traces
-    """From the last layer to the last hidden states, and back from the head."""
+    """From the last layer to the last hidden states, and back from the head, if all layers are kept."""
+    after_recomputed: Traces
+    """The same if any layer is recomputed: what is handed from layer to layer then lives on for its second pass."""
     positions: int | None = field(default=None, compare=False)
 
     @property
@@ -171,10 +177,33 @@ class TracedShape:
 
 
 def key_of(config: Mapping[str, Any]) -> str:
-    """The name of a config's trace: a digest of the values that can change it. Takes the text part of a config."""
-    kept = {name: value for name, value in config.items() if name not in _NAMES and not name.endswith("_token_id")}
-    text = json.dumps(kept, sort_keys=True, default=str)
+    """The name of a config's trace: a digest of the values of its text part that can change it."""
+    outer = config
+    config = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **(outer.get("text_config") or outer)}
+    kept = {
+        name: value
+        for name, value in config.items()
+        if value is not None and name not in _NAMES and not name.endswith("_token_id")
+    }
+    text = json.dumps([outer.get("model_type"), kept], sort_keys=True, default=str)
     return hashlib.sha256(f"{VERSION} {text}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _ships() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8")) if SHIPPED.is_file() else {}
+    return content if content.get("version") == VERSION else {}
+
+
+@functools.cache
+def shipped(key: str) -> TracedShape | None:
+    """The trace of this name that ships with qdpo, or None."""
+    ships = _ships()
+    place = ships.get("keys", {}).get(key)
+    return None if place is None else from_json(ships["shapes"][place])
+
+
+_AROUND = ("before", "after", "after_recomputed")
 
 
 def to_json(shape: TracedShape) -> dict[str, Any]:
@@ -182,7 +211,7 @@ def to_json(shape: TracedShape) -> dict[str, Any]:
     plain = dataclasses.asdict(shape)
     for kind in plain["kinds"]:
         kind["kept"], kind["recomputed"] = _packed(kind["kept"]), _packed(kind["recomputed"])
-    return plain | {"before": _packed(plain["before"]), "after": _packed(plain["after"])}
+    return plain | {name: _packed(plain[name]) for name in _AROUND}
 
 
 def _packed(traces: Mapping[str, Any]) -> list[Any]:
@@ -209,5 +238,6 @@ def from_json(plain: Mapping[str, Any]) -> TracedShape:
     rest = {name: plain[name] for name in ("key", "shared", "hidden", "vocabulary", "tied", "tables", "positions")}
     return TracedShape(
         kinds=kinds, order=tuple(plain["order"]), outside=_weights(plain["outside"]),
-        before=_unpacked(plain["before"]), after=_unpacked(plain["after"]), **rest,
+        before=_unpacked(plain["before"]), after=_unpacked(plain["after"]),
+        after_recomputed=_unpacked(plain["after_recomputed"]), **rest,
     )  # fmt: skip

@@ -40,6 +40,7 @@ class _Sized:
     kept: tuple[Moments, ...]
     recomputed: tuple[Moments, ...]
     after: Moments
+    after_recomputed: Moments
 
 
 @lru_cache(maxsize=4096)
@@ -58,6 +59,7 @@ def _sized(shape: "_ById", tokens: float, prompts: float, pairs: float, rank: in
         tuple(found(kind.kept).plus(more(kind), more(kind), more(kind)) for kind in model.kinds),
         tuple(found(kind.recomputed).plus(0.0, 0.0, more(kind)) for kind in model.kinds),
         found(model.after),
+        found(model.after_recomputed),
     )
 
 
@@ -101,36 +103,32 @@ def at_peak(shape: TracedShape, run: MemorySettings, row: RowSize) -> dict[str, 
 
 def _instants(shape: TracedShape, run: MemorySettings, row: RowSize) -> Iterator[_Instant]:
     e, hidden = run.element, shape.hidden
-    if shape.shared:
-        tokens, sequences, sized = (
-            float(row.tokens),
-            1,
-            _sized(_ById(shape), row.tokens, row.prompts, row.pairs, run.rank, e),
-        )
-    else:  # answer by answer, each with its own prompt; the last one comes on top of what the others keep
+    sequences, tokens, prompts, pairs = 1, float(row.tokens), row.prompts, row.pairs
+    if not shape.shared:  # answer by answer, each with its own prompt: the last one comes on top of what others keep
         sequences = 2 * max(row.pairs, 1)
-        tokens = row.keys / sequences
-        sized = _sized(_ById(shape), tokens, 0.0, 1, run.rank, e)
+        tokens, prompts, pairs = row.keys / sequences, 0, 1
+    sized = _sized(_ById(shape), tokens, prompts, pairs, run.rank, e)
     layers, kept = shape.layers, min(run.kept_layers, shape.layers)
     parked = e * tokens * hidden if run.offload else 0.0
     # Ids, positions, labels and metrics per token are small and of no layer.
     around = sized.before.stays + 80.0 * row.responses
     left_kept = sum(sized.kept[place].stays for place in shape.order[layers - kept :])
     left_inputs = sum(sized.recomputed[place].stays - parked for place in shape.order[: layers - kept])
+    after = sized.after if kept == layers else sized.after_recomputed
+    lives_on = after.stays - sized.after.stays
     others = sequences - 1
     base_kept, base_inputs = others * left_kept, others * left_inputs
-    base = around + others * (sized.before.stays + sized.after.stays)
+    base = around + others * (sized.before.stays + after.stays)
     joined = e * row.keys * hidden if others else 0.0
     yield _Instant(base_kept, base_inputs, base + sized.before.forward - sized.before.stays)
     so_far_kept, so_far_inputs = base_kept, base_inputs
     for number, place in enumerate(shape.order):
         recomputed = number < layers - kept
         one = sized.recomputed[place] if recomputed else sized.kept[place]
-        fetched = parked if recomputed and number else 0.0
-        yield _Instant(so_far_kept, so_far_inputs, base + max(one.forward, one.backward + joined + fetched))
+        more = (parked if number else 0.0) if recomputed else lives_on
+        yield _Instant(so_far_kept, so_far_inputs, base + max(one.forward, one.backward + joined + more))
         so_far_kept += 0.0 if recomputed else one.stays
         so_far_inputs += one.stays - parked if recomputed else 0.0
-    after = sized.after
     yield _Instant(so_far_kept, so_far_inputs, base + max(after.forward, after.backward + joined))
     rows = min(row.responses, max(16, run.tile_mib * 2**20 // (shape.vocabulary * 12)))
     tile = rows * shape.vocabulary * 12.0 + e * row.responses * hidden * (2 if others else 1)

@@ -171,11 +171,15 @@ def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tup
     return working, 0.0
 
 
+def computed_tokens(shape: AnyShape, row: RowSize) -> int:
+    """Tokens that pass through the layers: a prompt once, or once for each answer where rows cannot share it."""
+    return row.keys if isinstance(shape, TracedShape) and not shape.shared else row.tokens
+
+
 def host_bytes(shape: AnyShape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
     waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0
-    tokens = row.tokens if not isinstance(shape, TracedShape) or shape.shared else row.keys
-    buffer = run.element * tokens * shape.hidden
+    buffer = run.element * computed_tokens(shape, row) * shape.hidden
     return {
         "process and libraries": 3.0 * GIB,
         # Pinned blocks are rounded up to a power of two.

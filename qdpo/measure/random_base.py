@@ -5,22 +5,23 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from qdpo.families import shapes
-from qdpo.families.shapes import FAMILY_OF, KNOWN
+from qdpo.families import known, shapes
 from qdpo.model.base.load import model_config
 from qdpo.model.trace.fake_base import random_base as random_base
 
 
 def config_of(name: str, *, layers: int | None = None) -> Any:
-    """A transformers config of a known model's shape, with fewer layers if asked for."""
-    shape = KNOWN[name]
-    numbers = {
-        "num_hidden_layers": layers or shape.layers, "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_heads, "head_dim": shape.head_width, "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": shape.tied, "pad_token_id": 0,
-    }  # fmt: skip
-    return CONFIG_MAPPING[FAMILY_OF[name]](**numbers)
+    """The transformers config of a known model's text model, with fewer layers if asked for."""
+    content = known.config_of(name)
+    whole = CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))
+    text = whole.get_text_config()
+    if text is not whole and "tie_word_embeddings" in content:
+        text.tie_word_embeddings = whole.tie_word_embeddings
+    if layers is not None:
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers = layers
+    return text
 
 
 def config_for(path: str, revision: str | None) -> Any:
@@ -34,7 +35,7 @@ def config_for(path: str, revision: str | None) -> Any:
     cached = shapes.cached_file(path, "config.json", revision)
     if cached is not None:
         return model_config(cached.parent)
-    name = shapes.known_name(path)
+    name = known.known_name(path)
     if name is None:
         shapes.of_model(path)  # raises an error that names what is missing
     return config_of(str(name))

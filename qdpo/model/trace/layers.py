@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from qdpo.families import traced
-from qdpo.families.config_fields import positions
 from qdpo.families.traced import LayerKind, Moments, TracedShape, Traces
-from qdpo.model.base.text_model import decoder_of, text_model_of
+from qdpo.model.base.foreign import reading
+from qdpo.model.base.text_model import TextModel, decoder_of, text_model_of
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
@@ -37,27 +38,37 @@ DEVICE, DTYPE = torch.device("cpu"), torch.bfloat16
 SAME = 0.01
 
 
-def trace_layers(config: Any, plain: Mapping[str, Any]) -> TracedShape:
-    """The traced shape of a transformers config; `plain` is its text part as the config.json has it."""
-    with _quietly():
-        text = text_model_of(config)
-        whole, config = bare_base(text, DTYPE), text.config.get_text_config()
-        layers = recompute.decoder_layers(decoder_of(whole))
-        alike = kinds.kinds_of(layers)
-        places = sorted(set(alike))
-        tables = kinds.tables_of(whole)
-        targets = {whole.get_submodule(name) for name in kinds.target_names(whole)}
-        weights = [kinds.weights_of(layers[place], targets) for place in places]
-        inside = {id(parameter) for parameter in [*layers.parameters(), *tables, whole.get_output_embeddings().weight]}
-        outside = kinds.weights_of(whole, targets, without=inside)
-        names = [_name(layers[place], config, place) for place in places]
-        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda(), short_loops():
-            rig = _Rig(bare_base(text, DTYPE), places, count)
-            recomputed, kept = rig.traces(0), rig.traces("all")
-            products = rig.products()
-    limit = positions(config)
+def read_config(config: Mapping[str, Any], source: str) -> Any:
+    """The transformers config of a config.json's content. Raises: ConfigError if transformers does not know it."""
+    kind = str(config.get("model_type"))
+    with reading(f"transformers cannot read the config of {source}", "A newer transformers may know it."):
+        return CONFIG_MAPPING[kind].from_dict(dict(config))
+
+
+def trace_layers(config: Any, key: str, source: str) -> TracedShape:
+    """The traced shape of a transformers config, under the name `key`. Raises: ConfigError if it cannot be traced."""
+    way_out = "Set memory.tokens_per_row and memory.kept_layers by hand."
+    with _quietly(), reading(f"There is no forecast for {source}: tracing one of its layers failed", way_out):
+        return _trace(text_model_of(config), key)
+
+
+def _trace(text: TextModel, key: str) -> TracedShape:
+    whole, config = bare_base(text, DTYPE), text.config.get_text_config()
+    layers = recompute.decoder_layers(decoder_of(whole))
+    alike = kinds.kinds_of(layers)
+    places = sorted(set(alike))
+    tables = kinds.tables_of(whole)
+    targets = {whole.get_submodule(name) for name in kinds.target_names(whole)}
+    weights = [kinds.weights_of(layers[place], targets) for place in places]
+    inside = {id(parameter) for parameter in [*layers.parameters(), *tables, whole.get_output_embeddings().weight]}
+    outside = kinds.weights_of(whole, targets, without=inside)
+    names = [_name(layers[place], config, place) for place in places]
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda(), short_loops():
+        rig = _Rig(bare_base(text, DTYPE), places, count)
+        recomputed, kept = rig.traces(0), rig.traces("all")
+        products = rig.products()
     return TracedShape(
-        key=traced.key_of(plain),
+        key=key,
         kinds=tuple(
             LayerKind(name=name, weights=one, products=product, kept=after, recomputed=again)
             for name, one, product, after, again in zip(
@@ -73,7 +84,7 @@ def trace_layers(config: Any, plain: Mapping[str, Any]) -> TracedShape:
         outside=outside,
         before=kept[0],
         after=kept[-1],
-        positions=None if limit is None else limit.count,
+        after_recomputed=recomputed[-1],
     )
 
 

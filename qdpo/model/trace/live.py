@@ -100,12 +100,16 @@ def _workspace(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
     return 0
 
 
+def _path_on_cuda(_device: torch.device, _dtype: torch.dtype, width: int) -> str:
+    return attention.VARLEN if attention.is_varlen_width(width) else attention.PAIRWISE
+
+
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products."""
     names = (attention, "path_name"), (products, "mm_fp32")
     before = [getattr(module, name) for module, name in names]
-    attention.path_name = lambda device, dtype, width: attention.VARLEN  # type: ignore[assignment]
+    attention.path_name = _path_on_cuda  # type: ignore[assignment]
     products.mm_fp32 = lambda left, right: torch.mm(left, right, out_dtype=torch.float32)
     try:
         yield

@@ -104,7 +104,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
+        refuse=lambda found: auto_memory.refuse_hopeless(config, found, device, say),
     )  # fmt: skip
     adapter_source.check_adapter(
         config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
@@ -247,7 +247,9 @@ def _first_start(
         names = (adapter.WEIGHTS, adapter.CONFIG)
         files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
-    memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
+    memory = auto_memory.choose_memory(
+        config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say
+    )
     found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
 
     def fill(path: Path) -> None:
