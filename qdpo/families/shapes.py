@@ -88,7 +88,7 @@ def from_config(
         raise ConfigError(f"--like={like} has no formula. Give one of {', '.join(WITH_FORECAST)}.")
     text = config.get("text_config") or config
     if family is not None and family.layer is not None and experts_field(text) is None:
-        return _by_formula(text, family, family.layer, source)
+        return _by_formula(config, family, family.layer, source)
     found = traced.shipped(traced.key_of(config))
     if found is None and trace is None:
         raise ConfigError(
@@ -103,7 +103,7 @@ def from_config(
 
 
 def _by_formula(config: Mapping[str, Any], family: Family, layer: LayerForm, source: str) -> Shape:
-    config = {**family.defaults, **config}
+    whole, config = config, {**family.defaults, **(config.get("text_config") or config)}
     missing = [name for name in NEEDED if not isinstance(config.get(name), int) or config[name] <= 0]
     if missing:
         raise ConfigError(
@@ -120,7 +120,7 @@ def _by_formula(config: Mapping[str, Any], family: Family, layer: LayerForm, sou
         key_heads=config.get("num_key_value_heads") or heads,
         head_width=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
-        tied=is_tied(config, family),
+        tied=is_tied(whole if "tie_word_embeddings" in whole else config, family),  # of the outer config
         positions=longest.count if longest else None,
     )
 

@@ -178,8 +178,8 @@ class TracedShape:
 
 def key_of(config: Mapping[str, Any]) -> str:
     """The name of a config's trace: a digest of the values of its text part that can change it."""
-    outer = config
-    config = {"tie_word_embeddings": outer.get("tie_word_embeddings"), **(outer.get("text_config") or outer)}
+    outer, config = config, dict(config.get("text_config") or config)
+    config["tie_word_embeddings"] = outer.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     kept = {
         name: value
         for name, value in config.items()

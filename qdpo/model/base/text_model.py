@@ -90,35 +90,42 @@ def text_model_of(config: Any) -> TextModel:
     Raises: ConfigError if transformers has no causal model for it.
     """
     plain = _without_quantization(config)
-    text, whole, cause = _text_part(plain), None, None
-    cls = _causal_class(text)
-    if text is not plain:
-        whole = _whole_class(plain)
-        cause = _not_causal(plain, whole, alone=cls is None)
-        if cause is None and cls is None:
-            return _within_whole(plain, whole)
-    if cls is None or cause is not None:
+    text = _text_part(plain)
+    cls, whole = _causal_class(text), None if text is plain else _whole_class(plain)
+    if (cause := _obstacle(plain, cls, whole)) is not None:
         raise ConfigError(
             f"transformers {transformers.__version__} has no language model of its own for model_type "
-            f"{config.model_type!r}{f' ({cause})' if cause else ''}, so it cannot be trained on text. "
-            "Choose another model."
+            f"{config.model_type!r} ({cause}), so it cannot be trained on text. Choose another model."
         )
+    if cls is None:
+        return _within_whole(plain, whole)
     if whole is not None:
         text.tie_word_embeddings = _is_tied(plain, text, whole)
+        for name in ("bos_token_id", "eos_token_id"):  # the outer ones are those that generation goes by
+            if getattr(plain, name, None) is not None:
+                setattr(text, name, getattr(plain, name))
     return _with_decoder(text, cls, whole or cls, is_part=text is not plain)
+
+
+def check_text_model(config: Mapping[str, object], owner: str) -> None:
+    """Refuses a config.json of which there is no text model to train, by name; for use before a download.
+
+    Raises: ConfigError.
+    """
+    with reading(f"transformers cannot build the model of config.json of {owner} (from model.path)", AGAIN):
+        built: Any = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+        text_model_of(built)
 
 
 def has_text_model(config: Any) -> bool:
     """True if `text_model_of` finds a class for this config, which it then has still to build."""
     text = _text_part(config)
-    if text is config:
-        return _causal_class(text) is not None
-    return _not_causal(config, _whole_class(config), alone=_causal_class(text) is None) is None
+    return _obstacle(config, _causal_class(text), None if text is config else _whole_class(config)) is None
 
 
 def model_config(folder: Path) -> Any:
     """The folder's config, as transformers reads it. Raises: ConfigError for an unknown architecture."""
-    with reading(f"transformers cannot read the config of {folder}", AGAIN):
+    with reading(f"transformers cannot read {folder}/config.json (from model.path)", AGAIN):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
@@ -205,17 +212,14 @@ def _is_for(one: Any, config: Any) -> bool:
     return wanted is type(config)
 
 
-def _not_causal(config: Any, whole: Any, *, alone: bool) -> str | None:
-    """The reason why a multimodal checkpoint predicts no text from text alone, or None.
-
-    `alone`: no text class does it, only the class of the whole checkpoint.
-    """
+def _obstacle(config: Any, cls: Any, whole: Any) -> str | None:
+    """The reason why a checkpoint predicts no text from text alone by either class, or None."""
     if config.is_encoder_decoder or _text_part(config).is_encoder_decoder:
         return "it is an encoder and a decoder"
-    if not alone:
+    if cls is not None:
         return None
     if whole is None:
-        return "its text part has no causal class"
+        return "there is no causal class for it"
     needed = [
         name
         for name, one in inspect.signature(whole.forward).parameters.items()
