@@ -1,6 +1,6 @@
 """Sorts the layers of a model without weights into kinds, and counts the weights of each."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,8 +37,11 @@ def _switches(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def weights_of(module: nn.Module, adapted: Collection[nn.Module], without: Collection[int] = ()) -> Weights:
-    """The weights of a module; parameters whose `id` is in `without` are left out. Linear layers are in 4 bits."""
+def weights_of(module: nn.Module, adapted: Mapping[int, tuple[int, int]], without: Collection[int] = ()) -> Weights:
+    """The weights of a module; parameters whose `id` is in `without` are left out. Linear layers are in 4 bits.
+
+    `adapted` holds inputs and outputs of the layers that get LoRA, by the `id` of the layer.
+    """
     four_bit: list[int] = []
     dense = experts = trained = low = 0
     for name, one in module.named_modules():
@@ -50,8 +53,8 @@ def weights_of(module: nn.Module, adapted: Collection[nn.Module], without: Colle
             else:
                 dense += parameter.numel()
                 experts += parameter.numel() if _is_experts(name, parameter) else 0
-        if one in adapted and isinstance(one, nn.Linear) and id(one.weight) not in without:
-            trained += one.in_features + one.out_features
+        if id(one) in adapted and not any(id(parameter) in without for parameter in one.parameters(recurse=False)):
+            trained += sum(adapted[id(one)])
             low += 1
     return Weights(four_bit=tuple(four_bit), dense=dense, experts=experts, adapted=trained, low=low)
 
@@ -67,13 +70,3 @@ def tables_of(model: Any) -> list[Tensor]:
     if not model.config.tie_word_embeddings:
         found[id(head.weight)] = head.weight
     return list(found.values())
-
-
-def target_names(model: Any) -> list[str]:
-    """The linear layers that get an adapter by default."""
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, one in model.named_modules()
-        if isinstance(one, nn.Linear) and one is not head and name.rpartition(".")[2] not in ("gate", "router")
-    ]

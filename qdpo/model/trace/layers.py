@@ -27,6 +27,7 @@ from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
 from qdpo.model.policy.adapter import Policy
 from qdpo.model.policy.forward import response_hidden
+from qdpo.model.policy.targets import ALL_LINEAR, lora_targets
 from qdpo.model.trace import kinds
 from qdpo.model.trace.fake_base import bare_base, filled_base, no_fake
 from qdpo.model.trace.live import LiveBytes, as_on_cuda, short_loops
@@ -58,7 +59,7 @@ def _trace(text: TextModel, key: str) -> TracedShape:
     alike = kinds.kinds_of(layers)
     places = sorted(set(alike))
     tables = kinds.tables_of(whole)
-    targets = {whole.get_submodule(name) for name in kinds.target_names(whole)}
+    targets = {id(whole.get_submodule(name)): size for name, size in lora_targets(whole).adapted.items()}
     weights = [kinds.weights_of(layers[place], targets) for place in places]
     inside = {id(parameter) for parameter in [*layers.parameters(), *tables, whole.get_output_embeddings().weight]}
     outside = kinds.weights_of(whole, targets, without=inside)
@@ -147,7 +148,7 @@ class _Rig:
         base = filled_base(model, quantization="nf4", double_quant=True, dtype=DTYPE, device=DEVICE)
         with no_fake():
             peft = adapter.new_adapter(
-                base, rank=traced.RANK, alpha=traced.RANK, targets=kinds.target_names(base), rslora=False, seed=0
+                base, rank=traced.RANK, alpha=traced.RANK, targets=[ALL_LINEAR], rslora=False, seed=0
             )
         for module in peft.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
