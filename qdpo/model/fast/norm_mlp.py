@@ -58,7 +58,7 @@ class _RmsNorm(torch.autograd.Function):
             weight_D = 1.0 + weight_D
         grad_TD = torch.empty_like(x_TD)
         for rows in slices(x_TD):
-            unit = x_TD[rows].float().mul_(inverse_T1[rows])
+            unit = x_TD[rows].float() * inverse_T1[rows]  # not in place: in float32, .float() is the saved input
             slope = gradients[0][rows].float() * weight_D
             slope -= unit * torch.linalg.vecdot(slope, unit).div_(x_TD.shape[1])[:, None]
             grad_TD[rows] = slope.mul_(inverse_T1[rows])
@@ -67,7 +67,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, weigh: Weigh) -> Tensor:
     """x / rms(x), scaled by a frozen weight as `weigh` does; shape of x."""
-    output: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps, weigh)  # type: ignore[no-untyped-call]
+    output: Tensor = _RmsNorm.apply(rows_of(x), weight_D, eps, weigh)  # type: ignore[no-untyped-call]
     return output.view(x.shape)
 
 
@@ -80,7 +80,7 @@ class Activation:
     def slope(self, x: Tensor) -> Tensor:
         """f′(x), in float32."""
         with torch.enable_grad():
-            leaf = x.float().requires_grad_()
+            leaf = x.detach().float().requires_grad_()
             (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
         return slope
 
@@ -130,7 +130,7 @@ class _GatedShrink(torch.autograd.Function):
 
 def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: AdaptedLinear, act: Activation) -> Tensor:
     """down(f(gate(x)) · up(x)); shape of x."""
-    gate_TI, up_TI = (layer(x).reshape(-1, layer_width(layer)) for layer in (gate, up))
+    gate_TI, up_TI = (rows_of(layer(x)) for layer in (gate, up))
     hidden_TI, low_TR = _GatedShrink.apply(gate_TI, up_TI, down.a_RK, act)  # type: ignore[no-untyped-call]
     output: Tensor = Expand.apply(  # type: ignore[no-untyped-call]
         hidden_TI, low_TR, down.b_NR, down.base, down.scale, low_TR.grad_fn, _GatedShrink.take
@@ -138,9 +138,9 @@ def gated_mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: AdaptedLinear, ac
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
-def layer_width(layer: Any) -> int:
-    """Output width of a linear layer, or of the linear layer inside a PEFT layer."""
-    return int(getattr(layer, "base_layer", layer).out_features)
+def rows_of(x: Tensor) -> Tensor:
+    """(…, N) as a matrix (T, N)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def slices(x: Tensor) -> Iterator[slice]:

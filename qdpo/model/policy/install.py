@@ -56,7 +56,8 @@ def install(peft: nn.Module, device: torch.device, *, weightless: bool = False) 
             _settle(found, module, "norm", forward, why)
     for _name, module in modules:
         if all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            mlp = (type(module), "mlp", norm_mlp.layer_width(module.up_proj))
+            up: Any = getattr(module.up_proj, "base_layer", module.up_proj)
+            mlp = (type(module), "mlp", getattr(up, "out_features", None))
             forward, why = _fast_mlp(module, device, known=weightless or mlp in verdicts)
             verdicts.setdefault(mlp, why)
             _settle(found, module, "gated MLP", forward, verdicts[mlp])
@@ -127,10 +128,13 @@ def _random(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _difference(plain: Forward, fast: Forward, x: Tensor, layers: Sequence[linear.AdaptedLinear]) -> str | None:
-    """None if both forwards give the same output and gradients of input, A and B; else the difference, as text."""
+    """None if both forwards give the same output and gradients of input, A and B; else the difference, as text.
+
+    Neither may change its input or the gradient that it receives: other modules read the same tensors.
+    """
     leaves = [x, *(part for layer in layers for part in (layer.a_RK, layer.b_NR))]
     untouched = [layer.b_NR.detach().clone() for layer in layers]
-    generator = torch.Generator().manual_seed(1)
+    generator, given = torch.Generator().manual_seed(1), x.detach().clone()
     try:
         for layer in layers:  # B is 0 in a new adapter: a wrong scale would not show
             noise = torch.randn(layer.b_NR.shape, generator=generator).mul_(0.02)
@@ -139,7 +143,10 @@ def _difference(plain: Forward, fast: Forward, x: Tensor, layers: Sequence[linea
         for forward in (plain, fast):
             output = forward(x)
             slope = torch.randn(output.shape, generator=generator.manual_seed(2)).to(output)
+            before = slope.clone()
             results.append([output.detach(), *torch.autograd.grad(output, leaves, slope)])
+            if not (torch.equal(x, given) and torch.equal(slope, before)):
+                return "it overwrites its input or the gradient that it receives"
     except (TypeError, RuntimeError, AttributeError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     finally:
