@@ -15,7 +15,7 @@ from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
 from qdpo.model.base import quant
 from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.fast.logps import Head
-from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
+from qdpo.model.policy import adapter, choose_attention, install, kernels, probe, recompute
 from qdpo.model.policy.adapter import Policy
 from qdpo.run.record import FourBitMark, file_record
 from qdpo.run.watcher import Say
@@ -64,6 +64,8 @@ def make_policy(
     row = row_tensors(PairRow(list(probe_with)), device)
     path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
     probe.check_head(policy, policy.peft, row)
+    if (line := kernels.announcement(kernels.kernels_of(policy.backbone), device)) is not None:
+        say(line)
     if config.train.compile:
         say("compile: kept layers are compiled at their first row, which takes a while (fast parts are off)")
     else:
