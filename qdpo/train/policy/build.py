@@ -12,6 +12,7 @@ import torch
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
+from qdpo.families.forward_values import forward_digest
 from qdpo.model.base import quant
 from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.fast.logps import Head
@@ -31,6 +32,8 @@ class Loaded:
     policy: Policy
     layers: recompute.Layers
     reference_name: str
+    older_name: str
+    """The name that version 0.1.0 gave it, from the weights alone: models of another config may have shared it."""
     reference_is_start: bool
     weights: str
     marks: dict[str, FourBitMark]
@@ -64,7 +67,8 @@ def make_policy(
     row = row_tensors(PairRow(list(probe_with)), device)
     path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
     probe.check_head(policy, policy.peft, row)
-    if (line := kernels.announcement(kernels.kernels_of(policy.backbone), device)) is not None:
+    use = kernels.kernels_of(policy.backbone)
+    if (line := kernels.announcement(use, device)) is not None:
         say(line)
     if config.train.compile:
         say("compile: kept layers are compiled at their first row, which takes a while (fast parts are off)")
@@ -78,8 +82,8 @@ def make_policy(
         where = ", with their inputs in host memory" if offload else ""
         say(f"memory: the activations of {recomputed} of {len(layers)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
-    name = _reference_name(config, policy, path, weights, dtype, is_start)
-    return Loaded(policy, layers, name, is_start, weights, marks)
+    name, older = _reference_names(config, policy, path, weights, dtype, is_start, use)
+    return Loaded(policy, layers, name, older, is_start, weights, marks)
 
 
 def kept_layers(config: RunConfig) -> int | str:
@@ -148,11 +152,23 @@ def adapter_identity(folder: Path) -> str:
     return hashlib.sha256(f"{weights} {json.dumps(meaning, sort_keys=True)}".encode()).hexdigest()
 
 
-def _reference_name(config: RunConfig, policy: Policy, attention: str, weights: str, dtype: str, is_start: bool) -> str:
+def _reference_names(
+    config: RunConfig,
+    policy: Policy,
+    attention: str,
+    weights: str,
+    dtype: str,
+    is_start: bool,
+    use: kernels.KernelUse,
+) -> tuple[str, str]:
+    """The name of the reference, and the one that version 0.1.0 gave it."""
     start = adapter_identity(Path(str(config.adapter.start))) if is_start else None
     path = {
         "dtype": dtype,
         "attention": attention,
         "device": policy.device.type if policy.device.type != "cpu" else torch.backends.cpu.get_cpu_capability(),
     }
-    return reference_cache.identity(weights, start, path)
+    now = {**path, "config": forward_digest(policy.peft.get_base_model().config.to_dict())}
+    if use.used:  # other rounding than PyTorch's own code, as with another attention path
+        now["kernels"] = "+".join(sorted(use.used))
+    return reference_cache.identity(weights, start, now), reference_cache.identity(weights, start, path)
