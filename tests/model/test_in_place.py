@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import qdpo.model.fast
-from qdpo.model.fast import linear, norm_mlp
+from qdpo.model.fast import linear, mlp, norm
+from qdpo.model.fast.activation import ACTIVATIONS, Activation
 from qdpo.model.fast.logps import Head, response_logps
 from qdpo.model.fast.scored_attention import scored_attention
 
@@ -29,9 +30,13 @@ def layer(inputs: int, outputs: int, dtype: torch.dtype) -> linear.AdaptedLinear
     return linear.AdaptedLinear(base, nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2)), 2.0)
 
 
-def norm(dtype: torch.dtype, weigh: norm_mlp.Weigh) -> Call:
-    weight = torch.randn(WIDTH).to(dtype)
-    return lambda x: norm_mlp.rms_norm(x, weight, 1e-6, weigh), [drawn(1, TOKENS, WIDTH, dtype=dtype)]
+def normed(dtype: torch.dtype, form: norm.NormForm) -> Call:
+    weight = None if form.weigh is None else torch.randn(2, WIDTH // 2).to(dtype)
+    if form.gate is None:
+        return lambda x: norm.norm(x, weight, 1e-6, form), [drawn(1, TOKENS, WIDTH, dtype=dtype)]
+    return lambda x, gate: norm.norm(x, weight, 1e-6, form, gate=gate), [
+        drawn(1, TOKENS, WIDTH, dtype=dtype), drawn(1, TOKENS, WIDTH, dtype=dtype)
+    ]  # fmt: skip
 
 
 def adapted(dtype: torch.dtype) -> Call:
@@ -43,11 +48,14 @@ def adapted(dtype: torch.dtype) -> Call:
     ]
 
 
-def gated(dtype: torch.dtype, act: norm_mlp.Activation) -> Call:
+def whole_mlp(dtype: torch.dtype, act: Activation, kind: mlp.Kind) -> Call:
     """The whole MLP: its function may overwrite the outputs of gate and up, which no other module receives."""
-    parts = [nn.Linear(WIDTH, INNER).to(dtype).requires_grad_(False) for _ in range(2)]
+    wide = 2 * INNER if kind == "fused" else INNER
+    parts: list[nn.Module] = [
+        nn.Linear(WIDTH, wide).to(dtype).requires_grad_(False) for _ in range(2 if kind == "gated" else 1)
+    ]
     down = layer(INNER, WIDTH, dtype)
-    return lambda x, a, b: norm_mlp.gated_mlp(x, *parts, down, act), [
+    return lambda x, a, b: mlp.lean_mlp(x, parts, down, act, kind=kind), [
         drawn(1, TOKENS, WIDTH, dtype=dtype), down.a_RK, down.b_NR
     ]  # fmt: skip
 
@@ -69,9 +77,22 @@ def logps(dtype: torch.dtype) -> Call:
 
 
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
-    **{f"_RmsNorm {weigh.__name__}": lambda dtype, weigh=weigh: norm(dtype, weigh) for weigh in norm_mlp.WEIGHINGS},  # type: ignore[misc]
+    **{
+        f"_Norm {place}": lambda dtype, form=form: normed(dtype, form)
+        for place, form in enumerate(
+            [
+                *norm.forms(has_weight=True, has_gate=False),
+                *norm.forms(has_weight=False, has_gate=False),
+                *norm.forms(has_weight=True, has_gate=True)[:6],
+            ]
+        )
+    },
     "_Shrink Expand": adapted,
-    **{f"_GatedShrink {act.name}": lambda dtype, act=act: gated(dtype, act) for act in norm_mlp.ACTIVATIONS},  # type: ignore[misc]
+    **{
+        f"_MlpShrink {kind} {act.name}": lambda dtype, act=act, kind=kind: whole_mlp(dtype, act, kind)
+        for act in ACTIVATIONS
+        for kind in ("gated", "fused", "plain")
+    },
     "_Scored cap": lambda dtype: attended(dtype, 2.0),
     "_Scored sink": lambda dtype: attended(dtype, None),
     "_ResponseLogps": logps,
@@ -131,6 +152,6 @@ def test_a_gate_that_keeps_its_own_output_is_noticed() -> None:
     down = layer(INNER, WIDTH, torch.float32)
     gate = nn.Sequential(nn.Linear(WIDTH, INNER), nn.Sigmoid())  # the sigmoid's gradient reads its output
     x = drawn(1, TOKENS, WIDTH, dtype=torch.float32)
-    output = norm_mlp.gated_mlp(x, gate, nn.Linear(WIDTH, INNER), down, norm_mlp.ACTIVATIONS[0])
+    output = mlp.lean_mlp(x, [gate, nn.Linear(WIDTH, INNER)], down, ACTIVATIONS[0], kind="gated")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
