@@ -15,10 +15,15 @@ class Activation:
 
     def slope(self, x: Tensor) -> Tensor:
         """f′(x), in float32."""
+        return self.with_slope(x)[1]
+
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """f(x) and f′(x), in float32."""
         with torch.enable_grad():
             leaf = x.detach().float().requires_grad_()
-            (slope,) = torch.autograd.grad(self.function(leaf).sum(), leaf)
-        return slope
+            value = self.function(leaf)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), slope
 
 
 ACTIVATIONS = (

@@ -75,16 +75,17 @@ class _MlpShrink(torch.autograd.Function):
         grad_a = torch.zeros_like(a_RI)
         for rows in slices(gates):
             gate, up = gates[rows], None if ups is None else ups[rows]
-            active = ctx.act.function(gate)
-            grad_a += products.mm_fp32(grad_TR[rows].T, active if up is None else active * up)
             grad_hidden = torch.addmm(grad_hidden_TI[rows], grad_TR[rows], low)
-            slope = ctx.act.slope(gate).mul_(grad_hidden)
             # Gradients overwrite gate and up, which are not read again.
             if up is None:
-                gate.copy_(slope)
-            else:
-                gate.copy_(slope.mul_(up))
-                torch.mul(grad_hidden, active, out=up)
+                value, slope = ctx.act.with_slope(gate)
+                grad_a += products.mm_fp32(grad_TR[rows].T, value.to(gate.dtype))
+                gate.copy_(slope.mul_(grad_hidden))
+                continue
+            active = ctx.act.function(gate)
+            grad_a += products.mm_fp32(grad_TR[rows].T, active * up)
+            gate.copy_(ctx.act.slope(gate).mul_(grad_hidden).mul_(up))
+            torch.mul(grad_hidden, active, out=up)
         return gate_TI, up_TI, grad_a, None, None
 
 
