@@ -16,7 +16,7 @@ from qdpo.forecast.sizes import MemorySettings as MemorySettings
 from qdpo.forecast.sizes import RowSize as RowSize
 from qdpo.forecast.sizes import nf4_bytes, trained_bytes
 
-# Numbers that a norm or an MLP works on at a time, in float32 (`blocks.SLICE`), and scores of a block (`scored.BLOCK`).
+# Numbers that a norm or an MLP works on at a time, in float32, and scores of a block: those of model/fast.
 SLICE = 2**22
 SCORES = 2**24
 # Not a tensor: the CUDA context with its loaded kernels, and the libraries' workspaces. Not measured yet.
@@ -54,7 +54,7 @@ def kept_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     """Bytes that one layer keeps for its backward pass, its input included."""
     e, tokens, layer = run.element, row.tokens, shape.layer
     hidden = 4 + (layer.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
-    wide = (4 if layer.fused_mlp else 2) * shape.intermediate
+    wide = 2 * shape.intermediate
     heads = (3 if layer.copied_output else 2) * shape.query + ((shape.query + shape.key) if layer.head_norms else 0)
     low = run.rank * len(shape.linears)
     statistics = 4 * (shape.heads + layer.norms) + (4 * (shape.heads + shape.key_heads) if layer.head_norms else 0)
@@ -120,11 +120,11 @@ def _at_head(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float
 def _in_last_mlp(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """The forward pass in the last layer's MLP: the input of its down projection, or one gate and up matrix."""
     e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
-    working, weight = shape.hidden + (0 if shape.layer.fused_mlp else shape.intermediate), _weight(run, size)
+    working, weight = shape.hidden + shape.intermediate, _weight(run, size)
+    if shape.layer.fused_mlp and _weight(run, size) > e * row.tokens * working:
+        working, weight = 0, _weight(run, 2 * size)
     if kept == 0:
-        working += 2 * shape.hidden + (4 if shape.layer.fused_mlp else 2) * shape.intermediate
-    elif shape.layer.fused_mlp and _weight(run, size) > e * row.tokens * (2 * shape.intermediate + shape.hidden):
-        working, weight = -2 * shape.intermediate, _weight(run, 2 * size)
+        working += 2 * shape.hidden + 2 * shape.intermediate
     return {
         "kept layers": kept * kept_bytes(shape, run, row),
         "inputs of recomputed layers": _inputs(shape, run, row, kept),
@@ -149,12 +149,11 @@ def _mlp_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[flo
     """The gradient of the MLP's product, then a dequantised weight or a slice's float32 work."""
     e, tokens, wide = run.element, row.tokens, shape.intermediate
     down = _weight(run, wide * shape.hidden)
-    if shape.layer.fused_mlp:
-        both = _weight(run, 2 * wide * shape.hidden)
-        choices = [(shape.hidden + wide, down), (shape.hidden + 2 * wide, 0.0), (shape.hidden - 2 * wide, both)]
-        return max(((e * tokens * width, weight) for width, weight in choices), key=sum)
     slices = 12.0 * min(SLICE, tokens * wide)
-    return e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down
+    choices = [(e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down)]
+    if shape.layer.fused_mlp:
+        choices.append((e * tokens * shape.hidden, 2 * down))
+    return max(choices, key=sum)
 
 
 def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdpo.model.fast import attention, norm_mlp, products, scored_attention
+from qdpo.model.fast import attention, mlp, norm, products, scored_attention
 from qdpo.model.policy import recompute
 
 
@@ -121,7 +121,7 @@ def as_on_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def short_loops() -> Iterator[None]:
     """Of loops over equal slices only the first two and the last turn: the others take the same memory, one by one."""
-    places: tuple[tuple[Any, str], ...] = (norm_mlp, "slices"), (scored_attention, "blocks")
+    places: tuple[tuple[Any, str], ...] = (norm, "slices"), (mlp, "slices"), (scored_attention, "blocks")
     before = [getattr(module, name) for module, name in places]
     for (module, name), loop in zip(places, before, strict=True):
         setattr(module, name, _shortened(loop))

@@ -139,7 +139,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     watcher.finish()
     _check_weights(run, folder, loaded)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
-    cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
+    names = {"name": loaded.reference_name, "older": loaded.older_name}
+    cache = ReferenceCache(cache_dir, **names, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(
         loaded=loaded,
