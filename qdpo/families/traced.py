@@ -20,7 +20,8 @@ RANK = 16
 VERSION = 1
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
-# Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts among them; pairs, where the number of pairs matters.
+# Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts
+# among them; pairs, where the number of pairs matters.
 TOKENS = (128, 512, 1024, 2048, 4096, 16384)
 SHARES = (1 / 16, 15 / 16)
 PAIRS = (1, 4)
