@@ -129,3 +129,21 @@ def test_an_mlp_without_an_adapter_keeps_its_forward() -> None:
     installed = install.install(policy.peft, CPU)
     assert installed.fast["gated MLP"] == 1 and "no plain adapter" in str(installed)
     differentiated(policy, tiny_row())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "apertus", "lfm2"])
+def test_a_trace_installs_what_a_run_does(family: str) -> None:
+    """Without numbers, an MLP's form is checked on small layers: one with a factor of its own is refused there too."""
+    config = SHARED[family] if family in SHARED else FAMILIES[family][0]
+    found = [
+        install.install(make_policy(config(), attention_name="sdpa").peft, CPU, weightless=weightless)
+        for weightless in (False, True)
+    ]
+    assert found[0].fast == found[1].fast and not found[1].plain
+    policy = make_policy(config(), attention_name="sdpa")
+    for layer in policy.backbone.layers:
+        mlp = getattr(layer, "mlp", None) or layer.feed_forward
+        plain = type(mlp).forward
+        mlp.__class__ = type("Odd", (type(mlp),), {"forward": lambda self, x, plain=plain: 1.5 * plain(self, x)})
+    said = str(install.install(policy.peft, CPU, weightless=True))
+    assert "MLP Odd stays plain (differs by 0." in said, said
