@@ -38,7 +38,7 @@ from qdpo.run.record import (
     write_record,
     write_sealed,
 )
-from qdpo.run.watcher import Watcher
+from qdpo.run.watcher import Say, Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
@@ -105,20 +105,21 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: _refuse_before_download(config, found, device),
+        refuse=lambda found: _refuse_before_download(config, found, device, say),
     )  # fmt: skip
     text = text_model(folder.folder)
     if text.is_part:
         say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
-    adapter_source.check_adapter(
-        config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
-    )
+    layers = adapter_source.check_adapter(
+        config.adapter.start, config.adapter.targets, folder, say, rank=config.adapter.rank,
+        first=not disk.is_there(run.record),
+    )  # fmt: skip
     tokenizer, shape = load_tokenizer(folder.folder), text.config
     config = within_positions(resolved, positions(shape), say)
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
-        _first_start(resolved, config, run, folder, device, tokenizer, watcher)
+        _first_start(resolved, config, run, folder, device, tokenizer, watcher, layers)
     train, held_out = stored.load_or_prepare(
         run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
     )
@@ -132,8 +133,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     config = auto_memory.settled(config, found.memory)
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
-        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say
-    )
+        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
+        layers=found.adapted, of_0_1=found.adapted is None,
+    )  # fmt: skip
     watcher.finish()
     _check_weights(run, folder, loaded)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
@@ -157,9 +159,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )  # fmt: skip
 
 
-def _refuse_before_download(config: RunConfig, found: dict[str, Any], device: torch.device) -> None:
+def _refuse_before_download(config: RunConfig, found: dict[str, Any], device: torch.device, say: Say) -> None:
     check_text_model(found, str(config.model.path))
-    auto_memory.refuse_hopeless(config, found, device)
+    auto_memory.refuse_hopeless(config, found, device, say)
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -233,10 +235,11 @@ def _first_start(
     device: torch.device,
     tokenizer: Any,
     watcher: Watcher,
+    layers: list[str] | None,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all.
 
-    `config` holds the settings as they are used, `resolved` as they were given.
+    `config` holds the settings as they are used, `resolved` as they were given; `layers` get LoRA.
     """
     if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
@@ -257,8 +260,12 @@ def _first_start(
         names = (adapter.WEIGHTS, adapter.CONFIG)
         files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
-    memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
-    found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
+    memory = auto_memory.choose_memory(
+        config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say
+    )
+    found = FoundValues(
+        dtype=dtype, optimizer=optimizer, revision=folder.commit, adapted=layers, **dataclasses.asdict(memory)
+    )
 
     def fill(path: Path) -> None:
         new = RunDir(path)
