@@ -70,6 +70,18 @@ def test_it_equals_the_plain_one_and_keeps_less(family: str) -> None:
     assert kept_bytes(other, row) < share * kept_bytes(plain, row)
 
 
+def test_a_partial_rotary_embedding_keeps_no_more() -> None:
+    """Joining the rotated and the other numbers of a head makes a copy that attention keeps instead of its input."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    kept = []
+    for share in (1.0, 0.5):
+        config = hf.Glm4Config(**SIZE, head_dim=8, rope_parameters={**rope, "partial_rotary_factor": share})
+        policy = make_policy(config)
+        install.install(policy.peft, CPU)
+        kept.append(kept_bytes(policy, tiny_row()))
+    assert kept[1] <= kept[0]
+
+
 @pytest.mark.parametrize("family", ["glm4", "apertus", "qwen3_5"])
 def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_one(family: str) -> None:
     """On average over rows: in one row, a rounding more or less can double the distance."""
