@@ -17,7 +17,8 @@ IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/read/hub"},
     "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
-    "peft": {f"model/policy/{name}" for name in ("adapter", "lora_fit", "peft_names")} | {"export/proof/verify"},
+    "peft": {f"model/policy/{name}" for name in ("adapter", "lora_fit", "peft_names")}
+    | {"export/proof/verify", "export/proof/served"},
 }
 # The same inside a room: a folder stands on those before it.
 INSIDE = {
@@ -40,6 +41,7 @@ FOREIGN = {
     "scale_of",
     "Labelling",
 }
+FOREIGN |= {"serving_of", "served_class"}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
 WIDE = 7

@@ -25,7 +25,7 @@ REPACKAGERS = {
 # Suffixes of a tuned, converted or quantised copy of the model whose name is before them.
 _SUFFIX = re.compile(
     r"[-_.](hf|instruct|it|chat|base|pt|sft|dpo|gguf|mlx|unsloth|dynamic|bnb|[3468]bit|qat|unquantized|awq|gptq|fp8|"
-    r"fp16|bf16|f16|f32|nvfp4|mxfp4|int[48]|w\d+a\d+|q\d(_[01k](_[sml])?)?|iq\d_\w+|ud|imat)(?=[-_.]|$)"
+    r"fp16|bf16|f16|f32|nvfp4|mxfp4|int[48]|w\d+a\d+|q\d(_[01k](_[sml])?)?|iq\d_\w+|ud|imat|block|row)(?=[-_.]|$)"
 )
 
 

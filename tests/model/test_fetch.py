@@ -363,7 +363,10 @@ BROKEN_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "pickle by name": (_config(transformers_weights="adapter_model.bin"), ["which are not safetensors"]),
     "broken config": (lambda f: (f / "config.json").write_text("{"), ["is not JSON"]),
     "gptq": (_config(quantization_config={"quant_method": "gptq"}), ["quantised with gptq", "-GPTQ"]),
-    "fp8": (_config(quantization_config={"quant_method": "fp8"}), ["quantised with fp8"]),
+    "fp8": (
+        _config(quantization_config={"quant_method": "fp8"}),
+        ["says fp8, but no tensor of the files is stored so"],
+    ),
     "8-bit": (_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), ["8-bit bits"]),
     "own code": (_config(model_type="mine", auto_map={"AutoConfig": "c.C"}), ["auto_map", "runs no code"]),
     "too new": (_config(model_type="llama99"), ["'llama99'", "Upgrade transformers"]),

@@ -50,6 +50,7 @@ from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
 from qdpo.train.start.tokenizer import take_start, trained_ends
+from qdpo.train.start.ways_out import WaysOut
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
@@ -103,17 +104,20 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         use_deterministic_kernels()
     cache_dir = cache_folder(config)
     pinned = read_record(run).base.commit if disk.is_there(run.record) else None
+    first = not disk.is_there(run.record)
+    ways = WaysOut(config.adapter.start, say if first else lambda line: None)
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: _refuse_before_download(config, found, device, say),
+        refuse=lambda found: _refuse_before_download(config, found, device, say), look=ways.look,
     )  # fmt: skip
     text = text_model(folder.folder)
     if text.is_part:
         say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
     layers = adapter_source.check_adapter(
-        config.adapter.start, config.adapter.targets, folder, say, rank=config.adapter.rank,
-        first=not disk.is_there(run.record),
-    )  # fmt: skip
+        config.adapter.start, config.adapter.targets, folder, say, rank=config.adapter.rank, first=first
+    )
+    if first:
+        ways.check(folder.folder, layers)
     tokenizer, shape = load_tokenizer(folder.folder), text.config
     config = within_positions(resolved, positions(shape), say)
     take_start(tokenizer, config.adapter.start, config.data.template, say)
