@@ -28,11 +28,11 @@ MAMBA = {
 # Config, fast norms and MLPs, and the most bytes that they may keep, as a share of the plain ones' in float32.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, int], float]] = {
     "glm4": (lambda: hf.Glm4Config(**SIZE, head_dim=8), {"norm": 9, "fused MLP": 2}, 0.83),
-    "arcee": (lambda: hf.ArceeConfig(**SIZE), {"norm": 5, "plain MLP": 2}, 0.88),
-    "apertus": (lambda: hf.ApertusConfig(**SIZE), {"norm": 9, "plain MLP": 2}, 0.72),
-    "starcoder2": (SHARED["starcoder2"], {"plain MLP": 2}, 0.88),
-    "nanochat": (lambda: hf.NanoChatConfig(**SIZE), {"norm": 9, "plain MLP": 2}, 0.90),
-    "gpt-neox": (SHARED["gpt-neox"], {"plain MLP": 2}, 0.87),
+    "arcee": (lambda: hf.ArceeConfig(**SIZE), {"norm": 5, "ungated MLP": 2}, 0.88),
+    "apertus": (lambda: hf.ApertusConfig(**SIZE), {"norm": 9, "ungated MLP": 2}, 0.72),
+    "starcoder2": (SHARED["starcoder2"], {"ungated MLP": 2}, 0.88),
+    "nanochat": (lambda: hf.NanoChatConfig(**SIZE), {"norm": 9, "ungated MLP": 2}, 0.90),
+    "gpt-neox": (SHARED["gpt-neox"], {"ungated MLP": 2}, 0.87),
     "cohere2": (lambda: hf.Cohere2Config(**SIZE, head_dim=8, layer_types=HALF), {"norm": 3, "gated MLP": 2}, 0.74),
     "cohere": (lambda: hf.CohereConfig(**SIZE, use_qk_norm=True), {"norm": 7, "gated MLP": 2}, 0.72),
     "lfm2": (

@@ -113,7 +113,8 @@ def _fast_norm(
         def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
             given = [x] if gate is None else [x, gate]
             takes = len(given) == 1 + is_gated and all(one.dtype == dtype and one.shape == x.shape for one in given)
-            if not takes or not torch.is_grad_enabled() or not any(one.requires_grad for one in given):
+            fits = weight is None or x.shape[-weight.dim() :] == weight.shape
+            if not (takes and fits) or not torch.is_grad_enabled() or not any(one.requires_grad for one in given):
                 result: Tensor = plain(*given)
                 return result
             return norm.norm(x, weight, eps, form, gate=gate, group=group)
