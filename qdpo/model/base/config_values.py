@@ -15,6 +15,8 @@ COUNTS = {
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"}
 SIZES = re.compile(r"(^|_)(size|dim|heads?|layers?|experts?|positions?|embeddings?|embd|inner|rank|groups?|state)$")
 """Keys whose value, where it is one number, is a size: at least -1, which some families use for none."""
+FROM_THE_END = re.compile(r"(^|_)(feature|select)_layers?$")
+"""Keys of towers that name a layer, counted from the last one where the number is negative."""
 LARGEST_SIZE = 2**31
 LARGEST_NUMBER = 2**63
 LONGEST_TEXT = 1_000_000
@@ -37,7 +39,7 @@ def check_values(config: dict[str, Any], owner: str, *, tensors: int | None = No
             raise ConfigError(f"{named} is a text of {len(value):,} characters. {SOURCE}")
         if key in COUNTS and not (_is_whole(value) and 1 <= value <= LARGEST_SIZE) and value is not None:
             raise ConfigError(f"{named} is {value!r:.60}, not a whole number of at least 1. {SOURCE}")
-        if SIZES.search(key) and value is not None:
+        if SIZES.search(key) and not FROM_THE_END.search(key) and value is not None:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if isinstance(value, str) and re.fullmatch(r"\s*[-+.\deE]+\s*", value):
                 raise ConfigError(f"{named} is the text {value!r:.60}, not a number. {SOURCE}")
