@@ -17,12 +17,13 @@ IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/read/hub"},
     "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
-    "peft": {"model/policy/adapter", "model/policy/lora_fit", "export/proof/verify"},
+    "peft": {f"model/policy/{name}" for name in ("adapter", "lora_fit", "peft_names")}
+    | {"export/proof/verify", "export/proof/served"},
 }
 # The same inside a room: a folder stands on those before it.
 INSIDE = {
     "data": ["read", "layouts", "tokens"],
-    "model": ["base", "fast", "policy", "generate"],
+    "model": ["base", "fast", "policy", "generate", "trace"],
     "train": ["step", "keep", "policy", "watch", "start"],
     "report": ["screen", "page"],
     "collect": ["judge", "label"],
@@ -30,7 +31,17 @@ INSIDE = {
 }
 # Formats of other programs may stay as they are read: config.json, adapter_config.json, transformers' arguments, and
 # the JSON that a browser sends.
-FOREIGN = {"from_config", "read_json", "loading", "check_adapter_folder", "full_config", "scale_of", "Labelling"}
+FOREIGN = {
+    "from_config",
+    "config_of",
+    "read_json",
+    "loading",
+    "check_adapter_folder",
+    "full_config",
+    "scale_of",
+    "Labelling",
+}
+FOREIGN |= {"serving_of", "served_class"}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
 WIDE = 7

@@ -10,13 +10,15 @@ from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import servers
 from qdpo.export.gguf import check, model
 from qdpo.export.gguf.adapter import TYPES, write_gguf_adapter
-from qdpo.export.merge.lora import is_plain, read_lora
-from qdpo.export.merge.weight_names import require_layers
-from qdpo.export.plain_peft import write_normal
+from qdpo.export.merge.lora import Lora, is_plain, read_lora
+from qdpo.export.plain_peft import check_loads, write_normal
 from qdpo.export.trained import TrainedRun, require_free
 from qdpo.families.config_fields import family_of
+from qdpo.families.serving import VLLM_RELEASE, serving_of
 from qdpo.model.base.folder import read_json
-from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.base.text_model import text_model
+from qdpo.model.base.weight_names import folder_names
 from qdpo.run import disk
 from qdpo.run.watcher import Say
 from qdpo.train.start.tokenizer import keeps_conversation, shipped_otherwise, write_conversation_files
@@ -50,8 +52,11 @@ class Order:
 def export_peft(order: Order) -> None:
     """The normalised adapter."""
     out = order.place("peft")
-    lora = write_normal(order.trained.run.adapter, order.trained.base(order.say), out)
-    order.say(f"wrote {out}: {len(lora.layers)} layers, rank {lora.rank}, scale inside B; read back equal")
+    written = write_normal(order.trained.run.adapter, order.trained.base(order.say), out)
+    order.say(
+        f"wrote {out}: {len(written.lora.layers)} layers, rank {written.lora.rank}, scale inside B; read back equal"
+    )
+    order.say(f"plain PEFT finds every matrix on {written.served}, the class that servers load")
 
 
 def export_gguf_adapter(order: Order) -> None:
@@ -98,7 +103,7 @@ def _write_gguf(order: Order, merged: Path, out: Path, quant: str) -> None:
 
 
 def _compare_logits(order: Order, merged: Path, out: Path, quant: str) -> None:
-    config = model_config(merged)
+    config = text_model(merged).config
     family = family_of(config)
     if family is not None and family.gguf is not None and not family.gguf.is_readable:
         order.say(f"logits: not compared (transformers does not read GGUF files of the family {config.model_type})")
@@ -169,22 +174,41 @@ def export_vllm(order: Order) -> None:
         order.say(servers.vllm_merged(merged, order.name, _vllm_conversation(order, merged)))
         return
     base, adapter = order.trained.base(order.say), order.trained.run.adapter
+    serving = serving_of(read_json(base / "config.json"))
+    if serving is not None and serving.vllm == "merged":
+        raise ConfigError(
+            f"{VLLM_RELEASE} serves {serving.architecture} without adapters. Serve the merged model: `qdpo merge "
+            f"{order.trained.run.path}`, then `qdpo export {order.trained.run.path} --to vllm`."
+        )
     lora = read_lora(adapter)
     servers.lora_rank(lora.rank)
-    require_layers(lora.layers, base)
-    if not is_plain(read_json(adapter / "adapter_config.json")):
+    why = _rewritten(lora, adapter, base)
+    if why:
         out = order.place("peft")
         write_normal(adapter, base, out)
-        order.say(f"# this adapter's scale is special (rsLoRA or patterns); {out} holds it as vLLM reads it")
+        order.say(f"# {why}; {out} holds the adapter as vLLM reads it")
         adapter = out
+    else:
+        check_loads(adapter, base, set(lora.layers), scaled=True)
     commit = order.trained.record.base.commit
     name = [order.trained.record.base.name, "--revision", commit] if commit else [str(base.resolve())]
-    order.say(f"# all {len(lora.layers)} adapted layers are in the base's checkpoint under their names")
+    served = folder_names(base).served.__name__
+    order.say(f"# plain PEFT finds all {len(lora.layers)} adapted layers on {served}; vLLM itself was not run")
     order.say(
         "# vLLM serves the base as stored; the adapter was trained over it quantised, and behaves slightly differently"
     )
     conversation = _vllm_conversation(order, base)
     order.say(servers.vllm_adapter(name, adapter.resolve(), order.name, lora.rank, conversation))
+
+
+def _rewritten(lora: Lora, adapter: Path, base: Path) -> str | None:
+    """The reason why servers need the adapter in another form than the run's; None if they read it as it is."""
+    names = folder_names(base)
+    if not names.is_served_as_trained:
+        return f"the adapter's names are those of {names.text.cls.__name__}, and vLLM loads {names.served.__name__}"
+    if not is_plain(lora.config):
+        return "this adapter's scale is special (rsLoRA or patterns)"
+    return None
 
 
 def _vllm_conversation(order: Order, served: Path) -> list[object]:

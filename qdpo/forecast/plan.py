@@ -8,8 +8,9 @@ from typing import Any
 
 from qdpo.data.positions import within_positions
 from qdpo.errors import ConfigError
-from qdpo.families import shapes
+from qdpo.families import known, shapes
 from qdpo.families.config_fields import Positions
+from qdpo.families.known import ModelFacts
 from qdpo.families.shapes import Shape
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
@@ -47,6 +48,8 @@ class Plan:
     seconds: dict[str, float] | None
     capped_hours: float | None
     ways: list[Way]
+    facts: ModelFacts | None = None
+    """Licence, context and thinking switch, for a model that ships."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,9 +60,10 @@ class Plan:
         """Everything in plain numbers: bytes, tokens, seconds."""
         run, found = self.chosen.run, self.known.lengths
         return {
-            "model": self.model, "shape_from": self.shape_from, "card": self.card, "card_gib": self.card_gib,
-            "others_gib": self.others_gib, "fits": self.fits, "peak_bytes": self.chosen.peak,
-            "limit_bytes": self.limit, "by_cause_bytes": self.causes, "host_bytes": self.host, "disk_bytes": self.disk,
+            "model": self.model, "shape_from": self.shape_from, "facts": self.facts and vars(self.facts),
+            "card": self.card, "card_gib": self.card_gib, "others_gib": self.others_gib, "fits": self.fits,
+            "peak_bytes": self.chosen.peak, "limit_bytes": self.limit, "by_cause_bytes": self.causes,
+            "host_bytes": self.host, "disk_bytes": self.disk,
             "settings": {
                 "memory.tokens_per_row": self.chosen.tokens_per_row, "memory.kept_layers": run.kept_layers,
                 "memory.offload": run.offload, "memory.embeddings": "host" if run.host_embeddings else "device",
@@ -98,7 +102,7 @@ def make_plan(
     run = choose.settings_of(
         config.model, config.adapter, config.memory, optimizer=optimizer, element=element, cuda=cuda
     )
-    known = _known(resolved, config, read_data)
+    pairs = _known(resolved, config, read_data)
     limit = (gib - others) * GIB * choose.PLANNED_SHARE
     smallest = choose.smallest_fixed_part(shape, run)
     if limit < smallest:
@@ -108,29 +112,30 @@ def make_plan(
             "lists what fits)."
         )
     given = choose.given_of(config.memory, shape)
-    chosen = choose.choose(shape, run, known.lengths, given, limit=limit)
+    chosen = choose.choose(shape, run, pairs.lengths, given, limit=limit)
     ways = [] if chosen.peak <= limit else choose.ways_out(
-        shape, run, known.lengths, given, limit=limit, max_tokens=config.data.max_tokens
+        shape, run, pairs.lengths, given, limit=limit, max_tokens=config.data.max_tokens
     )  # fmt: skip
-    steps, tokens = _steps(config, known)
-    seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, known, tokens, timing.CARDS[card])
+    steps, tokens = _steps(config, pairs)
+    seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, pairs, tokens, timing.CARDS[card])
     return Plan(
         model=str(config.model.path),
         shape_from=source,
         card=card,
         card_gib=gib,
         others_gib=others,
-        known=known,
+        known=pairs,
         chosen=chosen,
         limit=limit,
         causes=memory.forecast(shape, chosen.run, chosen.row),
         host=memory.host_bytes(shape, chosen.run, chosen.row),
-        disk=_disk(config, shape, run, known),
+        disk=_disk(config, shape, run, pairs),
         steps=steps,
         tokens=tokens,
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
+        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
         notes=tuple(notes),
     )
 
@@ -245,6 +250,8 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     """The plan as text."""
     chosen, run = plan.chosen, plan.chosen.run
     say(f"model   {plan.model} ({plan.shape_from})")
+    if plan.facts is not None:
+        say(f"        {plan.facts.line}")
     spare = f"{1 - choose.PLANNED_SHARE:.0%} to spare"
     if plan.card == "cpu":
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")

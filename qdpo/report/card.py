@@ -1,9 +1,12 @@
 """The model card of a finished adapter: its base and data, the training settings, and its scores."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from qdpo import __version__
+from qdpo.errors import ConfigError
+from qdpo.families.stored_form import FP8, MXFP4, StoredForm, stored_form
 from qdpo.report.accuracy import accuracy_text
 from qdpo.run import disk
 from qdpo.run.finished import FinishedRun
@@ -139,18 +142,23 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
 
     The base is a hub id with its commit, or a placeholder.
     """
-    if is_merged:
-        return (
-            "from transformers import AutoModelForCausalLM\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({repo or 'path/to/this/model'!r})"
-        )
     record, model = finished.record, finished.config().model
+    part = _text_part(Path(record.base.folder))
+    if is_merged:
+        auto = "AutoModelForCausalLM" if part is None else part.whole
+        return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({repo or 'path/to/this/model'!r})"
     dtype = f"torch.{TORCH_NAMES[record.found.dtype]}"
     where = [repr(record.base.name if record.base.commit else "path/to/its/base")]
     where += [f"revision={record.base.commit!r}"] if record.base.commit else []
-    classes, before = ["AutoModelForCausalLM"], []
-    # A folder that is 4-bit already brings its own settings; marks that were not recorded leave the setting to tell.
-    if model.quantization != "none" and record.four_bit != {} and not _is_stored_in_4_bits(Path(record.base.folder)):
+    classes, before = ["AutoModelForCausalLM" if part is None else part.cls], []
+    stored = _stored_form(Path(record.base.folder))
+    # Marks that were not recorded leave the setting to tell.
+    in_4_bits = model.quantization != "none" and record.four_bit != {}
+    if stored is not None and stored.is_dequantised:  # transformers has one quantiser a model
+        classes.append({FP8: "FineGrainedFP8Config", MXFP4: "Mxfp4Config"}[stored.method])
+        where.append(f"quantization_config={classes[-1]}(dequantize=True)")
+        before = _over_dequantised(model.quantization, stored.method) if in_4_bits else []
+    elif in_4_bits and stored is None:  # a folder that is 4-bit already brings its own settings
         classes.append("BitsAndBytesConfig")
         where.append("quantization_config=in_4_bits")
         before = [
@@ -162,6 +170,15 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
             f"    bnb_4bit_use_double_quant={model.double_quant}, bnb_4bit_compute_dtype={dtype},",
             ")",
         ]
+    if part is not None and part.cls != part.whole:
+        classes.insert(0, "AutoConfig")
+        before += [
+            f"# The adapter's names are those of the text class. For {part.whole}, which servers load,",
+            "# `qdpo export --to peft` writes them.",
+            f"config = AutoConfig.from_pretrained({', '.join(where[: 1 + bool(record.base.commit)])}).text_config",
+            f"config.tie_word_embeddings = {part.tied}",
+        ]
+        where += ["config=config", f"key_mapping={part.key_mapping}"]
     return "\n".join(
         [
             "import torch",
@@ -169,7 +186,7 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
             f"from transformers import {', '.join(classes)}",
             "",
             *before,
-            "base = AutoModelForCausalLM.from_pretrained(",
+            f"base = {'AutoModelForCausalLM' if part is None else part.cls}.from_pretrained(",
             f"    {', '.join([*where, f'dtype={dtype}'])},",
             ")",
             f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r}).eval()",
@@ -177,11 +194,42 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
     )
 
 
-def _is_stored_in_4_bits(base: Path) -> bool:
+@dataclass(frozen=True)
+class _TextPart:
+    """The names of a multimodal checkpoint's classes, and what it takes to load the text class from it."""
+
+    cls: str
+    whole: str
+    key_mapping: dict[str, str]
+    tied: bool
+
+
+def _text_part(base: Path) -> _TextPart | None:
+    """None for a base that is a text model, or has gone since the run."""
     try:
-        return "quantization_config" in json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        if not isinstance(json.loads((base / "config.json").read_text(encoding="utf-8")).get("text_config"), dict):
+            return None
+        from qdpo.model.base.text_model import text_model
+
+        text = text_model(base)
+    except (OSError, ValueError, ConfigError):
+        return None
+    tied = bool(getattr(text.config, "tie_word_embeddings", False))
+    return _TextPart(text.cls.__name__, text.whole.__name__, text.key_mapping, tied) if text.is_part else None
+
+
+def _over_dequantised(quantization: str, method: str) -> list[str]:
+    return [
+        f"# The adapter was trained over {quantization.upper()} made of the base's {method.upper()}. Over 16 bits made",
+        "# of that it is another model; `qdpo merge` makes one model of both, in 16 bits.",
+    ]
+
+
+def _stored_form(base: Path) -> StoredForm | None:
+    try:
+        return stored_form(json.loads((base / "config.json").read_text(encoding="utf-8")), f"The folder {str(base)!r}")
+    except (OSError, ValueError, ConfigError):  # the base has changed or gone since the run
+        return None
 
 
 def public_name(name: str, source: str, *, hide: bool = False) -> str:

@@ -56,7 +56,7 @@ def make_run(
 
 def four_bit(base: Path, quantization: str, double_quant: bool, dtype: str) -> Any:
     return load_base(
-        base, quantization=quantization, double_quant=double_quant, dtype=dtype, device=CPU, attention_name="sdpa",
+        base, quantization=quantization, double_quant=double_quant, dtype=dtype, device=CPU, attention_name=None,
         announce=lambda line: None,
     )  # fmt: skip
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from qdpo.data.tokens.sieve import save_pairs
 from qdpo.model.base import quant
+from qdpo.model.base.load import load_base
 from qdpo.model.device import DTYPES
 from qdpo.report.card import card_text
 from qdpo.review.open import reopen, tuned
@@ -17,6 +19,7 @@ from qdpo.run.finished import finished_run
 from tests.conftest import Quiet, save_tiny_base
 from tests.export.runs import make_run
 from tests.model.families import pairs
+from tests.model.packed import save_original
 
 IDS = torch.tensor([[5, 9, 40, 7, 11, 23]])
 
@@ -50,6 +53,24 @@ def test_the_code_of_the_card_loads_what_was_trained(
             bare = policy.peft(IDS).logits.float()
     assert (shown - own).abs().max() < 1e-4 < (bare - own).abs().max()
     assert ("qdpo merge" in card) == (quantization != "none")
+
+
+@pytest.mark.parametrize("name", ["ministral3", "gpt_oss"])
+def test_the_code_for_an_original_dequantises_it(name: str, tmp_path: Path) -> None:
+    base = save_original(name, tmp_path / "base")
+    run = make_run(tmp_path / "run", base, dtype="bf16", target_modules=["q_proj"])
+    names: dict[str, Any] = {}
+    exec(code_of(card_text(finished_run(run.path)), base, run.adapter), names)
+    own = load_base(
+        base, quantization="none", double_quant=True, dtype="bf16", device=torch.device("cpu"), attention_name=None,
+        announce=lambda line: None,
+    )  # fmt: skip
+    own = PeftModel.from_pretrained(own, run.adapter).eval()
+    with torch.no_grad():
+        assert torch.equal(names["model"](IDS).logits, own(IDS).logits)
+    if name == "ministral3":
+        four = make_run(tmp_path / "four", base, quantization="nf4", dtype="bf16", target_modules=["q_proj"])
+        assert "was trained over NF4 made of the base's FP8" in card_text(finished_run(four.path))
 
 
 def test_the_code_names_the_form_that_was_trained(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def load_reward_model(
     Raises: ConfigError for a folder whose weights lack the head, which transformers would initialise at random.
     """
     arguments = loading(folder, quantization, double_quant=True, dtype=dtype, device=device, announce=announce)
+    if "state_dict" in arguments:
+        raise ConfigError(
+            f"The reward model in {folder} is stored in FP8 or MXFP4, and of reward models qdpo reads those of 16 bits "
+            "and of 4-bit bitsandbytes. Use a 16-bit copy of it."
+        )
     with reading(f"transformers cannot load the reward model in {folder}", AGAIN):
         model, about = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True, **arguments)
     if about["missing_keys"]:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from qdpo.errors import VerificationError
-from qdpo.export.gguf.form import Names, form_of, row_order
+from qdpo.export.gguf.form import Names, form_of, other_writer, row_order
 from qdpo.export.merge.lora import Lora, read_lora
-from qdpo.export.merge.weight_names import require_layers
 from qdpo.export.servers import command
 from qdpo.families.family import GgufForm
-from qdpo.model.base.load import model_config
+from qdpo.model.base.text_model import text_model
+from qdpo.model.base.weight_names import folder_names
 from qdpo.run import disk
 
 TYPES = {"f32": gguf.GGMLQuantizationType.F32, "f16": gguf.GGMLQuantizationType.F16}
@@ -30,11 +30,11 @@ def write_gguf_adapter(adapter: Path, base: Path, out: Path, *, quant: str, name
 
     Raises: ConfigError for a family or adapter that cannot be written; VerificationError if the file differs.
     """
-    config = model_config(base)
-    otherwise = command("python", "convert_lora_to_gguf.py", "--base", base, "--outfile", out, adapter)
-    form = form_of(config, otherwise)
+    config = text_model(base).config
+    words = command("python", "convert_lora_to_gguf.py", "--base", base, "--outfile", out, adapter)
+    form = form_of(config, other_writer(base, words))
     lora = read_lora(adapter)
-    require_layers(lora.layers, base)
+    folder_names(base).in_files(lora.layers)
     errors: list[float] = []
 
     def fill(part: Path) -> None:

@@ -12,10 +12,10 @@ from transformers.utils.logging import disable_progress_bar
 from qdpo.errors import VerificationError
 from qdpo.export.gguf.form import Array, Names, context_length, form_of, row_order
 from qdpo.export.gguf.vocabulary import PROBES
-from qdpo.export.merge.weight_names import weight_files, weights
+from qdpo.export.merge.weight_names import text_weights, weights
 from qdpo.families.config_fields import family_of
 from qdpo.families.family import GgufForm
-from qdpo.model.base.load import model_config
+from qdpo.model.base.text_model import text_model
 
 Q = gguf.GGMLQuantizationType
 # Half a unit in the last place of a mantissa of 10 or 7 bits; below 2^-14, float16 has fixed steps of 2^-24.
@@ -34,12 +34,12 @@ def check_weights(path: Path, merged: Path, form: GgufForm, config: Any) -> floa
 
     Raises: VerificationError if a weight is missing, or its error is larger than its type's rounding.
     """
-    names = Names(form, config, merged)
+    names, places = Names(form, config, merged), text_weights(merged)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found.pop("rope_freqs.weight", None)
     worst = 0.0
-    wanted = [name for name in sorted(weight_files(merged)) if names.of(name) in found]
-    for name, tensor in weights(merged, wanted):
+    wanted = [name for name in sorted(places) if names.of(name) in found]
+    for name, tensor in weights(places, wanted):
         entry = found.pop(names.of(name))
         values = gguf.quants.dequantize(entry.data, entry.tensor_type)
         order = row_order(form, config, name)
@@ -51,7 +51,7 @@ def check_weights(path: Path, merged: Path, form: GgufForm, config: Any) -> floa
         if values.shape != expected.shape or not (error <= _allowed(expected, entry.tensor_type, float(shift))).all():
             raise VerificationError(f"{name} in {path.name} differs from the merged model. Please report this.")
         worst = max(worst, float(error.max() / max(np.abs(expected).max(), 1e-30)))
-    left = set(weight_files(merged)) - set(wanted)
+    left = set(places) - set(wanted)
     if found or left - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
         raise VerificationError(f"{path.name} and {merged} hold different weights: {[*found, *left][:3]}.")
     return worst
@@ -75,7 +75,7 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
     rounding.
     """
     disable_progress_bar()
-    config = model_config(merged)
+    config = text_model(merged).config
     # Beyond a window that GGUF cannot express the two models differ, so the file's context ends there.
     length = context_length(form_of(config, "convert_hf_to_gguf.py"), config)
     ids = torch.tensor([tokenizer(" ".join(PROBES), add_special_tokens=True).input_ids[:length]])
@@ -92,11 +92,11 @@ def check_logits(path: Path, merged: Path, tokenizer: Any, quant: str) -> tuple[
 
 
 def _read_folder(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    text = text_model(folder)
+    return text.cls.from_pretrained(
+        folder, config=text.config, key_mapping=text.key_mapping or None, dtype=torch.float32, local_files_only=True,
+        use_safetensors=True,
+    )  # fmt: skip
 
 
 def _read_gguf(path: Path, merged: Path) -> Any:
@@ -105,9 +105,9 @@ def _read_gguf(path: Path, merged: Path) -> Any:
     The reader omits settings that llama.cpp reads (rotary scaling, head size, windows), so the file's config is not
     used. The weights of a family that shares another's name in GGUF (Mistral) are read as the other's (Llama).
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GgufConfig
 
-    config = AutoConfig.from_pretrained(merged, local_files_only=True, trust_remote_code=False)
+    config = text_model(merged).config
     family = family_of(config)
     if family is not None and family.gguf is not None and family.gguf.read_as is not None:
         fields, other = config.to_dict(), CONFIG_MAPPING[family.gguf.read_as]

@@ -17,16 +17,16 @@ from qdpo.export.gguf.form import (
     Names,
     context_length,
     form_of,
-    full_rope,
-    head_size,
+    other_writer,
     require_exact,
     row_order,
 )
 from qdpo.export.gguf.vocabulary import Vocabulary, vocabulary
-from qdpo.export.merge.weight_names import weight_files, weights
+from qdpo.export.merge.weight_names import WeightPlace, text_weights, weights
 from qdpo.export.servers import command
 from qdpo.families.family import GgufForm
-from qdpo.model.base.load import model_config
+from qdpo.families.gguf_exact import full_rope, head_size
+from qdpo.model.base.text_model import text_model
 from qdpo.run import disk
 from qdpo.train.start.tokenizer import RunTokenizer, tokenizer_in
 
@@ -73,26 +73,27 @@ def write_gguf(
     Raises: ConfigError for a family, config or tokenizer that cannot be written, with llama.cpp's command;
     VerificationError if the file differs from the model; DiskError.
     """
-    otherwise = command(
-        "python", "convert_hf_to_gguf.py", merged, "--outfile", out, "--outtype", quant
-    )  # fmt: skip
-    config = model_config(merged)
+    words = command("python", "convert_hf_to_gguf.py", merged, "--outfile", out, "--outtype", quant)
+    otherwise = other_writer(merged, words)
+    config, places = text_model(merged).config, text_weights(merged)
     form = form_of(config, otherwise)
     require_exact(form, config, otherwise)
-    plan = [_planned(merged, *entry, quant) for entry in _entries(merged, form, config)]
+    plan = [
+        _planned(places[source], source, target, quant) for source, target in _entries(merged, places, form, config)
+    ]
     rows = next(entry.shape[0] for entry in plan if entry.target == "token_embd.weight")
     found = tokenizer or tokenizer_in(merged)
-    words = vocabulary(found.tokenizer, rows=rows, base_gguf=base_gguf, otherwise=otherwise, ends=found.ends)
+    vocab = vocabulary(found.tokenizer, rows=rows, base_gguf=base_gguf, otherwise=otherwise, ends=found.ends)
     size = sum(entry.n_bytes for entry in plan)
     disk.need_space(out.parent, size, f"Writing {out.name}")
     errors: list[float] = []
 
     def fill(part: Path) -> None:
-        _write(part, merged, form, config, plan, words, quant, name)
+        _write(part, places, form, config, plan, vocab, quant, name)
         errors.append(check_weights(part, merged, form, config))
 
     disk.write_file(out, fill)
-    return Written(words.origin, len(plan), errors[0])
+    return Written(vocab.origin, len(plan), errors[0])
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,19 @@ class _Entry:
         return math.prod(self.shape) // int(block) * int(block_bytes)
 
 
-def _entries(merged: Path, form: GgufForm, config: Any) -> Iterator[tuple[str, str]]:
+def _entries(merged: Path, places: dict[str, WeightPlace], form: GgufForm, config: Any) -> Iterator[tuple[str, str]]:
     names = Names(form, config, merged)
-    for name in sorted(weight_files(merged)):
+    for name in sorted(places):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue  # llama.cpp uses the embedding if there is no head
         yield name, names.of(name)
 
 
-def _planned(merged: Path, source: str, target: str, quant: str) -> _Entry:
+def _planned(place: WeightPlace, source: str, target: str, quant: str) -> _Entry:
     from safetensors import safe_open
 
-    with safe_open(weight_files(merged)[source], framework="pt") as file:
-        shape = tuple(file.get_slice(source).get_shape())
+    with safe_open(place.path, framework="pt") as file:
+        shape = tuple(file.get_slice(place.key).get_shape())
     kind = TYPES[quant]
     if len(shape) == 1:
         kind = Q.F32  # llama.cpp adds and multiplies norms and biases in float32
@@ -141,8 +142,9 @@ def stored(weight: Array, source: str, form: GgufForm, config: Any) -> Array:
 
 
 def _write(
-    part: Path, merged: Path, form: GgufForm, config: Any, plan: list[_Entry], words: Vocabulary, quant: str, name: str
-) -> None:
+    part: Path, places: dict[str, WeightPlace], form: GgufForm, config: Any, plan: list[_Entry], words: Vocabulary,
+    quant: str, name: str,
+) -> None:  # fmt: skip
     with closing(gguf.GGUFWriter(part, form.arch)) as writer:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
@@ -160,7 +162,7 @@ def _write(
         writer.write_ti_data_to_file()
         if extra is not None:
             writer.write_tensor_data(extra)
-        for (source, tensor), entry in zip(weights(merged, [entry.source for entry in plan]), plan, strict=True):
+        for (source, tensor), entry in zip(weights(places, [entry.source for entry in plan]), plan, strict=True):
             values = stored(tensor.float().numpy(), source, form, config)
             writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(values), entry.kind))
 

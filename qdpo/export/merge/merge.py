@@ -7,7 +7,7 @@ are reproduced, proved equal by the checksums that the run recorded, and become 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,9 +18,13 @@ from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge import shards
-from qdpo.export.merge.shards import PlannedTensor, Stored
+from qdpo.export.merge.shards import PlannedTensor
 from qdpo.export.merge.source import MergeSource, open_source
+from qdpo.families.stored_form import without_settings
 from qdpo.model.base import quant
+from qdpo.model.base.dequantise import Dequantised
+from qdpo.model.base.folder import weight_files
+from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.tokenizer_files import stated_ends
 from qdpo.model.device import DTYPES
 from qdpo.run import disk
@@ -34,8 +38,11 @@ BaseWeights = Literal["dequantized", "original"]
 # Files of the base that are copied to a merged model. No adapter_*: transformers would attach the adapter again.
 COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "tekken.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*",
+    "tekken.json", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "*processor_config.json", "chat_template.json",
 )  # fmt: skip
+
+# Modules that predict further tokens, which transformers does not load (multi-token prediction).
+DRAFTS = ("mtp", "mtp_layers", "nextn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +89,11 @@ def merge_run(
         )
     chosen = DTYPES[dtype] if dtype else default_dtype(source)
     name = next(name for name, one in DTYPES.items() if one == chosen)
-    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}")
     job = _Merge(source, base, chosen)
     total = sum(tensor.bytes for tensor in job.planned)
+    watcher.say(f"merging into the {base} base, in {name}{'' if dtype else _why(source)}: {_size(source, total)}")
+    for line in others_told(source.others):
+        watcher.say(line)
     disk.need_space(out.parent, total + 64 * 2**20, f"The merged model in {name}")
     _clear_leftovers(out)
     report: list[MergeReport] = []
@@ -121,6 +130,27 @@ def merge_run(
     return report[0]
 
 
+def others_told(others: Sequence[str]) -> list[str]:
+    """Lines on the parts of a checkpoint that are not trained and are copied byte for byte."""
+    parts = dict.fromkeys(_part_of(name) for name in others if not name.partition(".weight.")[2])
+    drafts = [part for part in parts if part in DRAFTS or part.startswith("layers.")]
+    towers = [part for part in parts if part not in drafts]
+    lines = [f"copied as they are (not trained): {', '.join(towers)}"] if towers else []
+    if drafts:
+        lines.append(
+            f"copied as they are: {', '.join(drafts)} (heads that draft tokens; they were made for the base's answers, "
+            "so drafts are accepted less often)"
+        )
+    return lines
+
+
+def _part_of(name: str) -> str:
+    """The beginning of a tensor's name that says which part it belongs to: vision_tower, mtp, layers.61."""
+    names = name.split(".")
+    start = 1 if names[0] in ("model", "language_model") and len(names) > 1 else 0
+    return ".".join(names[start : start + 2]) if names[start] == "layers" else names[start]
+
+
 def _clear_leftovers(out: Path) -> None:
     """Removes the files of killed merges into `out`."""
     for path in out.parent.glob(f".tmp-{out.name}-*"):
@@ -142,30 +172,40 @@ def _why(source: MergeSource) -> str:
     return ", the run's compute type" if default_dtype(source) == source.compute else ", as the base's files are"
 
 
+def _size(source: MergeSource, total: int) -> str:
+    """The size on disk; of a base that is smaller because it is stored in fewer bits, that too."""
+    size = f"{total / 2**30:.2f} GiB"
+    if source.stored_as is None:
+        return size
+    stored = sum((source.folder / name).stat().st_size for name in weight_files(source.folder))
+    return f"{size} (the base, stored in {source.stored_as.words}, takes {stored / 2**30:.2f} GiB)"
+
+
 class _Merge:
     """Produces the merged tensors, one at a time."""
 
     def __init__(self, source: MergeSource, base: BaseWeights, dtype: torch.dtype):
         self.source, self.base, self.dtype = source, base, dtype
         self.dequantized = self.proved = 0
-        companions = {f"{key}.{name}" for key in source.marks for name in source.companions(key)}
+        companions = {f"{key}.{name}" for key in source.packed for name in source.companions(key)}
         self.planned = [
             PlannedTensor(key, self._type(stored), source.shape(key))
             for key, stored in source.tensors.items()
             if key not in companions
         ]
 
-    def _type(self, stored: Stored) -> torch.dtype:
-        is_weight = stored.dtype.is_floating_point or stored.name in self.source.marks
-        return self.dtype if is_weight else stored.dtype
+    def _type(self, stored: Stored | Dequantised) -> torch.dtype:
+        is_weight = stored.dtype.is_floating_point and stored.name not in self.source.untouched
+        return self.dtype if is_weight or stored.name in self.source.packed else stored.dtype
 
     def pieces(self, tensor: PlannedTensor) -> Iterator[Tensor]:
         """The merged tensor in order, in pieces."""
         stored = self.source.tensors[tensor.name]
         delta = self.source.deltas.get(tensor.name)
-        if delta is None and (self.base == "original" or tensor.name not in self.source.marks):
+        if delta is None and not self._is_dequantized(tensor.name):
+            as_is = tensor.name in self.source.untouched
             for piece in stored.pieces():
-                yield self._as_loaded(piece).to(tensor.dtype)
+                yield (piece if as_is else self._as_loaded(piece)).to(tensor.dtype)
             return
         weight_NK = self._weight(stored)
         if delta is not None and self.source.transposed:
@@ -176,25 +216,29 @@ class _Merge:
         else:
             yield (weight_NK.T if self.source.transposed else weight_NK).to(tensor.dtype)
 
+    def _is_dequantized(self, key: str) -> bool:
+        return key in self.source.packed or (self.base != "original" and key in self.source.marks)
+
     def _as_loaded(self, values: Tensor) -> Tensor:
         """Rounds to the run's compute type, as the run's weights were; leaves the original base unchanged."""
         if self.base == "original" or not values.is_floating_point():
             return values
         return values.to(self.source.compute)
 
-    def _weight(self, stored: Stored) -> Tensor:
+    def _weight(self, stored: Stored | Dequantised) -> Tensor:
         """The weight that the adapter is added to, (N, K)."""
         source, key = self.source, stored.name
         whole = stored.whole()
-        if self.base == "original" or key not in source.marks:
-            return self._as_loaded(whole.T if source.transposed else whole)
-        recorded = source.marks[key]
-        if source.form is None:
+        dense = whole.T if source.transposed else whole
+        if not self._is_dequantized(key):
+            return self._as_loaded(dense)
+        recorded = source.marks.get(key)
+        if key in source.packed:
             parts = {name: one.whole() for name, one in source.companions(key).items()}
             weight_NK, made = quant.stored_weight(whole, parts)
         else:
+            assert source.form is not None
             offset = recorded.offset if recorded else None
-            dense = whole.T if source.transposed else whole
             weight_NK, made = quant.round_trip(dense, source.form, source.device, offset)
         self._prove(key, made, recorded)
         return weight_NK
@@ -219,10 +263,11 @@ def _copy_other_files(source: MergeSource, dtype: torch.dtype, folder: Path) -> 
     name = str(dtype).removeprefix("torch.")
     config = {
         key: value
-        for key, value in source.config.items()
-        if key not in ("quantization_config", "_name_or_path", "transformers_weights")
+        for key, value in without_settings(source.config).items()
+        if key not in ("_name_or_path", "transformers_weights")
     }
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    text = config.get("text_config")
+    for part in (config, *([text] if isinstance(text, dict) else [])):  # other parts keep their weights, and their type
         for key in ("dtype", "torch_dtype"):
             if key in part:
                 part[key] = name

@@ -1,7 +1,7 @@
 """The input of a merge: the run's adapter, the base it was trained on, and the tensor of each module."""
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,14 @@ import torch
 
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import LoraLayer, read_lora
-from qdpo.export.merge.shards import Stored, stored_tensors
-from qdpo.families.config_fields import family_of, names_experts
-from qdpo.model.base import fetch, quant, text_model
-from qdpo.model.base.load import model_config
+from qdpo.families.config_fields import family_of
+from qdpo.families.stored_form import StoredForm, stored_form
+from qdpo.model.base import fetch, quant
+from qdpo.model.base.dequantise import Dequantised, plain_tensors
 from qdpo.model.base.quant import FourBit
+from qdpo.model.base.tensor_files import Stored
+from qdpo.model.base.text_model import skeleton
+from qdpo.model.base.weight_names import FolderNames, float32_parameters, folder_names
 from qdpo.model.device import DTYPES
 from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
@@ -32,11 +35,18 @@ class MergeSource:
     config: dict[str, Any]
     """The base's config.json."""
     compute: torch.dtype
-    tensors: dict[str, Stored]
+    tensors: dict[str, Stored | Dequantised]
+    """Of a base in FP8 or MXFP4, those of the same model with plain weights."""
     deltas: dict[str, LoraLayer]
     """By the weight's name in the base's files, like the fields below."""
     marks: dict[str, FourBitMark | None]
     """Every weight that was 4-bit in the run; None if the run recorded no mark."""
+    untouched: frozenset[str]
+    """Tensors that are copied byte for byte: of other parts of the checkpoint, or kept in float32 by the model."""
+    others: tuple[str, ...]
+    """Tensors of the files that the trained model does not have."""
+    packed: frozenset[str]
+    """Weights that the files hold in 4 bits, with their scales next to them."""
     form: FourBit | None
     """The run's quantisation; None without quantisation, or if the base is stored in 4 bits."""
     trained_on: str
@@ -45,8 +55,13 @@ class MergeSource:
     """The device that made the run's 4-bit weights, or the CPU."""
 
     @property
+    def stored_as(self) -> StoredForm | None:
+        """The form of the base's files; None if they are plain."""
+        return stored_form(self.config, f"The folder {str(self.folder)!r}")
+
+    @property
     def is_stored_four_bit(self) -> bool:
-        return "quantization_config" in self.config
+        return self.stored_as is not None and not self.stored_as.is_dequantised
 
     @property
     def transposed(self) -> bool:
@@ -55,12 +70,13 @@ class MergeSource:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The weight's shape, which a 4-bit tensor itself does not record."""
-        for name, stored in self.companions(key).items():
-            if name.startswith(quant.STATE):
-                return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
+        if key in self.packed:
+            for name, stored in self.companions(key).items():
+                if name.startswith(quant.STATE):
+                    return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
-    def companions(self, key: str) -> dict[str, Stored]:
+    def companions(self, key: str) -> dict[str, Stored | Dequantised]:
         """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
         return {name.removeprefix(start): one for name, one in self.tensors.items() if name.startswith(start)}
@@ -74,23 +90,23 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     run, record, settings = finished.run, finished.record, finished.config()
     place = _locate(finished, settings, say)
     deltas = read_lora(run.adapter).layers
-    tensors = stored_tensors(place)
+    tensors = plain_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
     compute = DTYPES[record.found.dtype]
-    if names_experts(tensors):
-        raise ConfigError(
-            f"The base in {place} is a mixture of experts, whose weights are not stored in the shapes in which they "
-            "are used. Only dense models can be merged; serve the adapter with the base instead."
-        )
-    form = None
-    if settings.model.quantization != "none" and "quantization_config" not in config:
+    names = folder_names(place, tensors)
+    model = skeleton(names.text)
+    packed = frozenset(key for key in tensors if f"{key}.absmax" in tensors)
+    stored_as, form = stored_form(config, f"The folder {str(place)!r}"), None
+    if settings.model.quantization != "none" and (stored_as is None or stored_as.is_dequantised):
         form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
-    marks = _marks(record, config, tensors, form, place, say)
-    keys = weight_keys({*marks, *deltas}, tensors, place)
-    by_key = {keys[name]: delta for name, delta in deltas.items()}
+    marks = _marks(record, names, packed, form, model, say)
+    keys = names.in_files({*marks, *deltas})
     source = MergeSource(
-        run=run, folder=place, config=config, compute=compute, tensors=tensors, deltas=by_key,
-        marks={keys[name]: one for name, one in marks.items()}, form=form, trained_on=finished.environment.device,
+        run=run, folder=place, config=config, compute=compute, tensors=tensors,
+        deltas={keys[name]: delta for name, delta in deltas.items()},
+        marks={keys[name]: one for name, one in marks.items()},
+        untouched=_untouched(model, names, compute), others=names.trained.others, packed=packed,
+        form=form, trained_on=finished.environment.device,
         device=_device(finished.environment.device, say) if form else torch.device("cpu"),
     )  # fmt: skip
     _check_shapes(source)
@@ -111,24 +127,21 @@ def _locate(finished: FinishedRun, settings: RunConfig, say: Callable[[str], Non
 
 def _marks(
     record: RunRecord,
-    config: dict[str, Any],
-    tensors: Collection[str],
+    names: FolderNames,
+    packed: Collection[str],
     form: FourBit | None,
-    folder: Path,
+    model: torch.nn.Module,
     say: Callable[[str], None],
 ) -> dict[str, FourBitMark | None]:
     """The run's 4-bit layers by module name, each with its mark."""
     if record.four_bit is not None:
         return dict(record.four_bit)
-    if "quantization_config" in config:
-        ends = f".{quant.STATE}"
-        return {name.partition(".weight" + ends)[0]: None for name in tensors if ends in name}
+    if packed:
+        return {module: None for module in names.trained.modules if names.trained.key(module) in packed}
     if form is None:
         return {}
     say("note: only the comparison can prove the 4-bit weights equal (this run recorded no checksums of them)")
-    return dict.fromkeys(
-        quant.four_bit_names(text_model.skeleton(text_model.text_model_of(model_config(folder))), form)
-    )
+    return dict.fromkeys(quant.four_bit_names(model, form))
 
 
 def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:
@@ -140,34 +153,13 @@ def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:
     return torch.device("cpu")
 
 
-def weight_keys(modules: Iterable[str], keys: Collection[str], folder: Path) -> dict[str, str]:
-    """Each module's weight name in the base's files.
-
-    Usually that is the module's name and ".weight". If transformers renames on loading, one prefix is replaced by
-    another, the same for all modules: gpt2's files lack "transformer.", others have "language_model.".
-    Raises: ConfigError if no replacement, or more than one, finds a name for every module.
-    """
-    found = {module: f"{module}.weight" for module in modules if f"{module}.weight" in keys}
-    left = sorted(set(modules) - set(found))
-    if not left:
-        return found
-    ways: dict[tuple[str, ...], None] = {}
-    parts = left[0].split(".")
-    for cut in range(len(parts)):
-        tail = ".".join(parts[cut:]) + ".weight"
-        old = left[0].removesuffix(tail.removesuffix(".weight"))
-        for new in (key.removesuffix(tail) for key in keys if key == tail or key.endswith("." + tail)):
-            way = tuple(new + module.removeprefix(old) + ".weight" for module in left)
-            if all(module.startswith(old) for module in left) and all(key in keys for key in way):
-                ways[way] = None
-    if len(ways) != 1:
-        problem = "have several candidates for" if ways else "do not hold"
-        raise ConfigError(
-            f"The files of the base in {folder} {problem} weights that the adapter or the run names: {left[0]}.weight"
-            + (f" and {len(left) - 1} more" if len(left) > 1 else "")
-            + ". The adapter belongs to another base, or this architecture stores its weights in another form."
-        )
-    return found | dict(zip(left, next(iter(ways)), strict=True))
+def _untouched(model: Any, names: FolderNames, compute: torch.dtype) -> frozenset[str]:
+    """Tensors of the files outside decoder and head, and those that the trained model keeps in float32."""
+    head = [f"{name}." for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    inside = (f"{names.text.decoder}.", *head)
+    kept = float32_parameters(model, compute)
+    outside = [name for name in names.trained.sources if name in kept or not name.startswith(inside)]
+    return frozenset([*names.trained.others, *(key for name in outside for key in names.trained.sources[name])])
 
 
 def _check_shapes(source: MergeSource) -> None:

@@ -27,6 +27,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
+from qdpo.export.proof.text_class import text_class
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base, model_config
 from qdpo.model.base.text_model import decoder_of
@@ -192,8 +193,9 @@ def verify(
     tally = DistanceTally([])
     rows = max(1, TILE_BYTES // (4 * trained.head.weight_VD.shape[0]))
     parts = list(tiles(trained.lengths, rows))
+    reload_as = text_class(folder, watcher.say)
     watcher.begin("comparing with the merged files, reloaded", len(parts), "tile")
-    with _reloaded(folder, trained, rows) as stream:
+    with _reloaded(folder, trained, rows, reload_as) as stream:
         for part in parts:
             merged_RV = _next_tile(stream, part.stop - part.start, trained.head.weight_VD.shape[0])
             with torch.no_grad():
@@ -253,13 +255,13 @@ def _verdict(found: Distance, enforced: bool) -> str:
 
 
 @contextmanager
-def _reloaded(folder: Path, trained: TrainedScores, rows: int) -> Iterator[IO[bytes]]:
+def _reloaded(folder: Path, trained: TrainedScores, rows: int, part: str) -> Iterator[IO[bytes]]:
     """Standard output of a process that has loaded the folder, its first line read and checked."""
     with tempfile.TemporaryDirectory() as work, (Path(work) / "errors").open("w+", encoding="utf-8") as errors:
         answers = Path(work) / "answers.json"
         answers.write_text(json.dumps(trained.answers), encoding="utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-P", reload.__file__, folder, answers, _device(folder), str(rows)],
+            [sys.executable, "-P", reload.__file__, folder, answers, _device(folder), str(rows), part],
             stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         assert process.stdout is not None

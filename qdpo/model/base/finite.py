@@ -21,7 +21,7 @@ def check_finite(model: Any, folder: Path) -> None:
     """One pass over the loaded weights, without a copy. Raises: ConfigError that names the first that is not finite."""
     buffers = {name for name, _ in model.named_buffers()}  # not weights: a mask may well hold -inf
     for name, tensor in stored_tensors(model):
-        if name not in buffers and tensor.dtype in TYPES.values() and tensor.numel() and not _is_finite(tensor):
+        if name not in buffers and tensor.dtype in TYPES.values() and tensor.numel() and not is_finite(tensor):
             raise _not_finite(folder, name)
 
 
@@ -47,12 +47,13 @@ def _is_stored_finite(path: Path, tensor: HeaderEntry) -> bool:
         while left:
             piece = torch.frombuffer(bytearray(file.read(min(left, PIECE))), dtype=TYPES[tensor.dtype])
             left -= piece.nbytes
-            if not _is_finite(piece):
+            if not is_finite(piece):
                 return False
     return True
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """True if no element is NaN or infinite, found without a copy."""
     low, high = torch.aminmax(tensor)  # NaN where any element is NaN
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

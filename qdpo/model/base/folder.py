@@ -1,4 +1,4 @@
-"""Checks that a folder can be the base of a run: safetensors only, no custom code, not quantised by other tools.
+"""Checks that a folder can be the base of a run: safetensors only, no custom code, in a form that can be read.
 
 A folder passes when transformers can build the model from it without pickle, remote code or a second checkpoint.
 """
@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.families.stored_form import stored_form
 from qdpo.model.base.headers import AGAIN
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -154,18 +155,12 @@ def leaves_folder(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or ":" in name
 
 
-def check_config(config: dict[str, Any], owner: str) -> None:
+def check_config(config: dict[str, Any], owner: str, name: str) -> None:
     """Raises: ConfigError for a model quantised by other tools, or of a type that transformers does not have built in.
 
-    `owner` opens the message: "The folder …" or "The repository …".
+    `owner` opens the message: "The folder …" or "The repository …"; `name` is the repository's or the folder's.
     """
-    quantization = config.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(
-            f"{owner} (from model.path): quantization_config in config.json is {quantization!r:.60}, not an object. "
-            "Copy config.json from the model's source."
-        )
-    _refuse_quantised(quantization, owner)
+    stored_form(config, owner, name)
     # Imported late: it takes three seconds, and the other checks do not need it.
     import transformers
 
@@ -185,20 +180,6 @@ def check_config(config: dict[str, Any], owner: str) -> None:
     raise ConfigError(
         f"{owner} (from model.path) is of model_type {model_type!r}, which transformers {transformers.__version__} "
         "does not know. Upgrade transformers, or choose another model."
-    )
-
-
-def _refuse_quantised(quantization: dict[str, Any] | None, owner: str) -> None:
-    if quantization is None:
-        return
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
-    method = quantization.get("quant_method") or ("bitsandbytes" if bits else "unknown")
-    if method == "bitsandbytes" and bits == ["load_in_4bit"]:
-        return
-    shown = "8-bit bitsandbytes" if method == "bitsandbytes" else method
-    raise ConfigError(
-        f"{owner} (from model.path) is quantised with {shown}, but qdpo trains only on its own 4-bit weights. "
-        "Use the unquantised original: its name is often this one without the ending, such as -GPTQ, -AWQ or -FP8."
     )
 
 

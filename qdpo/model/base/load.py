@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 from transformers.utils.logging import disable_progress_bar
 
 from qdpo.errors import ConfigError
+from qdpo.families.stored_form import settings_of, stored_form
 from qdpo.model.base import quant
+from qdpo.model.base.dequantise import state_dict_of
 from qdpo.model.base.expected import check_loaded, check_strays
 from qdpo.model.base.finite import check_files_finite, check_finite
 from qdpo.model.base.folder import read_json, weight_files
@@ -49,9 +51,9 @@ def load_base(
     if device.type == "cuda" and quantization != "none":
         check_files_finite(folder, weight_files(folder))
     with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part):
-        model, about = text.cls.from_pretrained(
-            folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
-            attn_implementation=attention_name, output_loading_info=True, **arguments,
+        model, about = loaded(
+            text.cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
+            attn_implementation=attention_name, **arguments,
         )  # fmt: skip
     check_loaded(folder, about)
     if text.is_part:
@@ -81,9 +83,9 @@ def _unreported(skips: bool) -> Iterator[None]:
 
 def _as_stored(text: TextModel, folder: Path) -> Any:
     """The text model's config, with the 4-bit settings of a folder that is stored so, for this model's names."""
-    config = copy.deepcopy(text.config)
-    stored = read_json(folder / "config.json").get("quantization_config")
-    if stored is not None:
+    config, outer = copy.deepcopy(text.config), read_json(folder / "config.json")
+    stored, form = settings_of(outer), stored_form(outer, f"The folder {str(folder)!r}")
+    if form is not None and not form.is_dequantised:
         left = [module_name(one, text.decoder, text.key_mapping) for one in stored.get("llm_int8_skip_modules") or ()]
         config.quantization_config = {**stored, "llm_int8_skip_modules": left} if left else stored
     return config
@@ -99,13 +101,18 @@ def _token_ids_of(config: GenerationConfig) -> GenerationConfig:
 def loading(
     folder: Path, quantization: str, *, double_quant: bool, dtype: str, device: torch.device, announce: Say
 ) -> dict[str, Any]:
-    """Arguments for loading a model of any kind with transformers: only this folder's safetensors, no custom code.
+    """Arguments of `loaded` for a model of any kind: only this folder's safetensors, no custom code.
 
-    A folder that is already 4-bit keeps its own settings.
+    A folder that is already 4-bit keeps its own settings; one in FP8 or MXFP4 is dequantised weight by weight.
+    transformers can do that too, but has one quantiser a model: then the rest could not become 4-bit.
     """
     disable_progress_bar()
     arguments: dict[str, Any] = {}
-    if "quantization_config" in read_json(folder / "config.json"):
+    form = stored_form(read_json(folder / "config.json"), f"The folder {str(folder)!r}")
+    if form is not None and form.is_dequantised:
+        announce(f"weights: stored in {form.words}, dequantised one by one while loading")
+        arguments["state_dict"] = state_dict_of(folder, DTYPES[dtype])
+    if form is not None and not form.is_dequantised:
         announce("quantisation: as stored in the folder (already 4-bit)")
     elif quantization != "none":
         arguments["quantization_config"] = quant.four_bit_config(quantization, double_quant, DTYPES[dtype])
@@ -116,6 +123,20 @@ def loading(
         "local_files_only": True,
         "use_safetensors": True,
     }
+
+
+def loaded(cls: Any, folder: Path, *, config: Any, **arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder, and transformers' report of missing tensors, with the arguments of `loading`."""
+    if "state_dict" not in arguments:
+        found: tuple[Any, dict[str, Any]]
+        found = cls.from_pretrained(folder, config=config, output_loading_info=True, **arguments)
+        return found
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        arguments["generation_config"] = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    # Weights from elsewhere than a folder; then transformers knows no name, and writes None into adapters.
+    model, about = cls.from_pretrained(None, config=config, output_loading_info=True, **arguments)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model, about
 
 
 def embeddings_to_host(model: Any) -> None:

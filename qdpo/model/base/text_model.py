@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from qdpo.errors import ConfigError
-from qdpo.model.base.folder import weight_files
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.headers import AGAIN, tensors_of
+from qdpo.model.base.headers import AGAIN
+from qdpo.model.base.originals import plain_folder
 from qdpo.model.base.weight_renames import Renames, renames_for
 
 TEXT = "text_config"
@@ -53,7 +53,7 @@ def text_model(folder: Path) -> TextModel:
 
     Raises: ConfigError if there is none, or the weights do not hold every tensor of it once.
     """
-    return found_in(folder, tensors_of(folder, weight_files(folder)))
+    return found_in(folder, plain_folder(folder))
 
 
 def found_in(folder: Path, stored: Collection[str]) -> TextModel:
