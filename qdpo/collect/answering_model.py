@@ -10,6 +10,7 @@ from qdpo.data.layouts.origin import Origin
 from qdpo.data.tokens.templates import settle_template
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.load import load_tokenizer
+from qdpo.model.base.text_model import check_text_model
 from qdpo.model.device import choose_device, choose_dtype
 from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy.adapter import WEIGHTS, check_adapter_folder, start_adapter
@@ -47,8 +48,9 @@ def base_sampler(arguments: list[str], watcher: Watcher) -> Sampler:
         check_adapter_folder(Path(config.adapter.start))
     device = choose_device(settings.device, say)
     place = fetch.locate_base(
-        str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say
-    )
+        str(settings.path), revision=settings.revision, cache_dir=cache_folder(config.cache.dir), announce=say,
+        refuse=lambda found: check_text_model(found, str(settings.path)),
+    )  # fmt: skip
     check_adapter(config.adapter.start, config.adapter.targets, place, say)
     tokenizer = load_tokenizer(place.folder)
     take_start(tokenizer, config.adapter.start, config.data.template, say)

@@ -11,7 +11,7 @@ from qdpo import __version__
 from qdpo.errors import ConfigError
 from qdpo.export.privacy import Privacy
 from qdpo.export.trained import TrainedRun
-from qdpo.model.base.folder import check_folder
+from qdpo.model.base.expected import check_folder
 from qdpo.report.card import card_text, public_name
 from qdpo.run.record import BaseRecord
 from qdpo.run.watcher import Say

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
-from qdpo.model.base.folder import check_folder
+from qdpo.model.base.expected import check_folder
 from qdpo.model.base.from_gguf import wheel_gguf
 from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir

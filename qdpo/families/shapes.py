@@ -65,7 +65,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
 
     Raises: ConfigError for mixture-of-experts models, for unknown families, and for missing numbers.
     """
-    config = config.get("text_config") or config
+    whole, config = config, config.get("text_config") or config
     experts = experts_field(config)
     if experts is not None:
         raise ConfigError(
@@ -95,7 +95,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
         key_heads=config.get("num_key_value_heads") or heads,
         head_width=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
-        tied=is_tied(config, family),
+        tied=is_tied(whole if "tie_word_embeddings" in whole else config, family),  # of the outer config
         positions=longest.count if longest else None,
     )
 

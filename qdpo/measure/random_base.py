@@ -10,12 +10,13 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
 from qdpo.families import shapes
 from qdpo.families.shapes import FAMILY_OF, KNOWN
 from qdpo.model.base import quant
 from qdpo.model.base.load import model_config
+from qdpo.model.base.text_model import text_model_of
 from qdpo.model.fast import attention
 
 
@@ -55,7 +56,8 @@ def random_base(config: Any, *, quantization: str, double_quant: bool, dtype: to
     """
     attention.register()
     with no_fake(), init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        text = text_model_of(config)
+        model = text.cls._from_config(text.config, dtype=dtype)
     head = model.get_output_embeddings()
     if quantization != "none":
         for name, layer in list(model.named_modules()):

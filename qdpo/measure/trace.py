@@ -20,6 +20,7 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import random_base
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast import attention, products
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
@@ -135,7 +136,7 @@ def trace_peak(
                 if parameter.requires_grad:
                     setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter)))
         causal = model.get_base_model()
-        policy = Policy(model, causal.base_model, Head.of(causal), device, "spans", run.tile_mib)
+        policy = Policy(model, decoder_of(causal), Head.of(causal), device, "spans", run.tile_mib)
         assert choose_attention.switch_attention(policy, attention.NAME)
         with random_base.no_fake():
             install.install(model, device, weightless=True)

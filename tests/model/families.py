@@ -9,6 +9,7 @@ import transformers as hf
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast import attention
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, recompute
@@ -77,6 +78,9 @@ SHARED: Families = {
     "starcoder2": lambda: hf.Starcoder2Config(**SIZE),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**ONE_KEY_HEAD_EACH),
     "mixtral": lambda: hf.MixtralConfig(**SIZE, num_local_experts=4),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **SIZE, head_dim=8, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=4096
+    ),
     "gpt2": lambda: hf.GPT2Config(**GPT2),
 }
 # Soft-capped scores or sinks: products written out pair by pair.
@@ -108,11 +112,18 @@ SEPARATE: Families = {
         **SIZE, head_dim=8, num_experts=4, num_experts_per_tok=2, linear_num_value_heads=4, linear_num_key_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
     ),
+    "olmo-hybrid": lambda: hf.OlmoHybridConfig(
+        **SIZE, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
     "mamba": lambda: hf.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, initializer_range=0.2),
 }  # fmt: skip
 # peft refuses to adapt the linear layers that a Mamba block's kernel reads by itself, and warns about fused experts.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-TARGETS = {"falcon_h1": ATTENTION, "mamba": ["in_proj"], "mixtral": ATTENTION, "qwen3_next": ATTENTION}
+TARGETS = {
+    "falcon_h1": ATTENTION, "mamba": ["in_proj"], "mixtral": ATTENTION, "qwen3_next": ATTENTION,
+    "llama4_text": ATTENTION, "olmo_hybrid": ATTENTION,
+}  # fmt: skip
 
 
 def build(config: Any, attention_name: str | None) -> Any:
@@ -144,7 +155,7 @@ def make_policy(
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     causal = peft.get_base_model()
-    policy = Policy(peft, causal.base_model, Head.of(causal), CPU, layout, tile_mib=1)
+    policy = Policy(peft, decoder_of(causal), Head.of(causal), CPU, layout, tile_mib=1)
     recompute.Layers(policy.backbone).keep(kept_layers)
     return policy
 

@@ -3,13 +3,25 @@
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 
 from qdpo.errors import VerificationError
 from qdpo.model.fast import attention
 from qdpo.model.fast.logps import Head, plain_logps
-from qdpo.model.policy import probe
+from qdpo.model.policy import probe, recompute
 from qdpo.model.policy.adapter import Policy
-from tests.model.families import CPU, SHARED, build, differentiated, make_policy, pairs, scores, tiny_row
+from tests.model.families import (
+    CPU,
+    SEPARATE,
+    SHARED,
+    SIZE,
+    build,
+    differentiated,
+    make_policy,
+    pairs,
+    scores,
+    tiny_row,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite", "cohere", "gemma3-window", "gpt2"])
@@ -41,6 +53,26 @@ def test_recomputed_layers_change_no_gradient(kept: int | str) -> None:
     expected = differentiated(plain, row)[1]
     found = differentiated(other, row)[1]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_layers_of_several_classes_are_recomputed() -> None:
+    config = SEPARATE["olmo-hybrid"]
+    plain, other = (
+        make_policy(config(), kept_layers=kept, layout="separate", attention_name="sdpa") for kept in ("all", 0)
+    )
+    assert len({type(layer) for layer in recompute.decoder_layers(other.backbone)}) == 2
+    expected, found = (differentiated(policy, tiny_row())[1] for policy in (plain, other))
+    assert all(torch.equal(found[name], expected[name]) for name in expected) and expected
+
+
+def test_the_layers_are_as_many_as_the_config_names() -> None:
+    """Gemma 3n has a longer list of projections beside two layers."""
+    config = hf.Gemma3nTextConfig(
+        **SIZE, head_dim=8, layer_types=["full_attention"] * 2, laurel_rank=4, num_kv_shared_layers=0,
+        vocab_size_per_layer_input=160, hidden_size_per_layer_input=8, activation_sparsity_pattern=None,
+    )  # fmt: skip
+    backbone = build(config, "sdpa").model
+    assert recompute.decoder_layers(backbone) is backbone.layers
 
 
 def test_recomputing_saves_fewer_tensors() -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdpo.errors import ConfigError
-from qdpo.model.base.folder import check_folder
+from qdpo.model.base.expected import check_folder
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.gguf_header import check_gguf_header
 from qdpo.model.base.headers import read_header, tensors_of

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from qdpo.errors import ConfigError
 from qdpo.export.merge.lora import LoraLayer, read_lora
 from qdpo.export.merge.shards import Stored, stored_tensors
 from qdpo.families.config_fields import family_of, names_experts
-from qdpo.model.base import fetch, quant
+from qdpo.model.base import fetch, quant, text_model
 from qdpo.model.base.load import model_config
 from qdpo.model.base.quant import FourBit
 from qdpo.model.device import DTYPES
@@ -127,9 +126,9 @@ def _marks(
     if form is None:
         return {}
     say("note: only the comparison can prove the 4-bit weights equal (this run recorded no checksums of them)")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(folder))
-    return dict.fromkeys(quant.four_bit_names(model, form))
+    return dict.fromkeys(
+        quant.four_bit_names(text_model.skeleton(text_model.text_model_of(model_config(folder))), form)
+    )
 
 
 def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:

@@ -15,15 +15,18 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 
 def main(folder: str, answers_file: str, device: str, rows: str) -> None:
     """Writes the logits of every [ids, number of answer tokens] in the JSON file, `rows` tokens at a time."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # libraries print to stderr instead
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # Some multimodal models are known as such alone.
+    auto: Any = AutoModelForCausalLM
+    auto = auto if type(config) in auto._model_mapping else AutoModelForMultimodalLM
+    model = auto.from_pretrained(
         folder, dtype="auto", device_map={"": device}, local_files_only=True, trust_remote_code=False,
         use_safetensors=True,
     ).eval()  # fmt: skip

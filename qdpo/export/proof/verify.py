@@ -29,6 +29,7 @@ from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.model.base import quant
 from qdpo.model.base.load import load_base, model_config
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.device import release_memory
 from qdpo.model.fast.logps import Head, head_logits, response_logps
 from qdpo.model.policy import adapter
@@ -171,7 +172,7 @@ class _Passes:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Hidden states that predict the answers' tokens, (N, D), and the tokens' log-probs, (N)."""
-        backbone, parts = self.peft.get_base_model().base_model, []
+        backbone, parts = decoder_of(self.peft.get_base_model()), []
         for tokens, length in self.answers:
             output = backbone(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)
             parts.append(output.last_hidden_state[0, -length - 1 : -1])

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qdpo.errors import ConfigError
+from qdpo.model.base import text_model
+from qdpo.model.base.config_values import check_values
+from qdpo.model.base.folder import check_config, check_files, read_json
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.headers import HeaderEntry
+from qdpo.model.base.headers import HeaderEntry, tensors_of
+from qdpo.model.base.weight_renames import renamed
 
 SOURCE = "Copy or download the model again."
 ELEMENTS_PER_BYTE = 2  # of 4-bit weights
@@ -16,22 +19,28 @@ ROOM = 4  # a head or tables that the folder stores once, or leaves out
 SMALL = 10**7  # parameters that any model may have beyond its weights, as tiny ones in tests
 
 
+def check_folder(folder: Path) -> None:
+    """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
+    stored, config, owner = tensors_of(folder, check_files(folder)), read_json(folder / "config.json"), str(folder)
+    check_values(config, f"The folder {owner!r} (from model.path)", tensors=len(stored))
+    check_config(config, f"The folder {owner!r}")
+    check_shapes(folder, stored)
+
+
 def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
-    """Build the model without memory from config.json, and compare it with the headers.
+    """Build the text model without memory from config.json, and compare it with the headers.
 
     Names are compared where both sides have them: transformers renames, splits and joins tensors of many families at
     load, and reports then what is missing.
     Raises: ConfigError if the model cannot be built, is far larger than its weights, or a tensor has another size.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where = f"transformers cannot build the model of {folder}/config.json (from model.path)"
     with reading(where, "Copy config.json from the model's source."):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
+        config = text_model.model_config(folder)
+        if not text_model.has_text_model(config):
             return  # refused later, by the verb that wants such a model
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        text = text_model.found_in(folder, stored)
+        model = text_model.skeleton(text)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     stored_bytes = sum(tensor.end - tensor.start for tensor in stored.values())
     if wanted > ELEMENTS_PER_BYTE * ROOM * stored_bytes + SMALL:
@@ -41,14 +50,29 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
         )
     if getattr(config, "quantization_config", None):
         return
+    by_name = {renamed(name, text.key_mapping): entry for name, entry in stored.items()}
     for name, parameter in model.state_dict().items():
-        found = stored.get(name)
+        found = by_name.get(name)
         if found is not None and found.elements != parameter.numel():
             raise ConfigError(
-                f"{folder} (from model.path): the tensor {name!r} has the shape {list(found.shape)}, but config.json "
-                f"describes {list(parameter.shape)}. Weights and config.json are of different models, or damaged. "
-                f"{SOURCE}"
+                f"{folder} (from model.path): the tensor {found.name!r} has the shape {list(found.shape)}, but "
+                f"config.json describes {list(parameter.shape)}. Weights and config.json are of different models, or "
+                f"damaged. {SOURCE}"
             )
+
+
+def check_strays(folder: Path, about: dict[str, Any], decoder: nn.Module, path: str) -> None:
+    """Raises: ConfigError if the files hold tensors of the text model that its config does not describe.
+
+    transformers skips them as it skips those of a vision tower: a config of fewer layers gives another model.
+    """
+    parts = tuple(f"{path}.{name}." for name, _part in decoder.named_children())
+    names = sorted(str(name) for name in about.get("unexpected_keys") or () if str(name).startswith(parts))
+    if names:
+        raise ConfigError(
+            f"The weights in {folder} (from model.path) do not fit its config.json: {len(names)} tensors of the text "
+            f"model have no place in it, such as {', '.join(names[:3])}. {SOURCE}"
+        )
 
 
 def check_loaded(folder: Path, about: dict[str, Any]) -> None:

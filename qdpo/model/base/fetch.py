@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.expected import check_folder
 from qdpo.model.base.folder import (
     PICKLE_SUFFIXES,
     check_config,
     check_files,
-    check_folder,
     complaint_about,
     license_of,
     read_json,

@@ -9,8 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.model.base.config_values import check_values
-from qdpo.model.base.headers import AGAIN, tensors_of
+from qdpo.model.base.headers import AGAIN
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json"}
@@ -18,16 +17,6 @@ READ = (".json", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
 LONGEST_JSON = 64 * 2**20  # bytes; the tokenizer.json of a vocabulary of 256,000 takes 33 MB
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-
-
-def check_folder(folder: Path) -> None:
-    """Raises: ConfigError unless the folder is complete and transformers can build the model from it."""
-    from qdpo.model.base.expected import check_shapes
-
-    stored, config, owner = tensors_of(folder, check_files(folder)), read_json(folder / "config.json"), str(folder)
-    check_values(config, f"The folder {owner!r} (from model.path)", tensors=len(stored))
-    check_config(config, f"The folder {owner!r}")
-    check_shapes(folder, stored)
 
 
 def check_files(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from qdpo.errors import ConfigError
 from qdpo.model.base.folder import check_regular, read_json
 from qdpo.model.base.foreign import reading
+from qdpo.model.base.tokenizer_files import has_tokenizer, read_tokenizer_files
 
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 OTHER_FILES = ("tokenizer.model", "spiece.model", "merges.txt", "vocab.txt", "tekken.json", "chat_template.jinja")
@@ -29,6 +30,8 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer.decode(ids)
         special = {name: tokenizer.convert_tokens_to_ids(text) for name, text in tokenizer.special_tokens_map.items()}
         size = len(tokenizer)
+    if not tokenizer.chat_template and has_tokenizer(folder):
+        tokenizer.chat_template = read_tokenizer_files(folder).template  # a processor's file has it, if any
     if not ids:
         raise ConfigError(f"{where}: it makes no tokens of {SAMPLE!r}. {WAY_OUT}")
     for name, token in special.items():

@@ -95,9 +95,16 @@ def vocabulary_of(folder: Path) -> dict[str, int]:
 
 def stated_ends(folder: Path, *names: str) -> list[int]:
     """The end tokens that generation_config.json and config.json (or `names`) state, by id. Raises: ConfigError."""
-    stated = [_object(folder / name).get("eos_token_id") for name in names or (GENERATION, "config.json")]
+    stated = [_stated_end(_object(folder / name)) for name in names or (GENERATION, "config.json")]
     ids = [one for value in stated for one in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys(one for one in ids if isinstance(one, int) and not isinstance(one, bool)))
+
+
+def _stated_end(config: Mapping[str, Any]) -> Any:
+    """The end token of a config, or where it states none, of its text part: as transformers generates by it."""
+    text = config.get("text_config")
+    own = config.get("eos_token_id")
+    return text.get("eos_token_id") if own is None and isinstance(text, dict) else own
 
 
 def write_conversation(folder: Path, *, template: Template | None, eos: str | None) -> None:

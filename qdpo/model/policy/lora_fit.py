@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qdpo.errors import ConfigError
+from qdpo.model.base import text_model
 from qdpo.model.policy.lora_config import CONFIG, WEIGHTS, check_adapter_folder, is_text
 from qdpo.model.policy.lora_file import PREFIX, tensor_forms
 
@@ -43,15 +43,8 @@ for pattern in patterns:
 
 
 def skeleton(config: Any) -> Any:
-    """The model that transformers builds from a config, on no device. Raises: ConfigError if it builds none."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(f"transformers cannot build a {config.model_type} model: {error}") from error
+    """The text model of a config, on no device. Raises: ConfigError if transformers has none."""
+    return text_model.skeleton(text_model.text_model_of(config))
 
 
 def check_fit(config: Any, folder: Path) -> None:

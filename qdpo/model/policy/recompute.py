@@ -12,17 +12,21 @@ from qdpo.model.fast import attention
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The decoder layers: the longest ModuleList of modules of one class.
+    """The decoder layers, which may be of several classes: the longest ModuleList that is in no other one.
 
+    A list of as many modules as the config names layers is preferred: a tiny model has longer ones.
     Raises: ConfigError if the model has no such list.
     """
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    uniform = [candidate for candidate in lists if len({type(layer) for layer in candidate}) == 1]
-    if not uniform:
+    lists = {
+        name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    outer = [one for name, one in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
         raise ConfigError(
             f"{type(backbone).__name__} has no list of decoder layers, so it cannot be checkpointed layer by layer."
         )
-    return max(uniform, key=len)
+    stated = getattr(getattr(backbone, "config", None), "num_hidden_layers", None)
+    return max([one for one in outer if len(one) == stated] or outer, key=len)
 
 
 class Layers:

@@ -14,6 +14,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
 from qdpo.model.base import quant
 from qdpo.model.base.load import embeddings_to_host, load_base
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
 from qdpo.model.policy.adapter import Policy
@@ -135,7 +136,7 @@ def _policy(model: Any, config: RunConfig, device: torch.device) -> Policy:
             f"The output head of {type(causal).__name__} is a {type(head_layer).__name__}, but a plain linear layer "
             "in 16 or 32 bits is needed. Use a base whose head is not quantised."
         )
-    return Policy(model, causal.base_model, Head.of(causal), device, "separate", config.memory.head_tile_mib)
+    return Policy(model, decoder_of(causal), Head.of(causal), device, "separate", config.memory.head_tile_mib)
 
 
 def adapter_identity(folder: Path) -> str:

@@ -21,6 +21,7 @@ from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer, model_config
+from qdpo.model.base.text_model import check_text_model, text_model, text_model_of
 from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.generate.generate import stop_at
@@ -104,12 +105,15 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: auto_memory.refuse_hopeless(config, found, device),
+        refuse=lambda found: _refuse_before_download(config, found, device),
     )  # fmt: skip
+    text = text_model(folder.folder)
+    if text.is_part:
+        say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
     adapter_source.check_adapter(
         config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
     )
-    tokenizer, shape = load_tokenizer(folder.folder), model_config(folder.folder)
+    tokenizer, shape = load_tokenizer(folder.folder), text.config
     config = within_positions(resolved, positions(shape), say)
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
@@ -150,6 +154,11 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         held_out=held_out, prompts=prompts, tokenizer=tokenizer, base=folder, loaded=loaded, scorer=scorer,
         tracker=tracker,
     )  # fmt: skip
+
+
+def _refuse_before_download(config: RunConfig, found: dict[str, Any], device: torch.device) -> None:
+    check_text_model(found, str(config.model.path))
+    auto_memory.refuse_hopeless(config, found, device)
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -233,7 +242,7 @@ def _first_start(
             f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
             "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
-    say, shape = watcher.say, model_config(folder.folder)
+    say, shape = watcher.say, text_model_of(model_config(folder.folder)).config
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
