@@ -17,7 +17,7 @@ IMPORTERS = {
     "typer": {f"cli/{name}" for name in "main common data collect forecast train review ship machine".split()},
     "datasets": {"data/read/hub"},
     "bitsandbytes": {"model/base/quant", "train/step/optimizer"},
-    "peft": {"model/policy/adapter", "model/policy/lora_fit", "export/proof/verify"},
+    "peft": {f"model/policy/{name}" for name in ("adapter", "lora_fit", "peft_names")} | {"export/proof/verify"},
 }
 # The same inside a room: a folder stands on those before it.
 INSIDE = {

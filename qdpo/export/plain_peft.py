@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
-from qdpo.export.merge.weight_names import require_layers, weight_files
+from qdpo.export.merge.weight_names import require_layers
 from qdpo.model.base.load import model_config
 from qdpo.model.policy.adapter import read_by_peft
 from qdpo.model.policy.lora_file import module_of, read_tensors
-from qdpo.model.policy.lora_fit import full_config, saved_state, scales
+from qdpo.model.policy.lora_fit import full_config, saved_state, scales, skeleton
+from qdpo.model.policy.peft_names import peft_names
 from qdpo.run import disk
 
 
@@ -44,7 +45,7 @@ def _fill(part: Path, lora: Lora, adapter: Path, base: Path) -> None:
             **{name: value for name, value in named.items() if value is not None},
             "r": lora.rank,
             "lora_alpha": lora.rank,
-            "target_modules": _targets(lora, base),
+            **_targets(lora, base),
         }
     )
     (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -54,12 +55,11 @@ def _fill(part: Path, lora: Lora, adapter: Path, base: Path) -> None:
     _verify(part, lora, base)
 
 
-def _targets(lora: Lora, base: Path) -> list[str]:
-    """The last parts of the layers' names if no other layer of the base has them, else the full names; sorted."""
-    last = {module.rpartition(".")[2] for module in lora.layers}
-    of_base = {name.removesuffix(".weight") for name in weight_files(base) if name.endswith(".weight")}
-    named = {module for module in of_base if module.rpartition(".")[2] in last}
-    return sorted(last if named == set(lora.layers) else lora.layers)
+def _targets(lora: Lora, base: Path) -> dict[str, list[str]]:
+    """The fields by which plain PEFT adapts these layers of the base and no others."""
+    names = peft_names(skeleton(model_config(base)), lora.layers)
+    fields = {"target_modules": names.modules, "target_parameters": names.parameters}
+    return {field: value for field, value in fields.items() if value}
 
 
 def _verify(part: Path, trained: Lora, base: Path) -> None:

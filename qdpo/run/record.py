@@ -5,7 +5,7 @@ Imports nothing heavy, so that a finished run or a changed setting is reported a
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -133,6 +133,8 @@ class FoundValues(Part):
     steps: int | None = _named("train.steps", default=None)
     total_pairs: int | None = None
     warmup_steps: int | None = _named("train.warmup_steps", default=None)
+    adapted: list[str] | None = None
+    """The layers of a new adapter; None with adapter.start, and in runs of 0.1, which left all-linear to PEFT."""
     row_splits: dict[str, int] | None = None
     """By step: the number of parts into which its rows were split after running out of memory."""
     more: dict[str, object] = field(default_factory=dict)
@@ -277,10 +279,8 @@ def file_record(path: Path) -> FileRecord:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that determine what is loaded."""
-    wanted: Iterable[Path] = (
-        path for path in folder.iterdir() if path.suffix in {".safetensors", ".json", ".model", ".jinja"}
-    )
-    return sorted(path for path in wanted if path.is_file())
+    kinds = {".safetensors", ".json", ".model", ".jinja"}
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
 
 
 P = TypeVar("P", bound=Part)

@@ -66,7 +66,7 @@ class AdapterConfig(Section):
     alpha: Annotated[float, Field(gt=0)] = 32
     """LoRA scale: the update is alpha / rank times B A (with rslora, alpha / sqrt(rank) times B A)."""
     targets: list[str] = ["all-linear"]
-    """Names of the adapted linear layers; all-linear: all except the head (QLoRA, section 4)."""
+    """Names of the adapted linear layers; all-linear: all of the text decoder but routers, experts, indexers."""
     rslora: bool = False
     """Rank-stabilised scale (arXiv 2312.03732)."""
     start: str | None = None

@@ -30,6 +30,7 @@ from qdpo.train.start import auto_memory
 from qdpo.train.start.length import RunLength
 from qdpo.train.start.open_run import Job, open_run, plan_run, try_worst_row
 from qdpo.train.start.tokenizer import save_tokenizer
+from qdpo.train.step import reach
 from qdpo.train.step.feed import Feed, ReadyRow
 from qdpo.train.step.optimizer import learning_rate, make_optimizer
 from qdpo.train.step.out_of_memory import Recovery
@@ -139,7 +140,7 @@ def _train(job: Job, plan: RunLength, trained: TrainedObjects, feed: Feed) -> Tr
             raise OutOfMemoryError(f"{error} {auto_memory.after_failure(job.config, job.train, progress)}") from None
         tokens += report.tokens
         seconds = time.monotonic() - begun
-        progress = _after_step(job, progress, step, report, seconds)
+        progress = _after_step(job, progress, step, report, seconds, last=step + 1 == plan.steps)
         line = _step_record(job, progress, report, rate, seconds, tokens)
         metrics.write(line)
         job.watcher.step({**line, PAIRS: report.pairs})
@@ -228,7 +229,7 @@ def _check_offset(job: Job, before: Evaluation) -> None:
         )
 
 
-def _after_step(job: Job, progress: Progress, step: int, report: StepReport, seconds: float) -> Progress:
+def _after_step(job: Job, progress: Progress, step: int, report: StepReport, seconds: float, *, last: bool) -> Progress:
     if report.overflow:
         job.watcher.say(f"step {step + 1}: update skipped, loss scale lowered (fp16 overflow)")
     elif step == 0 and report.grad_norm == 0:
@@ -236,12 +237,27 @@ def _after_step(job: Job, progress: Progress, step: int, report: StepReport, sec
             "The gradient of the first step is exactly 0, so the adapter would learn nothing. Chosen and rejected "
             "answers may be identical after truncation, or `adapter.targets` may match no layer that is used."
         )
+    else:
+        _check_reach(job, step - progress.overflows, report, last=last)
     return Progress(
         step=step + 1,
         overflows=progress.overflows + report.overflow,
         seconds=progress.seconds + seconds,
         peak_gib=max(progress.peak_gib, peak_gib(job.loaded.policy.device)),
     )
+
+
+def _check_reach(job: Job, steps_before: int, report: StepReport, *, last: bool) -> None:
+    """Checks in the first two steps that every adapted layer learns; runs of 0.1 go on with the layers they have."""
+    is_of_0_1 = job.config.adapter.start is None and job.found.adapted is None
+    if steps_before > 1 or report.grad_norm == 0 or is_of_0_1:
+        return
+    parameters = job.loaded.policy.adapter_parameters()
+    if zero := reach.check_reach(parameters, steps_before=steps_before, last=last):
+        job.watcher.say(
+            f"step {steps_before + 1}: the gradient of {len(zero)} adapted layers, such as {zero[0]}, is exactly 0; "
+            "the next step decides if they learn"
+        )
 
 
 def _step_record(job: Job, progress: Progress, report: StepReport, rate: float, seconds: float, tokens: int) -> Record:

@@ -70,6 +70,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "no task": {"task_type": None},
     "turned": {"fan_in_fan_out": True},
     "dropout": {"lora_dropout": 0.3},
+    "a layer by its weight": {"target_parameters": ["self_attn.k_proj.weight"]},
+    "layers by their weights alone": {"target_modules": None, "target_parameters": ["k_proj.weight", "up_proj.weight"]},
     "of whole names": {"target_modules": ["model.layers.0.self_attn.q_proj", "o_proj"]},
 }
 
@@ -82,7 +84,9 @@ def test_it_is_what_plain_peft_makes_of_it(variant: str, base: Path, tmp_path: P
     checksum = quant.weights_checksum(untouched)
     expected, bare = logits(PeftModel.from_pretrained(load(base), start)), logits(untouched)
     model = adapter.start_adapter(untouched, start)
-    assert torch.equal(logits(model), expected) and (expected - bare).abs().max() > 0.1
+    # PEFT adds B·A to a weight that is named as a parameter, which rounds in another order.
+    tolerance = 2e-5 if "target_parameters" in TRAINED[variant] else 0.0
+    assert (logits(model) - expected).abs().max() <= tolerance and (expected - bare).abs().max() > 0.1
     assert quant.weights_checksum(model.get_base_model()) == checksum
     with model.disable_adapter():
         assert torch.equal(logits(model), bare)
@@ -90,7 +94,7 @@ def test_it_is_what_plain_peft_makes_of_it(variant: str, base: Path, tmp_path: P
 
     saved = tmp_path / "saved"
     adapter.save_adapter(policy_of(model), saved, base_name=str(base), revision=None)
-    assert torch.equal(logits(PeftModel.from_pretrained(load(base), saved)), expected)
+    assert (logits(PeftModel.from_pretrained(load(base), saved)) - expected).abs().max() <= tolerance
     before, after = (json.loads((folder / CONFIG).read_text()) for folder in (start, saved))
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "r"):
         assert isinstance(after[name], type(before[name])), name
@@ -135,7 +139,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "the head": ({"target_modules": ["q_proj", "lm_head"]}, "output head lm_head, which must stay frozen"),
     "the head by a pattern": ({"target_modules": ".*(q_proj|lm_head)"}, "output head lm_head, which must stay frozen"),
     "the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-    "a parameter": ({"target_parameters": ["self_attn.k_proj.weight"]}, "target_parameters"),
     "layers twice": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "tied": ({"ensure_weight_tying": True}, "ensure_weight_tying"),
     "monteclora": ({"monteclora_config": {"num_samples": 2}}, "monteclora_config"),
@@ -204,6 +207,9 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "a target of another family": (lambda f, b: targets(f, "c_attn"), "names c_attn"),
     "a target that is no layer": (lambda f, b: targets(f, "self_attn"), "does not fit"),
     "the letters of a pattern": (lambda f, b: edited(f, target_modules=[*"_jopqr"]), "names _, j, o"),
+    "a layer named twice": (
+        lambda f, b: edited(f, target_parameters=["self_attn.q_proj.weight"]), "names .*q_proj, which target_modules",
+    ),
     "a pattern that ends early": (lambda f, b: edited(f, target_modules=".*(q_proj"), "cannot be used"),
     "a pattern that matches nothing": (lambda f, b: edited(f, target_modules="q_proj"), "does not fit"),
     "a broken key": (lambda f, b: edited(f, alpha_pattern={"q_(": 3}), "cannot be used"),
@@ -256,9 +262,9 @@ def test_a_misspelt_name_beside_a_right_one_is_refused(base: Path) -> None:
     bare = lora_fit.skeleton(model_config(base))
     for targets in (["q_proj", "v_prj"], ["v_prj"], ["q_proj", "qkv_projj"]):
         with pytest.raises(ConfigError, match=r"adapter\.targets names .*prj|projj.*Did you mean [qv]_proj"):
-            adapter.check_targets(bare, targets)
-    adapter.check_targets(bare, ["q_proj", "v_proj"])
-    adapter.check_targets(bare, ["all-linear"])
+            adapter.choose_targets(bare, targets)
+    adapter.choose_targets(bare, ["q_proj", "v_proj"])
+    adapter.choose_targets(bare, ["all-linear"])
 
 
 def test_a_base_that_peft_changed_is_noticed(base: Path, tmp_path: Path) -> None:

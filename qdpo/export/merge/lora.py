@@ -63,14 +63,19 @@ def read_lora(folder: Path) -> Lora:
     Raises: ConfigError if it is not a plain LoRA adapter of linear layers.
     """
     config = check_adapter_folder(folder)
-    if config.get("target_parameters"):
-        raise ConfigError(
-            f"The adapter in {folder} adapts stacked experts (target_parameters={config['target_parameters']}), which "
-            "exports do not support. Serve the adapter with the base."
-        )
     tensors = read_tensors(folder)
+    modules = sorted({module_of(name) for name in tensors})
+    # A linear layer may be named by its weight, see `peft_names`.
+    weights = [f".{module}.weight" for module in modules]
+    named = config.get("target_parameters") or []
+    stacked = [one for one in named if not any(weight.endswith(f".{one}") for weight in weights)]
+    if stacked:
+        raise ConfigError(
+            f"The adapter in {folder} adapts stacked experts (target_parameters={stacked}), which exports do not "
+            "support. Serve the adapter with the base."
+        )
     layers: dict[str, LoraLayer] = {}
-    for module in sorted({module_of(name) for name in tensors}):
+    for module in modules:
         a_RK, b_NR = (tensors[f"{PREFIX}{module}{suffix}"] for suffix in (A_SUFFIX, B_SUFFIX))
         layers[module] = LoraLayer(a_RK, b_NR * scale_of(config, module, len(a_RK)))
     rank = max(len(layer.a_RK) for layer in layers.values())

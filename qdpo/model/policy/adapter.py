@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
 from qdpo.errors import ConfigError, VerificationError
@@ -18,6 +18,8 @@ from qdpo.model.fast.logps import Head
 from qdpo.model.policy import lora_fit
 from qdpo.model.policy.lora_config import CONFIG, WEIGHTS, check_adapter_folder
 from qdpo.model.policy.lora_file import read_tensors
+from qdpo.model.policy.peft_names import adapt, peft_names
+from qdpo.model.policy.targets import ALL_LINEAR, LoraTargets, lora_targets
 
 # The row layouts for the model: the whole row, with the pairs' spans for our own attention function; the whole row,
 # with a T×T mask; or separate sequences of prompt and answer.
@@ -51,37 +53,73 @@ class Policy:
             yield
 
 
-def new_adapter(base: Any, *, rank: int, alpha: float, targets: list[str], rslora: bool, seed: int) -> Any:
+def new_adapter(
+    base: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
+    rslora: bool,
+    seed: int,
+    layers: Sequence[str] | None = None,
+) -> Any:
     """A PEFT model with new fp32 LoRA weights (B = 0: the output is the base's), drawn from `seed`.
 
-    Raises: ConfigError if one of the targets matches no layer, or the output head, which must stay frozen.
+    `layers` are the names chosen when the run began; without them they are chosen here, by `targets`.
+    Raises: ConfigError if one of the targets means no layer that can be trained, or the output head.
     """
-    check_targets(base, targets)
-    wanted: str | list[str] = lora_fit.ALL_LINEAR if targets == [lora_fit.ALL_LINEAR] else sorted(targets)
-    config = LoraConfig(
+    if layers is None:
+        layers = list(choose_targets(base, targets).adapted)
+    names = peft_names(base, layers)
+    return _new(base, _fields(rank, alpha, rslora, names.modules, names.parameters or None), seed, targets)
+
+
+def adapter_of_0_1(base: Any, *, rank: int, alpha: float, targets: list[str], rslora: bool, seed: int) -> Any:
+    """As `new_adapter`, for a run of 0.1, which left the meaning of all-linear to PEFT: experts and routers too."""
+    wanted: str | list[str] = ALL_LINEAR if targets == [ALL_LINEAR] else sorted(targets)
+    return _new(base, _fields(rank, alpha, rslora, wanted, None), seed, targets)
+
+
+def _fields(
+    rank: int, alpha: float, rslora: bool, modules: str | list[str], parameters: list[str] | None
+) -> LoraConfig:
+    return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=wanted,
+        target_modules=modules,
+        target_parameters=parameters,
         use_rslora=rslora,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def _new(base: Any, config: LoraConfig, seed: int, targets: list[str]) -> Any:
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(base, config)
+        model = adapt(base, config)
     except lora_fit.MISFITS as error:
         raise ConfigError(f"adapter.targets={'+'.join(targets)} does not fit this model: {error}") from error
     model.eval()
     return model
 
 
-def check_targets(base: Any, targets: list[str]) -> None:
-    """Raises: ConfigError unless each name of adapter.targets is that of a layer of `base`, which may be a skeleton."""
+def choose_targets(base: Any, targets: list[str], decoder: str | None = None) -> LoraTargets:
+    """The layers that `adapter.targets` means in `base`, which may be a skeleton.
+
+    Raises: ConfigError where a name is not that of a layer of the text model that can be trained.
+    """
     if "lm_head" in targets:
         raise ConfigError("adapter.targets names lm_head, but the head must stay frozen. Remove it from the list.")
-    if targets != [lora_fit.ALL_LINEAR]:
+    if targets != [ALL_LINEAR]:
         lora_fit.check_names(base, targets, "adapter.targets")
+    return lora_targets(base, decoder, targets)
+
+
+def adapted(config: Any, targets: Sequence[str] = (ALL_LINEAR,)) -> dict[str, tuple[int, int]]:
+    """The layers that get LoRA in a model of this config, with their inputs and outputs; nothing is loaded."""
+    return choose_targets(lora_fit.skeleton(config), list(targets)).adapted
 
 
 def start_adapter(base: Any, folder: Path) -> Any:
@@ -203,6 +241,7 @@ def read_by_peft(config: Any, folder: Path) -> Any:
 
 
 __all__ = [
-    "CONFIG", "WEIGHTS", "Policy", "RowLayout", "adapter_tensors", "check_adapter_folder", "check_targets",
-    "load_adapter_folder", "load_adapter_tensors", "new_adapter", "read_by_peft", "save_adapter", "start_adapter",
+    "CONFIG", "WEIGHTS", "Policy", "RowLayout", "adapted", "adapter_of_0_1", "adapter_tensors", "check_adapter_folder",
+    "choose_targets", "load_adapter_folder", "load_adapter_tensors", "new_adapter", "read_by_peft", "save_adapter",
+    "start_adapter",
 ]  # fmt: skip

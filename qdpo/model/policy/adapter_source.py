@@ -1,5 +1,6 @@
 """Decides before a base is loaded whether the adapter that the settings name can be trained over it."""
 
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import model_config
 from qdpo.model.policy import lora_fit
-from qdpo.model.policy.adapter import CONFIG, check_adapter_folder, check_targets
+from qdpo.model.policy.adapter import CONFIG, check_adapter_folder, choose_targets
+from qdpo.model.policy.lora_file import module_of, tensor_forms
+from qdpo.model.policy.peft_names import peft_names
+from qdpo.model.policy.targets import ALL_LINEAR, sentence, unusual
 from qdpo.run.watcher import Say
 
 # Endings of the same model's name in other forms, as of Unsloth's and others' copies.
@@ -22,10 +26,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
-def check_adapter(start: str | None, targets: list[str], base: BaseFolder, say: Say, *, first: bool = True) -> None:
-    """Checks adapter.start, or the names in adapter.targets, against the base's config; loads no weights.
+def check_adapter(
+    start: str | None, targets: list[str], base: BaseFolder, say: Say, *, rank: int | None = None, first: bool = True
+) -> list[str] | None:
+    """Checks adapter.start, or adapter.targets, against the base's config; loads no weights.
 
-    `first` is False where a run continues, whose base was compared when it began.
+    Returns the layers of a new adapter of `rank` and says which they are; None without a rank, with adapter.start, or
+    where `first` is False: the run goes on with the base and the layers that it began with.
     Raises: ConfigError for an adapter that cannot be trained, or of another base.
     """
     if start is not None:
@@ -34,8 +41,22 @@ def check_adapter(start: str | None, targets: list[str], base: BaseFolder, say: 
         if first and (note := _compare(fields.get("base_model_name_or_path"), base, folder)):
             say(note)
         lora_fit.check_fit(model_config(base.folder), folder)
-    elif targets != [lora_fit.ALL_LINEAR]:
-        check_targets(lora_fit.skeleton(model_config(base.folder)), targets)
+        if first and rank is not None:
+            forms = tensor_forms(folder)
+            layers = list(dict.fromkeys(module_of(name) for name in forms))
+            say(sentence(layers, sum(math.prod(form.shape) for form in forms.values())) + ", as in adapter.start")
+        return None
+    if not first or (rank is None and targets == [ALL_LINEAR]):
+        return None
+    bare = lora_fit.skeleton(model_config(base.folder))
+    chosen = choose_targets(bare, targets)
+    if rank is None:
+        return None
+    peft_names(bare, chosen.adapted)  # the saved adapter must be readable by plain PEFT
+    say(chosen.sentence(rank))
+    for label, why in unusual(bare, chosen).items():
+        say(f"warning: adapter.targets={'+'.join(targets)} adapts what is left alone by default ({label}): {why}")
+    return list(chosen.adapted)
 
 
 def _compare(named: str | None, base: BaseFolder, folder: Path) -> str | None:

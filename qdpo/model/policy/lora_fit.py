@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -23,8 +23,8 @@ from qdpo.errors import ConfigError
 from qdpo.model.base import text_model
 from qdpo.model.policy.lora_config import CONFIG, WEIGHTS, check_adapter_folder, is_text
 from qdpo.model.policy.lora_file import PREFIX, tensor_forms
+from qdpo.model.policy.peft_names import adapt
 
-ALL_LINEAR = "all-linear"
 # PEFT raises any of these for a config that does not fit a model.
 MISFITS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError, re.error)
 MATCH_S = 20.0
@@ -83,7 +83,7 @@ def attach(base: Any, fields: dict[str, Any], folder: Path, *, empty: bool = Fal
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return get_peft_model(base, lora_config(fields), low_cpu_mem_usage=empty)
+            return adapt(base, lora_config(fields), empty=empty)
     except MISFITS as error:
         raise ConfigError(
             f"The adapter in {folder} (adapter.start) does not fit this base: {error} Give the base that it was "
@@ -238,6 +238,6 @@ def _check_sets(held: set[str], expected: set[str], folder: Path) -> None:
 
 
 __all__ = [
-    "ALL_LINEAR", "PREFIX", "adapted_layers", "attach", "check_fit", "check_names", "check_patterns", "full_config",
+    "PREFIX", "adapted_layers", "attach", "check_fit", "check_names", "check_patterns", "full_config",
     "lora_config", "saved_state", "scale_of", "scales", "skeleton", "stated_scales",
 ]  # fmt: skip

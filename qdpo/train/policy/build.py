@@ -45,21 +45,42 @@ def probe_pairs(pairs: Sequence[TokenPair]) -> list[TokenPair]:
 
 
 def load_policy(
-    config: RunConfig, folder: Path, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
+    config: RunConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: str,
+    probe_with: Sequence[TokenPair],
+    say: Say,
+    layers: Sequence[str] | None = None,
+    of_0_1: bool = False,
 ) -> Loaded:
-    """Loads the base from `folder` and builds the policy from it."""
+    """Loads the base from `folder` and builds the policy from it; for `layers` and `of_0_1` see `make_policy`."""
     model = base_of(config, folder, device, dtype, say)
-    return make_policy(config, model, device=device, dtype=dtype, probe_with=probe_with, say=say)
+    return make_policy(
+        config, model, device=device, dtype=dtype, probe_with=probe_with, say=say, layers=layers, of_0_1=of_0_1
+    )
 
 
 def make_policy(
-    config: RunConfig, model: Any, *, device: torch.device, dtype: str, probe_with: Sequence[TokenPair], say: Say
+    config: RunConfig,
+    model: Any,
+    *,
+    device: torch.device,
+    dtype: str,
+    probe_with: Sequence[TokenPair],
+    say: Say,
+    layers: Sequence[str] | None = None,
+    of_0_1: bool = False,
 ) -> Loaded:
-    """Attaches the adapter to a base, selects the attention path by a check on two real pairs, installs fast parts."""
+    """Attaches the adapter to a base, selects the attention path by a check on two real pairs, installs fast parts.
+
+    A new adapter gets the recorded `layers`, or those that adapter.targets means; in a run `of_0_1` as PEFT reads it.
+    """
     weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
     if config.memory.embeddings == "host":
         embeddings_to_host(model)
-    model = _attach(config, model)
+    model = _attach(config, model, layers, of_0_1=of_0_1)
     check_base_unchanged(model, weights)
     policy = _policy(model, config, device)
     row = row_tensors(PairRow(list(probe_with)), device)
@@ -71,14 +92,14 @@ def make_policy(
         say(f"fast parts: {install.install(policy.peft, device)}")
     offload = config.memory.offload is True and device.type == "cuda"
     host = recompute.HostInputs() if offload else None
-    layers = recompute.Layers(policy.backbone, host=host, compiled=config.train.compile)
-    recomputed = layers.keep(kept_layers(config))
+    blocks = recompute.Layers(policy.backbone, host=host, compiled=config.train.compile)
+    recomputed = blocks.keep(kept_layers(config))
     if recomputed:
         where = ", with their inputs in host memory" if offload else ""
-        say(f"memory: the activations of {recomputed} of {len(layers)} layers are recomputed{where}")
+        say(f"memory: the activations of {recomputed} of {len(blocks)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
     name = _reference_name(config, policy, path, weights, dtype, is_start)
-    return Loaded(policy, layers, name, is_start, weights, marks)
+    return Loaded(policy, blocks, name, is_start, weights, marks)
 
 
 def kept_layers(config: RunConfig) -> int | str:
@@ -105,17 +126,22 @@ def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, s
         ) from error
 
 
-def _attach(config: RunConfig, model: Any) -> Any:
-    settings = config.adapter
+def _attach(config: RunConfig, model: Any, layers: Sequence[str] | None, *, of_0_1: bool) -> Any:
+    settings, seed = config.adapter, config.train.seed
     if settings.start is not None:
         return adapter.start_adapter(model, Path(settings.start))
+    if of_0_1:
+        return adapter.adapter_of_0_1(
+            model, rank=settings.rank, alpha=settings.alpha, targets=settings.targets, rslora=settings.rslora, seed=seed
+        )
     return adapter.new_adapter(
         model,
         rank=settings.rank,
         alpha=settings.alpha,
         targets=settings.targets,
         rslora=settings.rslora,
-        seed=config.train.seed,
+        seed=seed,
+        layers=layers,
     )
 
 

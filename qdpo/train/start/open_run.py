@@ -110,15 +110,16 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     text = text_model(folder.folder)
     if text.is_part:
         say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
-    adapter_source.check_adapter(
-        config.adapter.start, config.adapter.targets, folder, say, first=not disk.is_there(run.record)
-    )
+    layers = adapter_source.check_adapter(
+        config.adapter.start, config.adapter.targets, folder, say, rank=config.adapter.rank,
+        first=not disk.is_there(run.record),
+    )  # fmt: skip
     tokenizer, shape = load_tokenizer(folder.folder), text.config
     config = within_positions(resolved, positions(shape), say)
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
-        _first_start(resolved, config, run, folder, device, tokenizer, watcher)
+        _first_start(resolved, config, run, folder, device, tokenizer, watcher, layers)
     train, held_out = stored.load_or_prepare(
         run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
     )
@@ -132,8 +133,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     config = auto_memory.settled(config, found.memory)
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
-        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say
-    )
+        config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
+        layers=found.adapted, of_0_1=found.adapted is None,
+    )  # fmt: skip
     watcher.finish()
     _check_weights(run, folder, loaded)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
@@ -232,10 +234,11 @@ def _first_start(
     device: torch.device,
     tokenizer: Any,
     watcher: Watcher,
+    layers: list[str] | None,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all.
 
-    `config` holds the settings as they are used, `resolved` as they were given.
+    `config` holds the settings as they are used, `resolved` as they were given; `layers` get LoRA.
     """
     if disk.is_there(run.path) and (not places.is_folder(run.path) or any(run.path.iterdir())):
         raise ConfigError(
@@ -257,7 +260,9 @@ def _first_start(
         files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
-    found = FoundValues(dtype=dtype, optimizer=optimizer, revision=folder.commit, **dataclasses.asdict(memory))
+    found = FoundValues(
+        dtype=dtype, optimizer=optimizer, revision=folder.commit, adapted=layers, **dataclasses.asdict(memory)
+    )
 
     def fill(path: Path) -> None:
         new = RunDir(path)
