@@ -22,7 +22,7 @@ IMPORTERS = {
 # The same inside a room: a folder stands on those before it.
 INSIDE = {
     "data": ["read", "layouts", "tokens"],
-    "model": ["base", "fast", "policy", "generate"],
+    "model": ["base", "fast", "policy", "generate", "trace"],
     "train": ["step", "keep", "policy", "watch", "start"],
     "report": ["screen", "page"],
     "collect": ["judge", "label"],
@@ -30,7 +30,16 @@ INSIDE = {
 }
 # Formats of other programs may stay as they are read: config.json, adapter_config.json, transformers' arguments, and
 # the JSON that a browser sends.
-FOREIGN = {"from_config", "read_json", "loading", "check_adapter_folder", "full_config", "scale_of", "Labelling"}
+FOREIGN = {
+    "from_config",
+    "config_of",
+    "read_json",
+    "loading",
+    "check_adapter_folder",
+    "full_config",
+    "scale_of",
+    "Labelling",
+}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
 WIDE = 7

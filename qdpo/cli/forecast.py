@@ -22,6 +22,9 @@ def plan(
     like: Annotated[
         str | None, typer.Option(help="For an unknown architecture: the family whose layers it has.")
     ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download the config.json of a hub model that is not known, a few KB.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Forecast a run's memory by cause, its time, and whether it fits, without loading or downloading a model.
@@ -29,9 +32,17 @@ def plan(
     Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
     """
     from qdpo.forecast.plan import make_plan, print_plan
+    from qdpo.model.trace.store import finder
+    from qdpo.run.disk import cache_folder
 
     resolved = layered.resolve(settings or [])
-    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
+    if fetch:
+        quiet_libraries()
+        from qdpo.model.base.fetch import fetch_config
+
+        fetch_config(str(resolved.config.model.path), resolved.config.model.revision)
+    trace = finder(cache_folder(resolved.config.cache.dir), lambda line: typer.echo(line, err=True))
+    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like, trace=trace)
     if json_:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:
@@ -56,7 +67,7 @@ def fit(
 
     Example: qdpo fit --gpu-gib 8
     """
-    from qdpo.forecast.model_table import fit_table, table_lines
+    from qdpo.forecast.model_table import fit_table, table_lines, without_forecast
     from qdpo.forecast.plan import usable
 
     limit, name = usable(gpu_gib, card, others_gib)
@@ -67,6 +78,8 @@ def fit(
     for line in table_lines(fits):
         typer.echo(line)
     typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
+    if missing := without_forecast():
+        typer.echo(f"without a forecast yet: {', '.join(missing)}")
 
 
 def bench(

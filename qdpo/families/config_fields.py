@@ -78,6 +78,8 @@ def positions(config: Any) -> Positions | None:
     config = config if text is None else text
     kind = str(field(config, "model_type"))
     stated = next((value for name in _POSITIONS if (value := field(config, name)) is not None), None)
+    if stated is None and (family := family_of(config)) is not None:
+        stated = family.defaults.get(_POSITIONS[0])
     if kind in _ENDLESS or field(config, "alibi") is True:
         return None
     if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:

@@ -3,7 +3,8 @@
 A field that is None is a missing feature: without a `layer` there is no forecast, without a `gguf` no GGUF file.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class LayerForm:
     head_norms: bool = False
     """Queries and keys are normalised too."""
     fused_mlp: bool = False
-    """Gate and up are one matrix: such an MLP uses its own forward pass, which keeps more for the backward pass."""
+    """Gate and up are one matrix, which is dequantised at once."""
     copied_output: bool = False
     """The attention output is copied before its last product."""
     scored: bool = False
@@ -59,6 +60,8 @@ class Family:
     transposed: bool = False
     """Linear layers are stored with inputs first."""
     gguf: GgufForm | None = None
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of transformers' class that a multimodal model's config.json may leave out of its text part."""
 
 
 _GELU = "gelu_pytorch_tanh"
@@ -88,6 +91,13 @@ FAMILIES = {
         layer=LayerForm(norms=4, head_norms=True, copied_output=True),
         tied=True,
         gguf=GgufForm(arch="gemma3", norm_shift=1.0, activation=_GELU, ropes=("default", "linear"), window_pattern=6),
+        defaults={
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262_208,
+            "max_position_embeddings": 131_072,
+        },  # fmt: skip
     ),
     "phi3": Family(
         layer=LayerForm(fused_mlp=True, copied_output=True),

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 
-from qdpo.families.shapes import KNOWN, Shape
+from qdpo.errors import ConfigError
+from qdpo.families.shapes import AnyShape, known_shape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
 
-# One or two models of each size, 1B to 32B.
+# One or two models of each size that people use, 1B to 32B.
 MODELS = (
-    "meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-1.7B", "HuggingFaceTB/SmolLM3-3B", "Qwen/Qwen3-4B",
-    "mistralai/Mistral-7B-v0.3", "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "google/gemma-2-9b",
-    "mistralai/Mistral-Nemo-Base-2407", "Qwen/Qwen2.5-14B", "Qwen/Qwen2.5-32B",
+    "google/gemma-3-1b-it", "Qwen/Qwen3.5-2B", "meta-llama/Llama-3.2-3B", "HuggingFaceTB/SmolLM3-3B",
+    "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B",
+    "google/gemma-3-12b-it", "mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Ministral-3-14B-Instruct-2512",
+    "Qwen/Qwen3-14B", "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "google/gemma-3-27b-it",
+    "Qwen/Qwen3.5-27B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-32B",
 )  # fmt: skip
 MOST_TOKENS = 131_072
 PAIRS_PER_STEP = 16
@@ -35,11 +38,24 @@ class Fit:
 
 
 def fit_table(limit: float, *, card: str, longest: int, mean: float, rank: int = 16) -> list[Fit]:
-    """A line for each of MODELS under `limit` bytes; `longest` and `mean` are tokens of pairs."""
-    return [_fit(name, KNOWN[name], limit, card, longest, mean, rank) for name in MODELS]
+    """A line for each of MODELS that has a forecast, under `limit` bytes; `longest` and `mean` are tokens of pairs."""
+    shapes = {name: shape for name in MODELS if (shape := _shape(name)) is not None}
+    return [_fit(name, shape, limit, card, longest, mean, rank) for name, shape in shapes.items()]
 
 
-def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
+def without_forecast() -> list[str]:
+    """Those of MODELS that have no forecast yet, and so no line."""
+    return [name for name in MODELS if _shape(name) is None]
+
+
+def _shape(name: str) -> AnyShape | None:
+    try:
+        return known_shape(name)
+    except ConfigError:
+        return None
+
+
+def _fit(name: str, shape: AnyShape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
     run = MemorySettings(rank=rank, tile_mib=64)
     most = longest_pair(shape, run, limit)
     lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
@@ -74,7 +90,7 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
     )
 
 
-def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
+def longest_pair(shape: AnyShape, run: MemorySettings, limit: float) -> int:
     """Tokens of the longest pair that fits with no kept layers and maximum offload, in steps of 64.
 
     It is not longer than the model's positions: beyond them no pair is trained.

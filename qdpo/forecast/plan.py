@@ -8,9 +8,10 @@ from typing import Any
 
 from qdpo.data.positions import within_positions
 from qdpo.errors import ConfigError
-from qdpo.families import shapes
+from qdpo.families import known, shapes
 from qdpo.families.config_fields import Positions
-from qdpo.families.shapes import Shape
+from qdpo.families.known import ModelFacts
+from qdpo.families.shapes import AnyShape, FindTrace
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
@@ -47,6 +48,8 @@ class Plan:
     seconds: dict[str, float] | None
     capped_hours: float | None
     ways: list[Way]
+    facts: ModelFacts | None = None
+    """Licence, context and thinking switch, for a model that ships."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,9 +60,10 @@ class Plan:
         """Everything in plain numbers: bytes, tokens, seconds."""
         run, found = self.chosen.run, self.known.lengths
         return {
-            "model": self.model, "shape_from": self.shape_from, "card": self.card, "card_gib": self.card_gib,
-            "others_gib": self.others_gib, "fits": self.fits, "peak_bytes": self.chosen.peak,
-            "limit_bytes": self.limit, "by_cause_bytes": self.causes, "host_bytes": self.host, "disk_bytes": self.disk,
+            "model": self.model, "shape_from": self.shape_from, "facts": self.facts and vars(self.facts),
+            "card": self.card, "card_gib": self.card_gib, "others_gib": self.others_gib, "fits": self.fits,
+            "peak_bytes": self.chosen.peak, "limit_bytes": self.limit, "by_cause_bytes": self.causes,
+            "host_bytes": self.host, "disk_bytes": self.disk,
             "settings": {
                 "memory.tokens_per_row": self.chosen.tokens_per_row, "memory.kept_layers": run.kept_layers,
                 "memory.offload": run.offload, "memory.embeddings": "host" if run.host_embeddings else "device",
@@ -78,15 +82,17 @@ def make_plan(
     others_gib: float | None = None,
     like: str | None = None,
     read_data: bool = True,
+    trace: FindTrace | None = None,
 ) -> Plan:
     """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
 
+    `trace` makes the shape of a model without a formula whose trace does not ship.
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
     notes: list[str] = []
     config = resolved.config
-    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
+    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
     limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
     config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
@@ -98,7 +104,7 @@ def make_plan(
     run = choose.settings_of(
         config.model, config.adapter, config.memory, optimizer=optimizer, element=element, cuda=cuda
     )
-    known = _known(resolved, config, read_data)
+    pairs = _known(resolved, config, read_data)
     limit = (gib - others) * GIB * choose.PLANNED_SHARE
     smallest = choose.smallest_fixed_part(shape, run)
     if limit < smallest:
@@ -108,29 +114,30 @@ def make_plan(
             "lists what fits)."
         )
     given = choose.given_of(config.memory, shape)
-    chosen = choose.choose(shape, run, known.lengths, given, limit=limit)
+    chosen = choose.choose(shape, run, pairs.lengths, given, limit=limit)
     ways = [] if chosen.peak <= limit else choose.ways_out(
-        shape, run, known.lengths, given, limit=limit, max_tokens=config.data.max_tokens
+        shape, run, pairs.lengths, given, limit=limit, max_tokens=config.data.max_tokens
     )  # fmt: skip
-    steps, tokens = _steps(config, known)
-    seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, known, tokens, timing.CARDS[card])
+    steps, tokens = _steps(config, pairs)
+    seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, pairs, tokens, timing.CARDS[card])
     return Plan(
         model=str(config.model.path),
         shape_from=source,
         card=card,
         card_gib=gib,
         others_gib=others,
-        known=known,
+        known=pairs,
         chosen=chosen,
         limit=limit,
         causes=memory.forecast(shape, chosen.run, chosen.row),
         host=memory.host_bytes(shape, chosen.run, chosen.row),
-        disk=_disk(config, shape, run, known),
+        disk=_disk(config, shape, run, pairs),
         steps=steps,
         tokens=tokens,
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
+        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
         notes=tuple(notes),
     )
 
@@ -202,7 +209,7 @@ def _steps(config: RunConfig, known: Known) -> tuple[int | None, float | None]:
 
 
 def _seconds(
-    config: RunConfig, shape: Shape, chosen: Choice, known: Known, tokens: float, card: timing.Card
+    config: RunConfig, shape: AnyShape, chosen: Choice, known: Known, tokens: float, card: timing.Card
 ) -> dict[str, float]:
     """Estimated seconds by phase: training, reference (each pair once), evaluations, samples."""
     found = known.lengths
@@ -228,7 +235,7 @@ def _seconds(
     return {name: value for name, value in phases.items() if value > 0}
 
 
-def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) -> dict[str, float]:
+def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
     weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)
@@ -245,6 +252,8 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     """The plan as text."""
     chosen, run = plan.chosen, plan.chosen.run
     say(f"model   {plan.model} ({plan.shape_from})")
+    if plan.facts is not None:
+        say(f"        {plan.facts.line}")
     spare = f"{1 - choose.PLANNED_SHARE:.0%} to spare"
     if plan.card == "cpu":
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")

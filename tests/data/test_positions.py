@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from qdpo.data.positions import within_positions
 from qdpo.errors import ConfigError
+from qdpo.families import known
 from qdpo.families.config_fields import Positions, positions
-from qdpo.families.shapes import KNOWN
 from qdpo.forecast.model_table import fit_table
 from qdpo.run.record import Result
 from qdpo.settings import layered
@@ -112,7 +112,7 @@ def test_a_check_knows_the_positions(tmp_path: Path) -> None:
 
 def test_fit_promises_no_pair_beyond_the_positions() -> None:
     for fit in fit_table(140e9, card="rtx-4090", longest=2000, mean=600):
-        assert fit.longest_pair <= (KNOWN[fit.model].positions or 0)
+        assert fit.longest_pair <= (known.facts(fit.model).context or 0)
 
 
 def test_a_plan_ends_at_the_positions(tmp_path: Path) -> None:

