@@ -56,7 +56,7 @@ class _Maker:
         row.model = weights.found["kind"] if weights.found else ""
         trained = self.qdpo("run", "run", "model.path=base", *(f"{name}={value}" for name, value in SETTINGS.items()))
         exact = self.part("exact", lambda: differences(base, self.place / "adapter"))
-        forecast = self.part("forecast", lambda: compare(self.member))
+        forecast = self.part("forecast", lambda: compare(self.member, self.place / "traces"))
         found = row.cells
         found["loads"] = cells.loads(weights)
         found["trains"] = cells.trains(trained, run)
