@@ -91,7 +91,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     **{
         f"_MlpShrink {kind} {act.name}": lambda dtype, act=act, kind=kind: whole_mlp(dtype, act, kind)
         for act in ACTIVATIONS
-        for kind in ("gated", "fused", "plain")
+        for kind in ("gated", "fused", "ungated")
     },
     "_Scored cap": lambda dtype: attended(dtype, 2.0),
     "_Scored sink": lambda dtype: attended(dtype, None),

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers as hf
 
+from qdpo.errors import ConfigError
 from qdpo.families.kernels import KERNELS
 from qdpo.machine import doctor
+from qdpo.model.base.config_values import check_values
 from qdpo.model.policy import kernels
 from qdpo.model.policy.kernels import KernelUse
 from tests.conftest import ROOT
@@ -55,6 +57,13 @@ def test_doctor_names_them_where_there_is_a_card() -> None:
     notes = list(doctor._kernels("cuda"))
     assert Counter(check.name for check in notes) == {"kernels": 3}
     assert "Qwen3.5" in notes[0].text and not list(doctor._kernels("cpu"))
+
+
+def test_a_config_cannot_name_code_of_the_hub() -> None:
+    check_values({"_attn_implementation": "sdpa"}, "x")
+    for config in ({"_attn_implementation": "someone/kernel"}, {"text_config": {"_attn_implementation": "a/b:c"}}):
+        with pytest.raises(ConfigError, match="which is not run. Remove that line"):
+            check_values(config, "someone/model")
 
 
 # A package of each name whose functions refuse to be called, but for one that is never called here.

@@ -28,11 +28,11 @@ MAMBA = {
 # Config, fast norms and MLPs, and the most bytes that they may keep, as a share of the plain ones' in float32.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, int], float]] = {
     "glm4": (lambda: hf.Glm4Config(**SIZE, head_dim=8), {"norm": 9, "fused MLP": 2}, 0.83),
-    "arcee": (lambda: hf.ArceeConfig(**SIZE), {"norm": 5, "plain MLP": 2}, 0.88),
-    "apertus": (lambda: hf.ApertusConfig(**SIZE), {"norm": 9, "plain MLP": 2}, 0.72),
-    "starcoder2": (SHARED["starcoder2"], {"plain MLP": 2}, 0.88),
-    "nanochat": (lambda: hf.NanoChatConfig(**SIZE), {"norm": 9, "plain MLP": 2}, 0.90),
-    "gpt-neox": (SHARED["gpt-neox"], {"plain MLP": 2}, 0.87),
+    "arcee": (lambda: hf.ArceeConfig(**SIZE), {"norm": 5, "ungated MLP": 2}, 0.88),
+    "apertus": (lambda: hf.ApertusConfig(**SIZE), {"norm": 9, "ungated MLP": 2}, 0.72),
+    "starcoder2": (SHARED["starcoder2"], {"ungated MLP": 2}, 0.88),
+    "nanochat": (lambda: hf.NanoChatConfig(**SIZE), {"norm": 9, "ungated MLP": 2}, 0.90),
+    "gpt-neox": (SHARED["gpt-neox"], {"ungated MLP": 2}, 0.87),
     "cohere2": (lambda: hf.Cohere2Config(**SIZE, head_dim=8, layer_types=HALF), {"norm": 3, "gated MLP": 2}, 0.74),
     "cohere": (lambda: hf.CohereConfig(**SIZE, use_qk_norm=True), {"norm": 7, "gated MLP": 2}, 0.72),
     "lfm2": (
@@ -68,6 +68,18 @@ def test_it_equals_the_plain_one_and_keeps_less(family: str) -> None:
     row = tiny_row()
     assert_equal(differentiated(other, row), differentiated(plain, row))
     assert kept_bytes(other, row) < share * kept_bytes(plain, row)
+
+
+def test_a_partial_rotary_embedding_keeps_no_more() -> None:
+    """Joining the rotated and the other numbers of a head makes a copy that attention keeps instead of its input."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    kept = []
+    for share in (1.0, 0.5):
+        config = hf.Glm4Config(**SIZE, head_dim=8, rope_parameters={**rope, "partial_rotary_factor": share})
+        policy = make_policy(config)
+        install.install(policy.peft, CPU)
+        kept.append(kept_bytes(policy, tiny_row()))
+    assert kept[1] <= kept[0]
 
 
 @pytest.mark.parametrize("family", ["glm4", "apertus", "qwen3_5"])
@@ -129,3 +141,21 @@ def test_an_mlp_without_an_adapter_keeps_its_forward() -> None:
     installed = install.install(policy.peft, CPU)
     assert installed.fast["gated MLP"] == 1 and "no plain adapter" in str(installed)
     differentiated(policy, tiny_row())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "apertus", "lfm2"])
+def test_a_trace_installs_what_a_run_does(family: str) -> None:
+    """Without numbers, an MLP's form is checked on small layers: one with a factor of its own is refused there too."""
+    config = SHARED[family] if family in SHARED else FAMILIES[family][0]
+    found = [
+        install.install(make_policy(config(), attention_name="sdpa").peft, CPU, weightless=weightless)
+        for weightless in (False, True)
+    ]
+    assert found[0].fast == found[1].fast and not found[1].plain
+    policy = make_policy(config(), attention_name="sdpa")
+    for layer in policy.backbone.layers:
+        mlp = getattr(layer, "mlp", None) or layer.feed_forward
+        plain = type(mlp).forward
+        mlp.__class__ = type("Odd", (type(mlp),), {"forward": lambda self, x, plain=plain: 1.5 * plain(self, x)})
+    said = str(install.install(policy.peft, CPU, weightless=True))
+    assert "MLP Odd stays plain (differs by 0." in said, said

@@ -383,29 +383,30 @@ def test_a_config_that_changes_the_numbers_has_its_own_file(settings: dict[str, 
     assert len(list(Path(settings["cache.dir"]).glob("reference/*.sqlite"))) == 2
 
 
-def as_before(settings: dict[str, str], **changes: str) -> Path:
-    """The run's reference under the name that version 0.1.0 gave it."""
+def as_before(settings: dict[str, str], **changes: str) -> tuple[Path, Known]:
+    """The run's reference under the name that version 0.1.0 gave it, and its values."""
     with opened(settings, **{**ALONE, **changes}) as (job, _):
         job.scorer.fill(job.train, job.held_out)
         path = job.scorer.cache.path
-    older = path.with_name(f"{job.loaded.older_name}.sqlite")
-    return path.rename(older)
+    return path.rename(path.with_name(f"{job.loaded.older_name}.sqlite")), job.scorer.known
 
 
 def test_values_of_an_earlier_version_are_taken_over(settings: dict[str, str]) -> None:
-    golden, _, _ = scored(settings, **ALONE)
-    older = as_before(settings, output__name="second")
+    older, golden = as_before(settings)
     content = older.read_bytes()
-    known, watcher, computed = scored(settings, output__name="third", **ALONE)
+    known, watcher, computed = scored(settings, output__name="second", **ALONE)
     assert equal(known, golden) and computed == 0 and "16 pairs taken over" in watcher.text
     assert "no pass needed (all 16 pairs" in watcher.text and older.read_bytes() == content
-    older.unlink()
-    assert scored(settings, output__name="fourth", **ALONE)[2] == 0
+    (copy,) = (path for path in older.parent.glob("*.sqlite") if path != older)
+    with sqlite3.connect(copy) as new, sqlite3.connect(older) as old:
+        rows = [set(database.execute("SELECT key, value, crc FROM logps")) for database in (new, old)]
+    new.close(), old.close()
+    assert rows[0] == rows[1] and len(rows[0]) == 32
 
 
 def test_values_of_another_config_are_not_taken_over(settings: dict[str, str], tmp_path: Path) -> None:
     other = with_config(Path(settings["model.path"]), tmp_path / "other", rms_norm_eps=1e-2)
-    older = as_before(settings, model__path=other)
+    older, _ = as_before(settings, model__path=other)
     _, watcher, computed = scored(settings, output__name="second", **ALONE)
     assert computed == 16 and f"{older.name}, which an earlier version" in watcher.text
     assert "so its values are not used" in watcher.text
@@ -415,7 +416,7 @@ def test_the_longest_pairs_of_an_earlier_version_are_among_those_checked(
     settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window that is shorter than only the longest pair shows there alone."""
-    older = as_before(settings)
+    older, _ = as_before(settings)
     with opened(settings, output__name="second", **ALONE) as (job, _):
         pairs = [*job.train, *job.held_out]
         longest = max(reversed(pairs), key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))

@@ -17,7 +17,7 @@ from qdpo.model.fast.activation import Activation
 from qdpo.model.fast.linear import AdaptedLinear, Expand
 from qdpo.model.fast.slices import slices
 
-Kind = Literal["gated", "fused", "plain"]
+Kind = Literal["gated", "fused", "ungated"]
 """f(gate) · up from two matrices; the same from one matrix, gate first; f(up)."""
 
 
@@ -35,10 +35,10 @@ MLPS = (
     MlpParts("gated", ("w1", "w3"), "w2"),  # LFM2
     MlpParts("fused", ("gate_up_proj",), "down_proj"),  # Phi-3, GLM-4
     MlpParts("fused", ("input_linear",), "output_linear"),  # Granite's shared MLP
-    MlpParts("plain", ("up_proj",), "down_proj"),  # Arcee, Apertus, Nemotron
-    MlpParts("plain", ("c_fc",), "c_proj"),  # Starcoder2
-    MlpParts("plain", ("fc1",), "fc2"),  # Phi, nanochat
-    MlpParts("plain", ("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
+    MlpParts("ungated", ("up_proj",), "down_proj"),  # Arcee, Apertus, Nemotron
+    MlpParts("ungated", ("c_fc",), "c_proj"),  # Starcoder2
+    MlpParts("ungated", ("fc1",), "fc2"),  # Phi, nanochat
+    MlpParts("ungated", ("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX
 )
 
 

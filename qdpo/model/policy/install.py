@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast import linear, mlp, norm
 from qdpo.model.fast.activation import ACTIVATIONS, Activation
 from qdpo.model.policy.compare import Forward, difference, random_input, verdict
+from qdpo.model.policy.twin import small_mlp
 
 # Torch's own norms keep as little as the fast ones.
 LEAN_ALREADY = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -39,14 +41,14 @@ Made = tuple[Forward | None, str | None]
 """A fast forward, or None and the reason why there is none."""
 
 
-def install(peft: nn.Module, device: torch.device, *, weightless: bool = False) -> Installed:
-    """Replaces forwards of adapter linears, norms and MLPs, module by module; saved names do not change.
+def install(peft: Any, device: torch.device, *, weightless: bool = False) -> Installed:
+    """Replaces forwards of adapter linears, norms and MLPs in the decoder, module by module; saved names do not change.
 
-    `weightless`: the linear layers have shapes but no numbers (a trace on fake tensors), so they and the MLPs are
-    replaced by kind alone, without the check.
+    `weightless`: the linear layers have shapes but no numbers (a trace on fake tensors), so they are replaced by kind
+    alone, without the check, and an MLP is checked in small.
     """
     found = Installed()
-    modules = list(peft.named_modules())
+    modules = list(decoder_of(peft.get_base_model()).named_modules())
     verdicts: dict[tuple[Any, ...], str | None] = {}
     dtype = torch.float32
     for name, module in modules:
@@ -111,7 +113,8 @@ def _fast_norm(
         def forward(x: Tensor, gate: Tensor | None = None) -> Tensor:
             given = [x] if gate is None else [x, gate]
             takes = len(given) == 1 + is_gated and all(one.dtype == dtype and one.shape == x.shape for one in given)
-            if not takes or not torch.is_grad_enabled() or not any(one.requires_grad for one in given):
+            fits = weight is None or x.shape[-weight.dim() :] == weight.shape
+            if not (takes and fits) or not torch.is_grad_enabled() or not any(one.requires_grad for one in given):
                 result: Tensor = plain(*given)
                 return result
             return norm.norm(x, weight, eps, form, gate=gate, group=group)
@@ -184,7 +187,12 @@ def _fast_mlp(
 
     activations = _activations(module)
     if weightless:
-        return fast(activations[0]), None
+        form = (type(module), parts)
+        if form not in chosen:
+            twin = small_mlp(module, parts, dtype)
+            chosen[form] = _fast_mlp(twin, parts, device, {}, weightless=False)[1] or 0
+        why = chosen[form]
+        return (None, why) if isinstance(why, str) else (fast(activations[0]), None)
     layers = [
         part for name in (*parts.first, parts.down) if (part := linear.adapted(getattr(module, name))) is not None
     ]

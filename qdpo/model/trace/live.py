@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
@@ -105,6 +106,12 @@ def _path_on_cuda(_device: torch.device, _dtype: torch.dtype, width: int) -> str
     return attention.VARLEN if attention.is_varlen_width(width) else attention.PAIRWISE
 
 
+def _mm_fp32_on_cuda(left: Tensor, right: Tensor) -> Tensor:
+    if isinstance(left, FakeTensor):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()  # real numbers: an MLP's form is being checked
+
+
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products.
@@ -115,7 +122,7 @@ def as_on_cuda() -> Iterator[None]:
     before = [getattr(module, name) for module, name in names]
     attention.path_name = _path_on_cuda  # type: ignore[assignment]
     masking_utils.find_packed_sequence_indices = lambda *_positions: None
-    products.mm_fp32 = lambda left, right: torch.mm(left, right, out_dtype=torch.float32)
+    products.mm_fp32 = _mm_fp32_on_cuda
     try:
         yield
     finally:
