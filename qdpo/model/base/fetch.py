@@ -125,9 +125,8 @@ def fetch_config(path: str, revision: str | None) -> str:
             api = HfApi()
             api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_S)  # without a connection, an error at once
             commit = api.resolve_revision(path, revision=revision)  # recorded in the cache, for a plan offline
-            check_config(
-                read_json(Path(hf_hub_download(path, "config.json", revision=commit))), f"The model {path!r}", path
-            )
+            file = Path(hf_hub_download(path, "config.json", revision=commit))
+            check_config(read_json(file), f"The model {path!r}", path)
     except errors.EntryNotFoundError as error:
         raise ConfigError(
             f"The model {path!r} (from model.path) has no config.json at revision {revision or 'main'}. Choose a "

@@ -30,7 +30,7 @@ TEXT = "text_config"
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """The part of a checkpoint that is built and loaded."""
+    """The model that is built and loaded of a checkpoint."""
 
     config: Any
     """The config of `cls`: of the text part where it is built alone, with the tied tables of the whole checkpoint."""
