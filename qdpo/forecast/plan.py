@@ -12,7 +12,7 @@ from qdpo.families import known, shapes
 from qdpo.families.config_fields import Positions
 from qdpo.families.known import ModelFacts
 from qdpo.families.serving import serving_of, ships_as
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape, FindTrace
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
@@ -86,15 +86,17 @@ def make_plan(
     others_gib: float | None = None,
     like: str | None = None,
     read_data: bool = True,
+    trace: FindTrace | None = None,
 ) -> Plan:
     """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
 
+    `trace` makes the shape of a model without a formula whose trace does not ship.
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
     notes: list[str] = []
     config = resolved.config
-    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
+    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
     limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
     config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
@@ -140,9 +142,16 @@ def make_plan(
         capped_hours=config.train.hours,
         ways=ways,
         ships_as=_ships_as(str(config.model.path), config.model.revision),
-        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
+        facts=_facts(str(config.model.path)),
         notes=tuple(notes),
     )
+
+
+def _facts(path: str) -> ModelFacts | None:
+    """Those of a known hub id; a folder of that name may hold anything."""
+    if Path(path).expanduser().exists() or known.known_name(path) is None:
+        return None
+    return known.facts(path)
 
 
 def _card(
@@ -212,7 +221,7 @@ def _steps(config: RunConfig, known: Known) -> tuple[int | None, float | None]:
 
 
 def _seconds(
-    config: RunConfig, shape: Shape, chosen: Choice, known: Known, tokens: float, card: timing.Card
+    config: RunConfig, shape: AnyShape, chosen: Choice, known: Known, tokens: float, card: timing.Card
 ) -> dict[str, float]:
     """Estimated seconds by phase: training, reference (each pair once), evaluations, samples."""
     found = known.lengths
@@ -238,7 +247,7 @@ def _seconds(
     return {name: value for name, value in phases.items() if value > 0}
 
 
-def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) -> dict[str, float]:
+def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
     weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)
