@@ -166,6 +166,17 @@ def test_a_larger_rank_takes_more_memory() -> None:
     assert peaks == sorted(set(peaks))
 
 
+def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
+    """Of the maker's own repository; copies of others may be in any form."""
+    own, copied = (
+        plan("preset=7b-16gb", f"model.path={account}/Ministral-3-8B-Instruct-2512", like="mistral").disk[
+            "model download"
+        ]
+        for account in ("mistralai", "unsloth")
+    )
+    assert 0.5 < own / copied < 0.6
+
+
 def test_a_plan_of_a_known_model_imports_nothing_heavy() -> None:
     script = (
         "import sys; from qdpo.forecast.plan import make_plan; from qdpo.settings import layered\n"
