@@ -13,7 +13,7 @@ from benchmarks.proof.items import Failed
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import OutOfMemoryError
 from qdpo.families import shapes
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
 from qdpo.forecast import choose, memory, model_table, plan
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings, RowSize
@@ -95,7 +95,7 @@ class Stand:
         settings.check_card(job)
         dtype = choose_dtype(config.model.dtype, self.device, print)
         architecture = random_base.config_for(str(config.model.path), None)
-        self.shape: Shape = shapes.from_config(architecture.to_dict(), str(config.model.path))
+        self.shape: AnyShape = shapes.from_config(architecture.to_dict(), str(config.model.path))
         _free, self.allowed = steps.limit_to_card(self.device, job["card_gib"], None, job["context_gib"])
         cuda = self.device.type == "cuda"
         self.run = choose.settings_of(

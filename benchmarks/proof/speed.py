@@ -16,7 +16,7 @@ from benchmarks.proof.lengths import PROFILES, Profile, pairs_of, tiny
 from benchmarks.proof.records import Records
 from benchmarks.shares import shares
 from qdpo.families import shapes
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
 from qdpo.measure import random_base, steps
 from qdpo.model import device
 from qdpo.model.device import DTYPES, choose_device, choose_dtype
@@ -58,7 +58,7 @@ class Ready:
         device = choose_device(resolved.config.model.device, print)
         self.dtype = choose_dtype(resolved.config.model.dtype, device, print)
         architecture = random_base.config_for(str(resolved.config.model.path), None)
-        self.shape: Shape = shapes.from_config(architecture.to_dict(), str(resolved.config.model.path))
+        self.shape: AnyShape = shapes.from_config(architecture.to_dict(), str(resolved.config.model.path))
         layers = self.shape.layers
         kept = {"all": layers, "half": layers // 2, "none": 0}[job["kept"]]
         section = resolved.config.memory.model_copy(update={"kept_layers": kept})

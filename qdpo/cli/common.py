@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +56,10 @@ run_folder: list[Path] = []
 
 
 def quiet_libraries() -> None:
-    """Turn off telemetry and library output on the screen, unless the user's environment asks for them."""
+    """Turn off telemetry and library output on the screen, unless the user's environment asks for them.
+
+    Code from the hub is turned off in any case.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,5 +67,8 @@ def quiet_libraries() -> None:
     # buffers for up to 1,024 shapes. With rows of all lengths they grew without bound.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
+    # With the package `kernels`, bitsandbytes 0.50 downloads compiled code from the hub when it is imported (CPUs with
+    # AVX512-BF16), and transformers does for some models. An entry of None makes it a missing package.
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|datasets)\b.*")

@@ -32,6 +32,8 @@ def plan(
     Example: qdpo plan preset=7b-24gb data.path=pairs.jsonl --gpu-gib 12
     """
     from qdpo.forecast.plan import make_plan, print_plan
+    from qdpo.model.trace.store import finder
+    from qdpo.run.disk import cache_folder
 
     resolved = layered.resolve(settings or [])
     if fetch:
@@ -39,7 +41,8 @@ def plan(
         from qdpo.model.base.fetch import fetch_config
 
         fetch_config(str(resolved.config.model.path), resolved.config.model.revision)
-    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like)
+    trace = finder(cache_folder(resolved.config.cache.dir), lambda line: typer.echo(line, err=True))
+    found = make_plan(resolved, gpu_gib=gpu_gib, card=card, others_gib=others_gib, like=like, trace=trace)
     if json_:
         typer.echo(json.dumps(found.to_json(), indent=1))
     else:

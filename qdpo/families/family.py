@@ -16,7 +16,7 @@ class LayerForm:
     head_norms: bool = False
     """Queries and keys are normalised too."""
     fused_mlp: bool = False
-    """Gate and up are one matrix: such an MLP uses its own forward pass, which keeps more for the backward pass."""
+    """Gate and up are one matrix, which is dequantised at once."""
     copied_output: bool = False
     """The attention output is copied before its last product."""
     scored: bool = False

@@ -1,16 +1,17 @@
 """The shape of a model, which determines memory and time: from a config.json or by a model's name. No torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qdpo.errors import ConfigError
-from qdpo.families import known
+from qdpo.families import known, traced
 from qdpo.families.config_fields import experts_field, is_tied, positions
-from qdpo.families.family import FAMILIES, WITH_FORECAST, LayerForm
+from qdpo.families.family import FAMILIES, WITH_FORECAST, Family, LayerForm
 from qdpo.families.known import ModelFacts
+from qdpo.families.traced import TracedShape
 
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -56,31 +57,53 @@ class Shape:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linears)
 
     @property
+    def product_weights(self) -> float:
+        """Multiplications per token in all layers."""
+        return self.linear_weights
+
+    @property
     def table_weights(self) -> int:
         """Weights of the embedding table; the head has as many, unless the two are tied."""
         return self.vocabulary * self.hidden
 
 
-def from_config(config: Mapping[str, Any], source: str, *, like: str | None = None) -> Shape:
+AnyShape = Shape | TracedShape
+
+
+# Makes the traced shape of a config.json that comes from a source, or says why it cannot.
+FindTrace = Callable[[Mapping[str, Any], str], TracedShape]
+
+
+def from_config(
+    config: Mapping[str, Any], source: str, *, like: str | None = None, trace: FindTrace | None = None
+) -> AnyShape:
     """The shape that a config.json describes. `source` names its origin; `like` overrides its family.
 
-    Raises: ConfigError for mixture-of-experts models, for unknown families, and for missing numbers.
+    By formula for families that have one; else from the traces that ship with qdpo, else by `trace`.
+    Raises: ConfigError for a model that none of them knows, and for missing numbers.
     """
-    whole, config = config, config.get("text_config") or config
-    experts = experts_field(config)
-    if experts is not None:
-        raise ConfigError(
-            f"{source} describes a mixture-of-experts model ({experts}={config[experts]}). Its expert weights "
-            "are not stored in 4 bits, and there is no forecast for it. Choose a dense model."
-        )
-    name = like or config.get("model_type")
+    name = like or (config.get("text_config") or config).get("model_type")
     family = FAMILIES.get(str(name))
-    if family is None or family.layer is None:
+    if like is not None and (family is None or family.layer is None):
+        raise ConfigError(f"--like={like} has no formula. Give one of {', '.join(WITH_FORECAST)}.")
+    text = config.get("text_config") or config
+    if family is not None and family.layer is not None and experts_field(text) is None:
+        return _by_formula(config, family, family.layer, source)
+    found = traced.shipped(traced.key_of(config))
+    if found is None and trace is None:
         raise ConfigError(
-            f"There is no forecast for model_type={name!r} of {source}. Known: {', '.join(WITH_FORECAST)}. If its "
-            "layers have the structure of one of these, add `--like=NAME` to `qdpo plan`."
+            f"There is no forecast for model_type={name!r} of {source} without a trace of its layers. `qdpo plan` and "
+            "`qdpo run` make it."
         )
-    config = {**family.defaults, **config}
+    if found is None and trace is not None:
+        found = trace(config, source)
+    longest = positions(config)
+    assert found is not None
+    return replace(found, positions=longest.count if longest else None)
+
+
+def _by_formula(config: Mapping[str, Any], family: Family, layer: LayerForm, source: str) -> Shape:
+    whole, config = config, {**family.defaults, **(config.get("text_config") or config)}
     missing = [name for name in NEEDED if not isinstance(config.get(name), int) or config[name] <= 0]
     if missing:
         raise ConfigError(
@@ -89,7 +112,7 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
         )
     heads, longest = config["num_attention_heads"], positions(config)
     return Shape(
-        layer=family.layer,
+        layer=layer,
         layers=config["num_hidden_layers"],
         hidden=config["hidden_size"],
         intermediate=config["intermediate_size"],
@@ -102,39 +125,54 @@ def from_config(config: Mapping[str, Any], source: str, *, like: str | None = No
     )
 
 
-def known_shape(name: str, *, like: str | None = None) -> Shape:
+def known_shape(name: str, *, like: str | None = None, trace: FindTrace | None = None) -> AnyShape:
     """The shape of a model that ships; its positions are no more than the maker states.
 
     Raises: ConfigError for a name that is not known, and as from_config.
     """
     facts = known.facts(name)
     source = f"the config.json of {facts.name} that ships with qdpo"
-    return _within_context(from_config(known.config_of(name), source, like=like), facts)
+    return _within_context(from_config(known.config_of(name), source, like=like, trace=trace), facts)
 
 
-def _within_context(shape: Shape, facts: ModelFacts) -> Shape:
+def _within_context(shape: AnyShape, facts: ModelFacts) -> AnyShape:
     stated = [count for count in (shape.positions, facts.context) if count is not None]
     return replace(shape, positions=min(stated, default=None))
 
 
-def of_model(path: str, *, revision: str | None = None, like: str | None = None) -> tuple[Shape, str]:
+def of_model(
+    path: str, *, revision: str | None = None, like: str | None = None, trace: FindTrace | None = None
+) -> tuple[AnyShape, str]:
     """The shape of model.path and its source: the config.json of a folder or a cached model, or the known shapes.
 
     Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
-    folder = Path(path).expanduser()
-    config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
-    name = known.known_name(path)
-    if config is not None and config.is_file():
-        shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like)
+    config = _config_file(path, revision)
+    name = None if Path(path).expanduser().exists() else known.known_name(path)
+    if config is not None:
+        shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
-        return known_shape(name, like=like), f"the config.json of {name} that ships with qdpo"
+        return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"
     raise ConfigError(
         f"No config.json of model.path={path} is on this machine, and none of it ships with qdpo. `qdpo plan --fetch` "
         "downloads that file alone, a few KB; or put it into a folder and give that folder as model.path: no weights "
         "are needed for a plan."
     )
+
+
+def config_here(path: str, revision: str | None) -> Any:
+    """The content of the config.json that `of_model` would read, or that ships with qdpo; None if there is none."""
+    file, name = _config_file(path, revision), known.known_name(path)
+    if file is not None:
+        return json.loads(file.read_text(encoding="utf-8"))
+    return None if name is None else known.config_of(name)
+
+
+def _config_file(path: str, revision: str | None) -> Path | None:
+    folder = Path(path).expanduser()
+    config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
+    return config if config is not None and config.is_file() else None
 
 
 def cached_file(path: str, name: str, revision: str | None) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
 from qdpo.forecast import memory, timing
 from qdpo.forecast.memory import GIB, MemorySettings, RowSize
 from qdpo.settings.schema import AdapterConfig, MemoryConfig, ModelConfig
@@ -75,7 +75,13 @@ class Way:
 
 
 def choose(
-    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, host_limit: float = float("inf")
+    shape: AnyShape,
+    run: MemorySettings,
+    lengths: Lengths,
+    given: Given,
+    *,
+    limit: float,
+    host_limit: float = float("inf"),
 ) -> Choice:
     """The fastest settings under `limit` bytes; given settings stay. If nothing fits, the smallest, above the limit."""
     best: Choice | None = None
@@ -109,7 +115,9 @@ def _switch(given: bool | None, possible: bool) -> list[bool]:
     return [False, True] if possible else [False]
 
 
-def _keep_most(shape: Shape, run: MemorySettings, budget: int, row: RowSize, kept: int | None, limit: float) -> Choice:
+def _keep_most(
+    shape: AnyShape, run: MemorySettings, budget: int, row: RowSize, kept: int | None, limit: float
+) -> Choice:
     """As many kept layers as fit, found by halving: the peak grows with them."""
     low, high = (0, shape.layers) if kept is None else (min(kept, shape.layers),) * 2
     while low < high:
@@ -124,7 +132,7 @@ def _keep_most(shape: Shape, run: MemorySettings, budget: int, row: RowSize, kep
 
 
 def ways_out(
-    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
+    shape: AnyShape, run: MemorySettings, lengths: Lengths, given: Given, *, limit: float, max_tokens: int
 ) -> list[Way]:
     """Up to three changes that make the run fit, the fastest first; then those that cost data or adapter rank.
 
@@ -185,7 +193,7 @@ def _all_changes(run: MemorySettings, given: Given) -> tuple[list[str], MemorySe
 
 
 def _longest_that_fits(
-    shape: Shape, run: MemorySettings, lengths: Lengths, given: Given, limit: float
+    shape: AnyShape, run: MemorySettings, lengths: Lengths, given: Given, limit: float
 ) -> Lengths | None:
     """The same data with longer pairs cut as far as needed, in steps of an eighth; None if no pair fits at all."""
     for eighths in range(7, 0, -1):
@@ -200,12 +208,12 @@ def _longest_that_fits(
     return None
 
 
-def fixed_part(shape: Shape, run: MemorySettings) -> float:
+def fixed_part(shape: AnyShape, run: MemorySettings) -> float:
     """Bytes that no row length changes: below it nothing can run."""
     return sum(memory.fixed(shape, run).values()) + sum(memory.outside(run).values())
 
 
-def smallest_fixed_part(shape: Shape, run: MemorySettings) -> float:
+def smallest_fixed_part(shape: AnyShape, run: MemorySettings) -> float:
     """The fixed part with every setting that reduces it: below this, `ways_out` finds nothing."""
     lean = replace(run, quantised=True, double_quant=True, rank=min(run.rank, 8), host_embeddings=run.cuda)
     return fixed_part(shape, lean)
@@ -222,7 +230,7 @@ def advice(ways: Sequence[Way]) -> str:
     return "What fits: " + "; ".join(parts) + "."
 
 
-def given_of(memory: MemoryConfig, shape: Shape) -> Given:
+def given_of(memory: MemoryConfig, shape: AnyShape) -> Given:
     """The settings of [memory] that are not auto."""
     kept, place = memory.kept_layers, memory.embeddings
     return Given(

@@ -7,15 +7,16 @@ Letters: T tokens of a row · N of them in answers · G keys (prompts count twic
 · Q, K widths of all query and key heads · R adapter rank · V vocabulary · e bytes of the compute type.
 """
 
-from dataclasses import dataclass
+from qdpo.families.shapes import AnyShape, Shape
+from qdpo.families.traced import TracedShape
+from qdpo.forecast import composed
+from qdpo.forecast.sizes import GIB as GIB
+from qdpo.forecast.sizes import STATE_BYTES as STATE_BYTES
+from qdpo.forecast.sizes import MemorySettings as MemorySettings
+from qdpo.forecast.sizes import RowSize as RowSize
+from qdpo.forecast.sizes import nf4_bytes, trained_bytes
 
-from qdpo.families.shapes import Shape
-
-GIB = 2**30
-# Weights and their float32 gradients, per trained number; the optimizer's two states are extra.
-ADAPTER_BYTES = 8
-STATE_BYTES = {"paged_adamw8bit": 2, "adamw8bit": 2, "adamw": 8}
-# Numbers that a norm or an MLP works on at a time, in float32 (`blocks.SLICE`), and scores of a block (`scored.BLOCK`).
+# Numbers that a norm or an MLP works on at a time, in float32, and scores of a block: those of model/fast.
 SLICE = 2**22
 SCORES = 2**24
 # Not a tensor: the CUDA context with its loaded kernels, and the libraries' workspaces. Not measured yet.
@@ -25,74 +26,27 @@ WORKSPACES = 0.1 * GIB
 PROCESS = 1.0 * GIB
 
 
-@dataclass(frozen=True)
-class RowSize:
-    """The sizes of a row of pairs that determine its memory: all tokens, prompt tokens (each once), and pairs."""
-
-    tokens: int
-    prompts: int
-    pairs: int = 1
-
-    @property
-    def sequence(self) -> float:
-        """Tokens of a prompt and its answer, in a row of equal pairs."""
-        return (self.prompts + self.responses / 2) / max(self.pairs, 1)
-
-    @property
-    def responses(self) -> int:
-        return self.tokens - self.prompts
-
-    @property
-    def keys(self) -> int:
-        return self.tokens + self.prompts
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySettings:
-    """The settings of a run that determine its memory."""
-
-    rank: int = 16
-    optimizer: str = "paged_adamw8bit"
-    quantised: bool = True
-    double_quant: bool = True
-    element: int = 2
-    """Bytes of the compute type."""
-    tile_mib: int = 128
-    kept_layers: int = 0
-    offload: bool = False
-    host_embeddings: bool = False
-    """The embedding table is in host memory."""
-    cuda: bool = True
-    context: bool = True
-    """The CUDA context counts; it does not if free memory was measured after the context was created."""
-
-
-def nf4_bytes(numbers: int, double_quant: bool) -> float:
-    """A matrix in 4 bits: a scale for each 64 numbers, in float32 or again in 8 bits (QLoRA, section 3)."""
-    blocks = numbers / 64
-    return numbers / 2 + (blocks + 4 * blocks / 256 + 1024 if double_quant else 4 * blocks) + 64
-
-
-def fixed(shape: Shape, run: MemorySettings) -> dict[str, float]:
+def fixed(shape: AnyShape, run: MemorySettings) -> dict[str, float]:
     """Bytes on the device before a step, by cause."""
+    if isinstance(shape, TracedShape):
+        return composed.fixed(shape, run)
     e = run.element
     sizes = [inputs * outputs for inputs, outputs in shape.linears]
     stored = [nf4_bytes(size, run.double_quant) if run.quantised else float(e * size) for size in sizes]
     tables = shape.table_weights * e * (1 if shape.tied else 2)
     if run.host_embeddings and not shape.tied:
         tables -= shape.table_weights * e
-    trained = adapter_numbers(shape, run.rank)
     return {
         "4-bit base" if run.quantised else "base": shape.layers * sum(stored),
         "embeddings and head": float(tables),
-        "adapter": 4.0 * trained,
-        "gradients": 4.0 * trained,
-        "optimizer": STATE_BYTES[run.optimizer] * trained * (1.02 if run.optimizer != "adamw" else 1.0),
+        **trained_bytes(adapter_numbers(shape, run.rank), run),
     }
 
 
-def adapter_numbers(shape: Shape, rank: int) -> int:
+def adapter_numbers(shape: AnyShape, rank: int) -> int:
     """Trained numbers of an adapter on every linear layer except the head."""
+    if isinstance(shape, TracedShape):
+        return rank * sum(one.adapted for one in shape.weights)
     return shape.layers * rank * sum(inputs + outputs for inputs, outputs in shape.linears)
 
 
@@ -100,7 +54,7 @@ def kept_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     """Bytes that one layer keeps for its backward pass, its input included."""
     e, tokens, layer = run.element, row.tokens, shape.layer
     hidden = 4 + (layer.norms - 2)  # input, first norm, middle, second norm; the outputs that later norms keep
-    wide = (4 if layer.fused_mlp else 2) * shape.intermediate
+    wide = 2 * shape.intermediate
     heads = (3 if layer.copied_output else 2) * shape.query + ((shape.query + shape.key) if layer.head_norms else 0)
     low = run.rank * len(shape.linears)
     statistics = 4 * (shape.heads + layer.norms) + (4 * (shape.heads + shape.key_heads) if layer.head_norms else 0)
@@ -108,8 +62,10 @@ def kept_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> float:
     return e * tokens * (hidden * shape.hidden + heads + wide + low) + gathered + tokens * statistics
 
 
-def forecast(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
+def forecast(shape: AnyShape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Bytes on the device at the step's peak, by cause."""
+    if isinstance(shape, TracedShape):
+        return {**composed.fixed(shape, run), **composed.at_peak(shape, run, row), **outside(run)}
     moments = [_at_head(shape, run, row), _in_last_mlp(shape, run, row)]
     kept = min(run.kept_layers, shape.layers)
     if kept > 0:
@@ -127,7 +83,7 @@ def outside(run: MemorySettings) -> dict[str, float]:
     return {"CUDA context": CONTEXT if run.context else 0.0, "workspaces": WORKSPACES}
 
 
-def peak(shape: Shape, run: MemorySettings, row: RowSize) -> float:
+def peak(shape: AnyShape, run: MemorySettings, row: RowSize) -> float:
     """The total of `forecast`, in bytes."""
     return sum(forecast(shape, run, row).values())
 
@@ -164,11 +120,11 @@ def _at_head(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float
 def _in_last_mlp(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """The forward pass in the last layer's MLP: the input of its down projection, or one gate and up matrix."""
     e, kept, size = run.element, min(run.kept_layers, shape.layers), shape.intermediate * shape.hidden
-    working, weight = shape.hidden + (0 if shape.layer.fused_mlp else shape.intermediate), _weight(run, size)
+    working, weight = shape.hidden + shape.intermediate, _weight(run, size)
+    if shape.layer.fused_mlp and _weight(run, size) > e * row.tokens * working:
+        working, weight = 0, _weight(run, 2 * size)
     if kept == 0:
-        working += 2 * shape.hidden + (4 if shape.layer.fused_mlp else 2) * shape.intermediate
-    elif shape.layer.fused_mlp and _weight(run, size) > e * row.tokens * (2 * shape.intermediate + shape.hidden):
-        working, weight = -2 * shape.intermediate, _weight(run, 2 * size)
+        working += 2 * shape.hidden + 2 * shape.intermediate
     return {
         "kept layers": kept * kept_bytes(shape, run, row),
         "inputs of recomputed layers": _inputs(shape, run, row, kept),
@@ -193,12 +149,11 @@ def _mlp_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[flo
     """The gradient of the MLP's product, then a dequantised weight or a slice's float32 work."""
     e, tokens, wide = run.element, row.tokens, shape.intermediate
     down = _weight(run, wide * shape.hidden)
-    if shape.layer.fused_mlp:
-        both = _weight(run, 2 * wide * shape.hidden)
-        choices = [(shape.hidden + wide, down), (shape.hidden + 2 * wide, 0.0), (shape.hidden - 2 * wide, both)]
-        return max(((e * tokens * width, weight) for width, weight in choices), key=sum)
     slices = 12.0 * min(SLICE, tokens * wide)
-    return e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down
+    choices = [(e * tokens * (shape.hidden + wide) + max(0.0, slices - down), down)]
+    if shape.layer.fused_mlp:
+        choices.append((e * tokens * shape.hidden, 2 * down))
+    return max(choices, key=sum)
 
 
 def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tuple[float, float]:
@@ -215,10 +170,15 @@ def _attention_gradients(shape: Shape, run: MemorySettings, row: RowSize) -> tup
     return working, 0.0
 
 
-def host_bytes(shape: Shape, run: MemorySettings, row: RowSize) -> dict[str, float]:
+def computed_tokens(shape: AnyShape, row: RowSize) -> int:
+    """Tokens that pass through the layers: a prompt once, or once for each answer where rows cannot share it."""
+    return row.keys if isinstance(shape, TracedShape) and not shape.shared else row.tokens
+
+
+def host_bytes(shape: AnyShape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
     waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0
-    buffer = run.element * row.tokens * shape.hidden
+    buffer = run.element * computed_tokens(shape, row) * shape.hidden
     return {
         "process and libraries": 3.0 * GIB,
         # Pinned blocks are rounded up to a power of two.

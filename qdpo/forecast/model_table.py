@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qdpo.errors import ConfigError
-from qdpo.families.shapes import Shape, known_shape
+from qdpo.families.shapes import AnyShape, known_shape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
@@ -48,14 +48,14 @@ def without_forecast() -> list[str]:
     return [name for name in MODELS if _shape(name) is None]
 
 
-def _shape(name: str) -> Shape | None:
+def _shape(name: str) -> AnyShape | None:
     try:
         return known_shape(name)
     except ConfigError:
         return None
 
 
-def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
+def _fit(name: str, shape: AnyShape, limit: float, card: str, longest: int, mean: float, rank: int) -> Fit:
     run = MemorySettings(rank=rank, tile_mib=64)
     most = longest_pair(shape, run, limit)
     lengths = Lengths(longest, longest * 2 // 5, mean, mean * 2 / 5, PAIRS_PER_STEP)
@@ -90,7 +90,7 @@ def _fit(name: str, shape: Shape, limit: float, card: str, longest: int, mean: f
     )
 
 
-def longest_pair(shape: Shape, run: MemorySettings, limit: float) -> int:
+def longest_pair(shape: AnyShape, run: MemorySettings, limit: float) -> int:
     """Tokens of the longest pair that fits with no kept layers and maximum offload, in steps of 64.
 
     It is not longer than the model's positions: beyond them no pair is trained.

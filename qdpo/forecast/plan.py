@@ -11,7 +11,8 @@ from qdpo.errors import ConfigError
 from qdpo.families import known, shapes
 from qdpo.families.config_fields import Positions
 from qdpo.families.known import ModelFacts
-from qdpo.families.shapes import Shape
+from qdpo.families.serving import serving_of, ships_as
+from qdpo.families.shapes import AnyShape, FindTrace
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
@@ -53,6 +54,8 @@ class Plan:
     ways: list[Way]
     facts: ModelFacts | None = None
     """Licence, context and thinking switch, for a model that ships."""
+    ships_as: str | None = None
+    """The ways out of a run, where config.json names the model's class."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -64,6 +67,7 @@ class Plan:
         run, found = self.chosen.run, self.known.lengths
         return {
             "model": self.model, "shape_from": self.shape_from, "facts": self.facts and vars(self.facts),
+            "ships_as": self.ships_as,
             "card": self.card, "card_gib": self.card_gib, "others_gib": self.others_gib, "fits": self.fits,
             "peak_bytes": self.chosen.peak, "limit_bytes": self.limit, "by_cause_bytes": self.causes,
             "host_bytes": self.host, "disk_bytes": self.disk,
@@ -85,15 +89,17 @@ def make_plan(
     others_gib: float | None = None,
     like: str | None = None,
     read_data: bool = True,
+    trace: FindTrace | None = None,
 ) -> Plan:
     """The forecast of a run on a card: the named one, one of `gpu_gib`, or the preset's.
 
+    `trace` makes the shape of a model without a formula whose trace does not ship.
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
     notes: list[str] = []
     config = resolved.config
-    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like)
+    shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
     limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
     config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
@@ -138,9 +144,17 @@ def make_plan(
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
-        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
+        ships_as=_ships_as(str(config.model.path), config.model.revision),
+        facts=_facts(str(config.model.path)),
         notes=tuple(notes),
     )
+
+
+def _facts(path: str) -> ModelFacts | None:
+    """Those of a known hub id; a folder of that name may hold anything."""
+    if Path(path).expanduser().exists() or known.known_name(path) is None:
+        return None
+    return known.facts(path)
 
 
 def _card(
@@ -210,7 +224,7 @@ def _steps(config: RunConfig, known: Known) -> tuple[int | None, float | None]:
 
 
 def _seconds(
-    config: RunConfig, shape: Shape, chosen: Choice, known: Known, tokens: float, card: timing.Card
+    config: RunConfig, shape: AnyShape, chosen: Choice, known: Known, tokens: float, card: timing.Card
 ) -> dict[str, float]:
     """Estimated seconds by phase: training, reference (each pair once), evaluations, samples."""
     found = known.lengths
@@ -242,7 +256,7 @@ def _stored_bytes(path: str) -> float:
     return STORED_BYTES.get(facts.quantised or "", 2.0) if facts else 2.0
 
 
-def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) -> dict[str, float]:
+def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
     tables = shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)
@@ -255,12 +269,20 @@ def _disk(config: RunConfig, shape: Shape, run: MemorySettings, known: Known) ->
     }
 
 
+def _ships_as(path: str, revision: str | None) -> str | None:
+    content = shapes.config_here(path, revision)
+    serving = None if content is None else serving_of(content)
+    return None if serving is None else ships_as(serving)
+
+
 def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     """The plan as text."""
     chosen, run = plan.chosen, plan.chosen.run
     say(f"model   {plan.model} ({plan.shape_from})")
     if plan.facts is not None:
         say(f"        {plan.facts.line}")
+    if plan.ships_as is not None:
+        say(f"ships   as {plan.ships_as}")
     spare = f"{1 - choose.PLANNED_SHARE:.0%} to spare"
     if plan.card == "cpu":
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")

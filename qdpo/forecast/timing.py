@@ -6,7 +6,8 @@ at its memory bandwidth, and the host's time to launch everything.
 
 from dataclasses import dataclass
 
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
+from qdpo.forecast import memory
 from qdpo.forecast.memory import MemorySettings, RowSize
 
 
@@ -54,13 +55,14 @@ def card_for(gib: float) -> str:
     return fitting[-1] if fitting else common[0]
 
 
-def row_seconds(shape: Shape, run: MemorySettings, row: RowSize, card: Card, *, scoring: bool = False) -> float:
+def row_seconds(shape: AnyShape, run: MemorySettings, row: RowSize, card: Card, *, scoring: bool = False) -> float:
     """Seconds for a row's forward and backward pass; `scoring`: for a forward pass alone, as of the reference."""
     kept = min(run.kept_layers, shape.layers) / shape.layers
     passes = 1.0 if scoring else 2.0 + RECOMPUTED * (1 - kept)
     head = (1 if scoring else 2) * 2.0 * shape.table_weights * row.responses
-    products = (2.0 * shape.linear_weights * row.tokens * passes + head) / (card.tflops * 1e12 * EFFICIENCY)
-    moved = 1.0 * ELEMENTWISE * shape.hidden * run.element * row.tokens * shape.layers
+    tokens = memory.computed_tokens(shape, row)
+    products = (2.0 * shape.product_weights * tokens * passes + head) / (card.tflops * 1e12 * EFFICIENCY)
+    moved = 1.0 * ELEMENTWISE * shape.hidden * run.element * tokens * shape.layers
     if run.quantised:
         moved += 2.5 * shape.linear_weights
     device = products + moved * passes / (card.bandwidth * 1e9)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import psutil
 
+from qdpo.families.kernels import KERNELS, is_installed, remedy
 from qdpo.run import disk
 
 GIB = 2**30
@@ -50,7 +51,9 @@ def run_checks() -> tuple[list[Check], Machine]:
     card, machine = _card()
     parts: list[Callable[[], Iterator[Check]]] = [_python, _memory, _disk, _wsl, _hub, _report]
     first, *rest = (list(part()) for part in parts)
-    return [*first, *card, *_quantised(machine), *(check for found in rest for check in found)], machine
+    return [
+        *first, *card, *_quantised(machine), *_kernels(machine.device), *(check for found in rest for check in found)
+    ], machine  # fmt: skip
 
 
 def _python() -> Iterator[Check]:
@@ -117,6 +120,18 @@ def _quantised(machine: Machine) -> Iterator[Check]:
         return
     mark: Literal["ok", "bad"] = "ok" if error < 0.15 else "bad"
     yield Check(mark, "4-bit", f"bitsandbytes on {machine.device}: NF4 round trip, relative error {error:.3f}")
+
+
+def _kernels(device: str) -> Iterator[Check]:
+    """Packages that only some models use; on a machine without a card, none of them can help."""
+    for package, about in KERNELS.items():
+        if device == "cpu" and is_installed(package):
+            yield Check("note", "kernels", f"{about.name} is installed, but its {about.work} need a card")
+        elif device == "cuda" and is_installed(package):
+            yield Check("ok", "kernels", f"{about.name} is installed, for {about.work} ({about.models})")
+        elif device == "cuda":
+            text = f"no {about.name}: {about.work} ({about.models}) run in plain PyTorch, exact but slower"
+            yield Check("note", "kernels", f"{text}. Run: {remedy([package])}")
 
 
 def _memory() -> Iterator[Check]:

@@ -17,12 +17,14 @@ from qdpo import __version__
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.families import shapes
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
 from qdpo.forecast import choose, memory
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
 from qdpo.measure import random_base, steps
 from qdpo.model.device import DTYPES, choose_device, choose_dtype, peak_gib, release_memory
+from qdpo.model.trace.store import finder
+from qdpo.run.disk import cache_folder
 from qdpo.run.watcher import Say
 from qdpo.settings.layered import Resolved
 from qdpo.train.policy.build import Loaded, make_policy, probe_pairs
@@ -70,7 +72,8 @@ def run_bench(
     device = choose_device(config.model.device, say)
     dtype = choose_dtype(config.model.dtype, device, say)
     settings = random_base.config_for(str(config.model.path), config.model.revision)
-    shape = shapes.from_config(settings.to_dict(), str(config.model.path))
+    trace = finder(cache_folder(config.cache.dir), say)
+    shape = shapes.from_config(settings.to_dict(), str(config.model.path), trace=trace)
     free, allowed = steps.limit_to_card(device, limit_gib, others_gib, context_gib)
     optimizer_name = optimizer.choose_optimizer(config.train.optimizer, device, say)
     run = choose.settings_of(
@@ -138,7 +141,7 @@ def _pairs(lengths: Lengths, number: int, vocabulary: int) -> list[TokenPair]:
 def _build(
     resolved: Resolved,
     settings: Any,
-    shape: Shape,
+    shape: AnyShape,
     chosen: Choice,
     lengths: Lengths,
     number: int,
@@ -169,7 +172,7 @@ def _build(
     return loaded, pairs
 
 
-def _forecast(shape: Shape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
+def _forecast(shape: AnyShape, chosen: Choice, pairs: list[TokenPair], device: torch.device) -> float:
     """GiB forecast for the fullest row of these pairs; on CUDA in torch's allocator, which holds workspaces too."""
     rows = auto_memory.worst_rows(pairs, chosen.tokens_per_row)
     run: MemorySettings = chosen.run if device.type == "cuda" else replace(chosen.run, context=True)

@@ -14,7 +14,7 @@ import torch
 from qdpo.data.tokens.pack import pack_rows
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError
-from qdpo.families.shapes import Shape
+from qdpo.families.shapes import AnyShape
 from qdpo.forecast import memory
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import OTHERS_GIB
@@ -93,9 +93,9 @@ def _reference(pair: TokenPair) -> tuple[np.ndarray, np.ndarray]:
     return np.full(len(pair.chosen), -10.0, np.float32), np.full(len(pair.rejected), -10.0, np.float32)
 
 
-def useful_flops(shape: Shape, tokens: int, responses: int) -> float:
+def useful_flops(shape: AnyShape, tokens: int, responses: int) -> float:
     """Floating-point operations that steps over these tokens need: all linear layers, and the head over answers."""
-    return 4.0 * shape.linear_weights * tokens + 4.0 * shape.table_weights * responses
+    return 4.0 * shape.product_weights * tokens + 4.0 * shape.table_weights * responses
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

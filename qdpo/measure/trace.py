@@ -15,7 +15,6 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.model.base.text_model import decoder_of
-from qdpo.model.fast import attention
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
 from qdpo.model.policy.adapter import Policy
@@ -49,7 +48,7 @@ def trace_peak(
                     setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter)))
         causal = model.get_base_model()
         policy = Policy(model, decoder_of(causal), Head.of(causal), device, "spans", run.tile_mib)
-        assert choose_attention.switch_attention(policy, attention.NAME)
+        choose_attention.choose_unseen(policy)
         with no_fake():
             install.install(model, device, weightless=True)
         layers = recompute.Layers(policy.backbone, host=CountedHostInputs(count) if run.offload else None)

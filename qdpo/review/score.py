@@ -75,7 +75,13 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
         watcher.say(f"warning: {trained.sentence(len(pairs))}")
     loaded = load_reopened(opened, config, probe_pairs(pairs), watcher)
     with catch_signals(watcher.say) as stop:
-        cache = ReferenceCache(cache_folder(config), loaded.reference_name, base=opened.place.name, say=watcher.say)
+        cache = ReferenceCache(
+            cache_folder(config),
+            loaded.reference_name,
+            older=loaded.older_name,
+            base=opened.place.name,
+            say=watcher.say,
+        )
         scorer = Scorer(
             loaded=loaded,
             cache=cache,

@@ -9,7 +9,8 @@ from torch import nn
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.model.base import quant
-from qdpo.model.fast import norm_mlp, products
+from qdpo.model.fast import norm, products
+from qdpo.model.fast.activation import Activation
 from qdpo.model.policy import install, recompute
 from qdpo.model.policy.adapter import Policy
 from qdpo.train.step.step import row_tensors
@@ -37,7 +38,7 @@ def test_what_is_recognised() -> None:
     fast_llama = both("llama")[2]
     assert fast_llama.fast == {"adapter linear": 14, "norm": 5, "gated MLP": 2} and not fast_llama.plain
     assert "14 adapter linear, 5 norm, 2 gated MLP checked against their plain twins" in str(fast_llama)
-    assert both("phi3")[2].fast == {"adapter linear": 8, "norm": 5} and not both("gpt2")[2].fast
+    assert both("phi3")[2].fast == {"adapter linear": 8, "norm": 5, "fused MLP": 2} and not both("gpt2")[2].fast
 
 
 def test_names_and_the_adapter_switch_stay() -> None:
@@ -54,23 +55,21 @@ def test_a_wrong_fast_part_is_not_installed(part: str, monkeypatch: pytest.Monke
         right = products.mm_fp32
         monkeypatch.setattr(products, "mm_fp32", lambda left, rest: right(left, rest) * 1.001)
     elif part == "norm":
-        monkeypatch.setattr(norm_mlp, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
+        monkeypatch.setattr(norm, "WEIGHINGS", (lambda unit, weight: weight * unit * 1.001,))
     else:
-        slope = norm_mlp.Activation.slope
-        monkeypatch.setattr(norm_mlp.Activation, "slope", lambda self, x: slope(self, x) * 1.001)
+        slope = Activation.slope
+        monkeypatch.setattr(Activation, "slope", lambda self, x: slope(self, x) * 1.001)
     _, _, installed = both("llama")
     kind = {"linear": "adapter linear", "norm": "norm", "mlp": "gated MLP"}[part]
     assert kind not in installed.fast and "differs by 0.00" in str(installed)
 
 
-def test_an_unknown_activation_stays_plain() -> None:
+def test_an_activation_of_several_numbers_stays_plain() -> None:
     plain = make_policy(SHARED["llama"]())
     for module in plain.peft.modules():
         if hasattr(module, "act_fn"):
-            module.act_fn = nn.Hardswish()
-    assert "gated MLP LlamaMLP stays plain (its activation Hardswish is unknown)" in str(
-        install.install(plain.peft, CPU)
-    )
+            module.act_fn = nn.Softmax(dim=-1)
+    assert "gated MLP LlamaMLP stays plain (differs by" in str(install.install(plain.peft, CPU))
 
 
 def kept_bytes(policy: Policy, row: Any) -> int:

@@ -365,6 +365,73 @@ def test_what_changes_the_reference_is_computed_anew_and_nothing_else(settings: 
     assert scored(settings, output__name="loss", **base, loss__name="ipo")[2] == 0
 
 
+def with_config(base: Path, folder: Path, **values: object) -> str:
+    """A copy of a model's folder with the same weights and other values in its config.json."""
+    other = Path(shutil.copytree(base, folder))
+    config = json.loads((other / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps({**config, **values}), encoding="utf-8")
+    return str(other)
+
+
+def test_a_config_that_changes_the_numbers_has_its_own_file(settings: dict[str, str], tmp_path: Path) -> None:
+    base = Path(settings["model.path"])
+    assert scored(settings, **ALONE)[2] == 16
+    alike = with_config(base, tmp_path / "alike", attention_dropout=0.1, architectures=None, use_cache=False)
+    assert scored(settings, output__name="alike", model__path=alike, **ALONE)[2] == 0
+    other = with_config(base, tmp_path / "other", rms_norm_eps=1e-2)
+    assert scored(settings, output__name="other", model__path=other, **ALONE)[2] == 16
+    assert len(list(Path(settings["cache.dir"]).glob("reference/*.sqlite"))) == 2
+
+
+def as_before(settings: dict[str, str], **changes: str) -> tuple[Path, Known]:
+    """The run's reference under the name that version 0.1.0 gave it, and its values."""
+    with opened(settings, **{**ALONE, **changes}) as (job, _):
+        job.scorer.fill(job.train, job.held_out)
+        path = job.scorer.cache.path
+    return path.rename(path.with_name(f"{job.loaded.older_name}.sqlite")), job.scorer.known
+
+
+def test_values_of_an_earlier_version_are_taken_over(settings: dict[str, str]) -> None:
+    older, golden = as_before(settings)
+    content = older.read_bytes()
+    known, watcher, computed = scored(settings, output__name="second", **ALONE)
+    assert equal(known, golden) and computed == 0 and "16 pairs taken over" in watcher.text
+    assert "no pass needed (all 16 pairs" in watcher.text and older.read_bytes() == content
+    (copy,) = (path for path in older.parent.glob("*.sqlite") if path != older)
+    with sqlite3.connect(copy) as new, sqlite3.connect(older) as old:
+        rows = [set(database.execute("SELECT key, value, crc FROM logps")) for database in (new, old)]
+    new.close(), old.close()
+    assert rows[0] == rows[1] and len(rows[0]) == 32
+
+
+def test_values_of_another_config_are_not_taken_over(settings: dict[str, str], tmp_path: Path) -> None:
+    other = with_config(Path(settings["model.path"]), tmp_path / "other", rms_norm_eps=1e-2)
+    older, _ = as_before(settings, model__path=other)
+    _, watcher, computed = scored(settings, output__name="second", **ALONE)
+    assert computed == 16 and f"{older.name}, which an earlier version" in watcher.text
+    assert "so its values are not used" in watcher.text
+
+
+def test_the_longest_pairs_of_an_earlier_version_are_among_those_checked(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window that is shorter than only the longest pair shows there alone."""
+    older, _ = as_before(settings)
+    with opened(settings, output__name="second", **ALONE) as (job, _):
+        pairs = [*job.train, *job.held_out]
+        longest = max(reversed(pairs), key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+        cache = ReferenceCache(Path(settings["cache.dir"]), older.stem)
+        values = cache.get(longest)
+        assert values is not None
+        cache.put([(longest, values[0] + np.float32(0.01), values[1])])
+        cache.close()
+        monkeypatch.setattr("qdpo.train.policy.reference_fill.CHECKED_OLDER_PAIRS", 2)
+        monkeypatch.setattr(type(job.scorer), "_drawn", lambda self, count, wanted: {0})
+        job.scorer.fill(pairs)
+        assert job.watcher.text.count("so its values are not used") == 1
+        assert not np.array_equal(job.scorer.known[longest.digest][0], values[0] + np.float32(0.01))
+
+
 FILLS = """
 import json, os, random, signal, sys
 from pathlib import Path

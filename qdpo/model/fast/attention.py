@@ -123,10 +123,13 @@ def path_name(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
         return f"{PAIRWISE} (varlen needs compute capability 8.0, this card has {major}.{minor})"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{PAIRWISE} (varlen needs bf16 or fp16)"
+    return VARLEN if is_varlen_width(head_width) else f"{PAIRWISE} (varlen does not take heads of {head_width})"
+
+
+def is_varlen_width(head_width: int) -> bool:
+    """True for heads that the varlen kernel takes on every card that has it."""
     # Widths from 200 to 224 have no backward kernel on consumer cards (sm86, sm89, sm120).
-    if head_width % 8 or head_width > 256 or 192 < head_width <= 224:
-        return f"{PAIRWISE} (varlen does not take heads of {head_width})"
-    return VARLEN
+    return head_width % 8 == 0 and head_width <= 256 and not 192 < head_width <= 224
 
 
 def shared_prompt_attention(

@@ -25,7 +25,7 @@ class _Scored(torch.autograd.Function):
         output = torch.empty(*query.shape[:3], value.shape[3], dtype=value.dtype, device=query.device)
         lse_BHQ = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
         ctx.scale, ctx.window, ctx.cap = scale, window, cap
-        for rows, keys in _blocks(query, key, window):
+        for rows, keys in blocks(query, key, window):
             score, _tanh = _scores(ctx, query, key, rows, keys)
             lse = score.logsumexp(-1)
             if sink_H is not None:
@@ -41,7 +41,7 @@ class _Scored(torch.autograd.Function):
         (grad_output,) = gradients
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
-        for rows, keys in _blocks(query, key, ctx.window):
+        for rows, keys in blocks(query, key, ctx.window):
             score, tanh = _scores(ctx, query, key, rows, keys)
             prob = score.sub_(lse_BHQ[:, :, rows, None]).exp_()
             grad = grad_output[:, :, rows]
@@ -71,7 +71,7 @@ def scored_attention(
     return output
 
 
-def _blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
+def blocks(query: Tensor, key: Tensor, window: int | None) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, each with the keys visible to any of its queries."""
     heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
     size = max(1, BLOCK // (heads * keys))

@@ -40,7 +40,7 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
     truth_N = _truth(policy, row)
     candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
     refused: list[str] = []
-    if wanted == "auto" and (why := _sharing_obstacle(policy, longest)) is not None:
+    if wanted == "auto" and (why := sharing_obstacle(policy, longest)) is not None:
         candidates = [candidate for candidate in CANDIDATES if candidate[0] == "separate"]
         refused.append(why)
     for layout, name in candidates:
@@ -54,6 +54,17 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
     if wanted != "auto":
         raise ConfigError(f"model.attention={wanted} is not exact on this model ({refused[-1]}). Use `auto`.")
     raise VerificationError("No attention path is exact on this model: " + "; ".join(refused))
+
+
+def choose_unseen(policy: Policy) -> None:
+    """Sets the path that the architecture allows, for a model without weights, on which nothing can be checked."""
+    attention.register()
+    policy.layout = "spans"
+    if sharing_obstacle(policy, 0) is None and switch_attention(policy, attention.NAME):
+        return
+    policy.layout = "separate"
+    if is_beyond_sdpa(policy) or not switch_attention(policy, "sdpa"):
+        switch_attention(policy, "eager")
 
 
 def switch_attention(policy: Policy, name: str) -> bool:
@@ -74,7 +85,7 @@ def _truth(policy: Policy, row: RowTensors) -> Tensor:
     """Log-probs of separate sequences by the architecture's own code: "eager", if the model can be switched to it."""
     switch_attention(policy, "eager")
     truth_N = probe.separate_logps(policy, row)
-    if truth_N.isfinite().all() or _is_beyond_sdpa(policy):
+    if truth_N.isfinite().all() or is_beyond_sdpa(policy):
         return truth_N
     # Eager scores overflow in fp16 before they are scaled (Qwen2); SDPA's do not.
     switch_attention(policy, "sdpa")
@@ -82,20 +93,20 @@ def _truth(policy: Policy, row: RowTensors) -> Tensor:
 
 
 def _refusal(policy: Policy, name: str, row: RowTensors, truth_N: Tensor, spans: PairSpans) -> str | None:
-    if name == "sdpa" and _is_beyond_sdpa(policy):
+    if name == "sdpa" and is_beyond_sdpa(policy):
         return "it has neither soft-caps nor sinks"
     if not switch_attention(policy, name):
         return f"{type(policy.backbone).__name__} does not take it"
     return probe.fault(policy, row, truth_N, spans)
 
 
-def _is_beyond_sdpa(policy: Policy) -> bool:
+def is_beyond_sdpa(policy: Policy) -> bool:
     """True with soft-capped scores or attention sinks; before 5.18, transformers' SDPA silently ignores a soft-cap."""
     softcap = attention_softcap(policy.backbone.config.get_text_config())
     return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
 
 
-def _sharing_obstacle(policy: Policy, longest: int) -> str | None:
+def sharing_obstacle(policy: Policy, longest: int) -> str | None:
     """The reason why the architecture forbids shared rows that a short row in bf16 would not show, or None."""
     config = policy.backbone.config.get_text_config()
     if getattr(config, "alibi", False):

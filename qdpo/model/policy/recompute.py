@@ -1,6 +1,6 @@
 """Activation checkpointing: selects the layers that keep their activations, and offloads the inputs of the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,13 +34,21 @@ class Layers:
 
     Torch's non-reentrant checkpoint wraps a recomputed layer's forward. The last layers are the ones to keep: their
     activations live shortest. `preserve_rng_state` is off because nothing inside is random: dropout is zero.
+    `layers` are those of the model, if they are not to be looked for.
     `host` holds the inputs of recomputed layers; None: they stay on the device.
     With `compiled`, the kept layers run through torch.compile. Recomputed layers do not: under dynamic shapes a
     recompute may use a different compiled graph from its forward pass, and torch 2.13 then raises a CheckpointError.
     """
 
-    def __init__(self, backbone: nn.Module, *, host: "HostInputs | None" = None, compiled: bool = False):
-        self._layers: list[Any] = list(decoder_layers(backbone))
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        host: "HostInputs | None" = None,
+        compiled: bool = False,
+        layers: Iterable[nn.Module] | None = None,
+    ):
+        self._layers: list[Any] = list(decoder_layers(backbone) if layers is None else layers)
         self._forwards = [layer.forward for layer in self._layers]
         self._kept = self._forwards
         if compiled:
@@ -49,6 +57,11 @@ class Layers:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self._layers))
             self._kept = [_compiled(forward) for forward in self._forwards]
         self._host = host
+
+    @property
+    def modules(self) -> list[Any]:
+        """The layers, first to last."""
+        return self._layers
 
     def __len__(self) -> int:
         return len(self._layers)

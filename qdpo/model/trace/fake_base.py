@@ -3,6 +3,7 @@
 It never exists in 16 bits: its linear layers are quantised one by one on the device, or are fake tensors.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qdpo.model.base import quant
-from qdpo.model.base.text_model import text_model_of
+from qdpo.model.base.text_model import TextModel, text_model_of
 from qdpo.model.fast import attention
 
 
@@ -20,10 +21,21 @@ def random_base(config: Any, *, quantization: str, double_quant: bool, dtype: to
 
     Inside FakeTensorMode everything that costs memory is fake; norms and position tables stay real.
     """
+    with no_fake():
+        text = text_model_of(config)
+    model = bare_base(text, dtype)
+    return filled_base(model, quantization=quantization, double_quant=double_quant, dtype=dtype, device=device)
+
+
+def bare_base(text: TextModel, dtype: torch.dtype) -> Any:
+    """A text model with its parameters on meta; position tables are real."""
     attention.register()
     with no_fake(), init_empty_weights():
-        text = text_model_of(config)
-        model = text.cls._from_config(text.config, dtype=dtype)
+        return text.cls._from_config(copy.deepcopy(text.config), dtype=dtype)
+
+
+def filled_base(model: Any, *, quantization: str, double_quant: bool, dtype: torch.dtype, device: torch.device) -> Any:
+    """A bare base with its weights on `device`, quantised and frozen."""
     head = model.get_output_embeddings()
     if quantization != "none":
         for name, layer in list(model.named_modules()):

@@ -6,15 +6,17 @@ is not a tensor here, so it is added at the call (`_workspace`).
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
-from qdpo.model.fast import attention, products
+from qdpo.model.fast import attention, mlp, norm, products, scored_attention
 from qdpo.model.policy import recompute
 
 
@@ -24,6 +26,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.host = 0
+        self.products = 0
+        """Multiplications of all matrix products so far."""
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,6 +36,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._count(tensor)
         self.peak = max(self.peak, self.live + _workspace(function, args, kwargs or {}))
+        self.products += _products(function, args, result)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -70,6 +75,15 @@ class CountedHostInputs(recompute.HostInputs):
         return tensor
 
 
+def _products(function: Any, args: Any, result: Any) -> int:
+    """Multiplications of a matrix product; 0 for any other call, attention included."""
+    name = function.name().partition(".")[0]
+    if name == "bitsandbytes::gemm_4bit":
+        return int(result.numel() * args[2][1])
+    left = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1, "aten::_grouped_mm": 0}.get(name)
+    return 0 if left is None else int(result.numel() * args[left].shape[-1])
+
+
 def _workspace(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
     """Bytes that the CUDA kernel of this call allocates internally while it runs."""
     name = function.name()
@@ -88,15 +102,51 @@ def _workspace(function: Any, args: Any, kwargs: dict[str, Any]) -> int:
     return 0
 
 
+def _path_on_cuda(_device: torch.device, _dtype: torch.dtype, width: int) -> str:
+    return attention.VARLEN if attention.is_varlen_width(width) else attention.PAIRWISE
+
+
+def _mm_fp32_on_cuda(left: Tensor, right: Tensor) -> Tensor:
+    if isinstance(left, FakeTensor):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()  # real numbers: an MLP's form is being checked
+
+
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products."""
-    names = (attention, "path_name"), (products, "mm_fp32")
+    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products.
+
+    transformers looks at positions for several sequences in one, and cannot with fake ones: here they are one sequence.
+    """
+    names = (attention, "path_name"), (products, "mm_fp32"), (masking_utils, "find_packed_sequence_indices")
     before = [getattr(module, name) for module, name in names]
-    attention.path_name = lambda device, dtype, width: attention.VARLEN  # type: ignore[assignment]
-    products.mm_fp32 = lambda left, right: torch.mm(left, right, out_dtype=torch.float32)
+    attention.path_name = _path_on_cuda  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = lambda *_positions: None
+    products.mm_fp32 = _mm_fp32_on_cuda
     try:
         yield
     finally:
         for (module, name), value in zip(names, before, strict=True):
             setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def short_loops() -> Iterator[None]:
+    """Of loops over equal slices only the first two and the last turn: the others take the same memory, one by one."""
+    places: tuple[tuple[Any, str], ...] = (norm, "slices"), (mlp, "slices"), (scored_attention, "blocks")
+    before = [getattr(module, name) for module, name in places]
+    for (module, name), loop in zip(places, before, strict=True):
+        setattr(module, name, _shortened(loop))
+    try:
+        yield
+    finally:
+        for (module, name), loop in zip(places, before, strict=True):
+            setattr(module, name, loop)
+
+
+def _shortened(loop: Callable[..., Iterator[Any]]) -> Callable[..., list[Any]]:
+    def few(*arguments: Any) -> list[Any]:
+        turns = list(loop(*arguments))
+        return turns if len(turns) < 4 else [*turns[:2], turns[-1]]
+
+    return few

@@ -12,11 +12,12 @@ import torch
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
+from qdpo.families.forward_values import forward_digest
 from qdpo.model.base import quant
 from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast.logps import Head
-from qdpo.model.policy import adapter, choose_attention, install, probe, recompute
+from qdpo.model.policy import adapter, choose_attention, install, kernels, probe, recompute
 from qdpo.model.policy.adapter import Policy
 from qdpo.run.record import FourBitMark, file_record
 from qdpo.run.watcher import Say
@@ -32,6 +33,8 @@ class Loaded:
     policy: Policy
     layers: recompute.Layers
     reference_name: str
+    older_name: str
+    """The name that version 0.1.0 gave it, from the weights alone: models of another config may have shared it."""
     reference_is_start: bool
     weights: str
     marks: dict[str, FourBitMark]
@@ -86,6 +89,9 @@ def make_policy(
     row = row_tensors(PairRow(list(probe_with)), device)
     path = choose_attention.choose_path(policy, row, config.model.attention, longest=config.data.max_tokens, say=say)
     probe.check_head(policy, policy.peft, row)
+    use = kernels.kernels_of(policy.backbone)
+    if (line := kernels.announcement(use, device)) is not None:
+        say(line)
     if config.train.compile:
         say("compile: kept layers are compiled at their first row, which takes a while (fast parts are off)")
     else:
@@ -98,8 +104,8 @@ def make_policy(
         where = ", with their inputs in host memory" if offload else ""
         say(f"memory: the activations of {recomputed} of {len(blocks)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
-    name = _reference_name(config, policy, path, weights, dtype, is_start)
-    return Loaded(policy, blocks, name, is_start, weights, marks)
+    name, older = _reference_names(config, policy, path, weights, dtype, is_start, use)
+    return Loaded(policy, blocks, name, older, is_start, weights, marks)
 
 
 def kept_layers(config: RunConfig) -> int | str:
@@ -173,11 +179,23 @@ def adapter_identity(folder: Path) -> str:
     return hashlib.sha256(f"{weights} {json.dumps(meaning, sort_keys=True)}".encode()).hexdigest()
 
 
-def _reference_name(config: RunConfig, policy: Policy, attention: str, weights: str, dtype: str, is_start: bool) -> str:
+def _reference_names(
+    config: RunConfig,
+    policy: Policy,
+    attention: str,
+    weights: str,
+    dtype: str,
+    is_start: bool,
+    use: kernels.KernelUse,
+) -> tuple[str, str]:
+    """The name of the reference, and the one that version 0.1.0 gave it."""
     start = adapter_identity(Path(str(config.adapter.start))) if is_start else None
     path = {
         "dtype": dtype,
         "attention": attention,
         "device": policy.device.type if policy.device.type != "cpu" else torch.backends.cpu.get_cpu_capability(),
     }
-    return reference_cache.identity(weights, start, path)
+    now = {**path, "config": forward_digest(policy.peft.get_base_model().config.to_dict())}
+    if use.used:  # other rounding than PyTorch's own code, as with another attention path
+        now["kernels"] = "+".join(sorted(use.used))
+    return reference_cache.identity(weights, start, now), reference_cache.identity(weights, start, path)

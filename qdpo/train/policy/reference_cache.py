@@ -1,8 +1,8 @@
 """The cache of reference log-probs: one SQLite file per loaded base, one row per answer.
 
-A value depends only on the reference's weights as loaded, the way it is computed, and the token ids. The first two form
-the identity that names the file; the ids are the row's key. Template, truncation, system prompt and tokenizer matter
-only through the ids.
+A value depends only on the reference's weights as loaded, its config, the way it is computed, and the token ids. The
+ids are the row's key, all else forms the identity that names the file. Template, truncation, system prompt and
+tokenizer matter only through the ids.
 """
 
 import hashlib
@@ -42,7 +42,10 @@ _described: dict[str, dict[str, Any]] = {}
 
 
 def identity(weights: str, adapter: str | None, path: dict[str, Any]) -> str:
-    """Name of a reference: hex digest over the checksums of its weights and start adapter, and the way of computing."""
+    """Name of a reference: hex digest over the checksums of its weights and start adapter, and the way of computing.
+
+    `path` is that way: compute type, attention path, device, digest of the config (not before 0.2.0), kernel packages.
+    """
     parts = {"weights": weights, "adapter": adapter, "rule": SCORING_RULE, **path}
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     _described[name] = parts
@@ -84,8 +87,20 @@ class ReferenceCache:
     Raises: DiskError, from every method, if the file cannot be read or written.
     """
 
-    def __init__(self, folder: Path, name: str, *, base: str = "", say: Callable[[str], None] = lambda line: None):
-        """`base` is the model's name, stored in the file with the parts of the identity, for people to read."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        older: str | None = None,
+        base: str = "",
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        """`base` is the model's name, stored in the file with the parts of the identity, for people to read.
+
+        `older` is the name of the same reference by the rule of an earlier version.
+        """
+        self._older = (folder, older)
         self.path = folder / "reference" / f"{name}.sqlite"
         command = f"qdpo cache clear {name[:12]} --dir {shlex.quote(str(folder))}"
         self.way_out = f"Remove it with `{command}`; then the same command computes it again."
@@ -121,6 +136,13 @@ class ReferenceCache:
                 database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", rows)
 
         self._guarded(write)
+
+    def older(self) -> "ReferenceCache | None":
+        """The file of an earlier version, if there is one."""
+        folder, name = self._older
+        if name is None or not (folder / "reference" / f"{name}.sqlite").exists():
+            return None
+        return ReferenceCache(folder, name, say=self._say)
 
     def close(self) -> None:
         with self._threads:

@@ -1,6 +1,6 @@
 """The reference of a run: finds cached log-probs, computes the missing ones, and looks them up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,8 @@ from qdpo.train.step.step import score
 
 # Cached pairs that every run recomputes as a check.
 CHECKED_PAIRS = 3
+# The same from an earlier version's file, half of them its longest: there another window or scaling shows most.
+CHECKED_OLDER_PAIRS = 16
 # Largest rms difference of a pair's tokens, in nats, between two computations of one reference. Every run packs its
 # rows again, and a GPU selects its matrix kernels by the row's length; CPUs gave equal bits, however rows were packed.
 # 16-bit compute was seen to be off by 0.03 nats rms a token in all, other shapes by up to 0.23 nats a sequence: four
@@ -61,12 +63,14 @@ class Scorer:
             return
         cached: list[TokenPair] = []
         missing = [self._look_up(group, cached) for group in groups]
+        taken = self._take_over([pair for group in missing for pair in group])
+        missing = [[pair for pair in group if pair.digest not in taken] for group in missing]
         absent = sum(map(len, missing))
-        distinct = len(cached) + absent
+        distinct = len(cached) + len(taken) + absent
         if not absent:
             self.watcher.say(f"reference: no pass needed (all {distinct} pairs are in the cache)")
-        elif cached:
-            self.watcher.say(f"reference: {len(cached)} of {distinct} pairs are in the cache")
+        elif cached or taken:
+            self.watcher.say(f"reference: {distinct - absent} of {distinct} pairs are in the cache")
         if cached:
             self._check(cached)
         if not absent:
@@ -103,18 +107,60 @@ class Scorer:
                 cached.append(pair)
         return missing
 
-    def _check(self, cached: Sequence[TokenPair]) -> None:
-        """Recomputes some cached pairs. Raises: VerificationError if a pair differs by more than rounding."""
-        draw = np.random.default_rng([self.seed, len(cached)])
-        places = draw.choice(len(cached), size=min(CHECKED_PAIRS, len(cached)), replace=False)
-        rows = pack_rows([cached[place] for place in sorted(places)], self.tokens_per_row)
+    def _take_over(self, missing: Sequence[TokenPair]) -> set[str]:
+        """Copies the pairs that an earlier version's file has, if they are this model's; returns their digests.
+
+        Only the weights named that file, so a model with the same weights and another window may have filled it: some
+        pairs are recomputed, the longest among them. If they differ, the file is left to the model that it belongs to.
+        """
+        older = self.cache.older()
+        if older is None or not missing:
+            return set()
+        found = {pair: values for pair in missing if (values := older.get(pair)) is not None}
+        older.close()
+        if not found:
+            return set()
+        by_length = sorted(found, key=lambda pair: len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+        places = self._drawn(len(by_length), CHECKED_OLDER_PAIRS // 2) | {
+            len(by_length) - 1 - place for place in range(min(CHECKED_OLDER_PAIRS // 2, len(by_length)))
+        }
+        checked = [by_length[place] for place in sorted(places)]
+        _worst, largest, bound = self._farthest(checked, {pair.digest: values for pair, values in found.items()})
+        if not largest <= bound:
+            self.watcher.say(
+                f"reference: {older.path.name}, which an earlier version named by the weights alone, is of a model "
+                f"with another config (a pair differs by {largest:.2g} nats a token), so its values are not used"
+            )
+            return set()
+        self.cache.put((pair, *values) for pair, values in found.items())
+        self.known.update({pair.digest: values for pair, values in found.items()})
+        self.watcher.say(
+            f"reference: {len(found)} pairs taken over from {older.path.name}, which an earlier version named by the "
+            f"weights alone; {len(checked)} of them recomputed, largest difference {largest:.2g} nats a token"
+        )
+        return {pair.digest for pair in found}
+
+    def _drawn(self, count: int, wanted: int) -> set[int]:
+        """Random places of a list of pairs to recompute."""
+        draw = np.random.default_rng([self.seed, count])
+        return {int(place) for place in draw.choice(count, size=min(wanted, count), replace=False)}
+
+    def _farthest(
+        self, pairs: Sequence[TokenPair], stored: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[TokenPair, float, float]:
+        """Recomputes pairs: that which is farthest from its stored values, by how much, and what rounding explains."""
         apart = {
-            pair: rms(np.concatenate(self.known[pair.digest]) - np.concatenate([chosen, rejected]))
-            for row in rows
+            pair: rms(np.concatenate(stored[pair.digest]) - np.concatenate([chosen, rejected]))
+            for row in pack_rows(pairs, self.tokens_per_row)
             for pair, chosen, rejected in self._score(row)
         }
         worst = max(apart, key=lambda pair: apart[pair])
-        largest, bound = apart[worst], LARGEST_ROUNDING[self.loaded.policy.head.weight_VD.dtype]
+        return worst, apart[worst], LARGEST_ROUNDING[self.loaded.policy.head.weight_VD.dtype]
+
+    def _check(self, cached: Sequence[TokenPair]) -> None:
+        """Recomputes some cached pairs. Raises: VerificationError if a pair differs by more than rounding."""
+        places = self._drawn(len(cached), CHECKED_PAIRS)
+        worst, largest, bound = self._farthest([cached[place] for place in sorted(places)], self.known)
         if not largest <= bound:
             raise VerificationError(
                 f"The cached reference does not belong to this model: data row {worst.row}, recomputed, differs by "
@@ -122,7 +168,7 @@ class Scorer:
                 f"{self.cache.way_out}"
             )
         self.watcher.say(
-            f"reference: {len(apart)} cached pairs recomputed, largest difference {largest:.2g} nats a token"
+            f"reference: {len(places)} cached pairs recomputed, largest difference {largest:.2g} nats a token"
         )
 
     def _score(self, row: PairRow) -> list[tuple[TokenPair, np.ndarray, np.ndarray]]:

@@ -1,7 +1,8 @@
 """Fits a run into its device: resolves `auto` memory settings, and tries the worst row before step 0."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ from qdpo.data.tokens.pack import PairRow, pack_rows
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError
 from qdpo.families import shapes
+from qdpo.families.shapes import AnyShape
 from qdpo.forecast import choose
 from qdpo.forecast.choose import Choice, Lengths
 from qdpo.forecast.memory import GIB
+from qdpo.model.base.folder import read_json
 from qdpo.model.device import release_memory
+from qdpo.model.trace.store import finder
+from qdpo.run import disk
 from qdpo.run.record import MemoryChoice
 from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
@@ -29,7 +34,7 @@ CPU = torch.device("cpu")
 
 def choose_memory(
     config: RunConfig,
-    model_config: Any,
+    folder: Path,
     pairs: Sequence[TokenPair],
     *,
     device: torch.device,
@@ -39,11 +44,13 @@ def choose_memory(
 ) -> MemoryChoice:
     """A value for each [memory] setting that may be auto: as given, or as forecast for this device and these pairs.
 
+    `folder` is the base's; layers of a model that no forecast knows are traced.
+
     Raises: OutOfMemoryError if the forecast says that nothing fits, before anything is loaded.
     """
     given = config.memory
     try:
-        shape = shapes.from_config(model_config.to_dict(), str(config.model.path))
+        shape = _shape(config, read_json(folder / "config.json"), say)
     except ConfigError as error:
         say(f"memory: nothing is packed or kept unless settings say so. {error}")
         return MemoryChoice(
@@ -94,13 +101,18 @@ def memory_of(chosen: Choice) -> MemoryChoice:
     )
 
 
-def refuse_hopeless(config: RunConfig, model_config: dict[str, Any], device: torch.device) -> None:
+def _shape(config: RunConfig, model_config: Mapping[str, Any], say: Say) -> AnyShape:
+    cache = disk.cache_folder(config.cache.dir)
+    return shapes.from_config(model_config, str(config.model.path), trace=finder(cache, say))
+
+
+def refuse_hopeless(config: RunConfig, model_config: Mapping[str, Any], device: torch.device, say: Say) -> None:
     """Refuses a run before the download if even short pairs cannot fit; an architecture without a forecast passes.
 
     Raises: OutOfMemoryError.
     """
     try:
-        shape = shapes.from_config(model_config, str(config.model.path))
+        shape = _shape(config, model_config, say)
     except ConfigError:
         return
     element = 4 if config.model.dtype == "fp32" else 2

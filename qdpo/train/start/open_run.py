@@ -20,8 +20,8 @@ from qdpo.errors import ConfigError, DiskError
 from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
-from qdpo.model.base.load import load_tokenizer, model_config
-from qdpo.model.base.text_model import check_text_model, text_model, text_model_of
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.base.text_model import check_text_model, text_model
 from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.generate.generate import stop_at
@@ -38,7 +38,7 @@ from qdpo.run.record import (
     write_record,
     write_sealed,
 )
-from qdpo.run.watcher import Watcher
+from qdpo.run.watcher import Say, Watcher
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
@@ -108,7 +108,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     ways = WaysOut(config.adapter.start, say if first else lambda line: None)
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
-        refuse=lambda found: _refuse_before_download(config, found, device), look=ways.look,
+        refuse=lambda found: _refuse_before_download(config, found, device, say), look=ways.look,
     )  # fmt: skip
     text = text_model(folder.folder)
     if text.is_part:
@@ -143,7 +143,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     watcher.finish()
     _check_weights(run, folder, loaded)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
-    cache = ReferenceCache(cache_dir, loaded.reference_name, base=folder.name, say=say)
+    names = {"name": loaded.reference_name, "older": loaded.older_name}
+    cache = ReferenceCache(cache_dir, **names, base=folder.name, say=say)
     assert isinstance(config.memory.tokens_per_row, int)
     scorer = Scorer(
         loaded=loaded,
@@ -162,9 +163,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     )  # fmt: skip
 
 
-def _refuse_before_download(config: RunConfig, found: dict[str, Any], device: torch.device) -> None:
+def _refuse_before_download(config: RunConfig, found: dict[str, Any], device: torch.device, say: Say) -> None:
     check_text_model(found, str(config.model.path))
-    auto_memory.refuse_hopeless(config, found, device)
+    auto_memory.refuse_hopeless(config, found, device, say)
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -249,7 +250,7 @@ def _first_start(
             f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
             "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
-    say, shape = watcher.say, text_model_of(model_config(folder.folder)).config
+    say, shape = watcher.say, text_model(folder.folder).config
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
@@ -263,7 +264,9 @@ def _first_start(
         names = (adapter.WEIGHTS, adapter.CONFIG)
         files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
-    memory = auto_memory.choose_memory(config, shape, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say)
+    memory = auto_memory.choose_memory(
+        config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say
+    )
     found = FoundValues(
         dtype=dtype, optimizer=optimizer, revision=folder.commit, adapted=layers, **dataclasses.asdict(memory)
     )
