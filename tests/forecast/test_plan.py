@@ -170,7 +170,7 @@ def test_a_larger_rank_takes_more_memory() -> None:
 def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
     """Of the maker's own repository; copies of others may be in any form."""
     paths = (f"model.path={account}/Ministral-3-8B-Instruct-2512" for account in ("mistralai", "unsloth"))
-    own, copied = (plan("preset=7b-16gb", path).disk["model download"] for path in paths)
+    own, copied = (plan("preset=7b-16gb", path, like="mistral").disk["model download"] for path in paths)
     assert 0.5 < own / copied < 0.6
 
 
