@@ -97,8 +97,9 @@ def export(
 ) -> None:
     """Write the trained model for other programs, and check that it is the same model.
 
-    peft: the adapter, as every loader reads it. gguf-adapter: the adapter for llama.cpp's --lora. gguf: the merged
-    model for llama.cpp. ollama: a folder with a Modelfile. vllm: the command that serves the model.
+    peft: the adapter, as every loader reads it, for the class that servers load. gguf-adapter: the adapter for
+    llama.cpp's --lora. gguf: the merged model for llama.cpp. ollama: a folder with a Modelfile. vllm: the command that
+    serves the model.
 
     Example: qdpo export runs/demo --to gguf --quant q8_0
     """

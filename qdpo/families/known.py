@@ -24,8 +24,9 @@ REPACKAGERS = {
 }  # fmt: skip
 # Suffixes of a tuned, converted or quantised copy of the model whose name is before them.
 _SUFFIX = re.compile(
-    r"[-_.](hf|instruct|it|chat|base|pt|sft|dpo|gguf|mlx|unsloth|dynamic|bnb|[3468]bit|qat|unquantized|awq|gptq|fp8|"
-    r"fp16|bf16|f16|f32|nvfp4|mxfp4|int[48]|w\d+a\d+|q\d(_[01k](_[sml])?)?|iq\d_\w+|ud|imat|block|row)(?=[-_.]|$)"
+    r"[-_.](hf|instruct|it|chat|base|pt|sft|dpo|gguf|mlx|unsloth|dynamic|bnb|quantized|[3468]bit|dwq|qat|unquantized|"
+    r"awq|gptq|fp8|fp16|bf16|f16|f32|nvfp4|mxfp4|int[48]|w\d+a\d+|q\d(_[01k](_[sml])?)?|iq\d_\w+|ud|imat|block|row)"
+    r"(?=[-_.]|$)"
 )
 
 
@@ -41,7 +42,7 @@ class ModelFacts:
     thinking: str | None
     """Argument of its chat template that switches thoughts; None: it has none, or its template was not seen."""
     quantised: str | None
-    """Format of the weights as the maker ships them, if it is not a 16-bit one: FP8, MXFP4."""
+    """Format of the weights, if it is not a 16-bit one: FP8, MXFP4. Stated for a maker's own checkpoint alone."""
     seen: tuple[str, ...]
     """Sources of its config.json: the first is the one that was taken, the others agree with it."""
 
@@ -87,10 +88,11 @@ def facts(name: str) -> ModelFacts:
 
     Raises: ConfigError for a name that known_name does not know.
     """
-    entry = _entry(name)
+    entry, found = _entry(name), str(known_name(name))
+    quantised = entry.get("quantised") if name.lower() == found.lower() else None
     return ModelFacts(
-        name=str(known_name(name)), licence=entry.get("licence"), context=entry.get("context"),
-        thinking=entry.get("thinking"), quantised=entry.get("quantised"), seen=tuple(entry["seen"]),
+        name=found, licence=entry.get("licence"), context=entry.get("context"),
+        thinking=entry.get("thinking"), quantised=quantised, seen=tuple(entry["seen"]),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qdpo.families.config_fields import experts_field, family_of, field
+from qdpo.families.config_fields import family_of, field
 
 LLAMA_CPP_RELEASE = "llama-cpp-python 0.3.36"
 VLLM_RELEASE = "vLLM 0.33.0"
@@ -81,12 +81,11 @@ class Serving:
     """The writer of its GGUF file; None if neither knows the architecture."""
     vllm: Literal["adapter", "merged", None]
     """`adapter`: the base with the adapter over it, or the merged model; `merged`: the merged model alone."""
-    has_experts: bool
 
     @classmethod
     def unknown(cls, architecture: str) -> "Serving":
         """A model whose config.json names no class."""
-        return cls(architecture=architecture, gguf=None, vllm=None, has_experts=False)
+        return cls(architecture=architecture, gguf=None, vllm=None)
 
     def without_own_gguf(self) -> "Serving":
         """The same for a config with settings that qdpo does not write as GGUF."""
@@ -100,13 +99,15 @@ def serving_of(config: Mapping[str, Any]) -> Serving | None:
     if not isinstance(name, str):
         return None
     text = field(config, "text_config")
-    family = family_of(text if isinstance(text, Mapping) else config)
-    by_qdpo = family is not None and family.gguf is not None
+    text = text if isinstance(text, Mapping) else config
+    family = family_of(text)
+    # llama.cpp scales queries by the head's size; see `gguf_exact` for what else a config may hold.
+    is_scaled_alike = field(text, "query_pre_attn_scalar") in (None, field(text, "head_dim"))
+    by_qdpo = family is not None and family.gguf is not None and is_scaled_alike
     return Serving(
         architecture=name,
         gguf="qdpo" if by_qdpo else "llama.cpp" if name in LLAMA_CPP else None,
         vllm="adapter" if name in VLLM_ADAPTER else "merged" if name in VLLM_MERGED else None,
-        has_experts=experts_field(text if isinstance(text, Mapping) else config) is not None,
     )
 
 

@@ -147,10 +147,9 @@ def of_model(
 
     Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
-    folder = Path(path).expanduser()
-    config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
-    name = known.known_name(path)
-    if config is not None and config.is_file():
+    config = _config_file(path, revision)
+    name = None if Path(path).expanduser().exists() else known.known_name(path)
+    if config is not None:
         shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
@@ -160,6 +159,20 @@ def of_model(
         "downloads that file alone, a few KB; or put it into a folder and give that folder as model.path: no weights "
         "are needed for a plan."
     )
+
+
+def config_here(path: str, revision: str | None) -> Any:
+    """The content of the config.json that `of_model` would read, or that ships with qdpo; None if there is none."""
+    file, name = _config_file(path, revision), known.known_name(path)
+    if file is not None:
+        return json.loads(file.read_text(encoding="utf-8"))
+    return None if name is None else known.config_of(name)
+
+
+def _config_file(path: str, revision: str | None) -> Path | None:
+    folder = Path(path).expanduser()
+    config = folder / "config.json" if folder.is_dir() else cached_file(path, "config.json", revision)
+    return config if config is not None and config.is_file() else None
 
 
 def cached_file(path: str, name: str, revision: str | None) -> Path | None:

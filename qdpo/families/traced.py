@@ -20,8 +20,9 @@ RANK = 16
 VERSION = 1
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
-# Row sizes of the traces: tokens; the share of prompts among them; pairs, where the number of pairs matters.
-TOKENS = (512, 1024, 2048, 4096, 16384)
+# Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts
+# among them; pairs, where the number of pairs matters.
+TOKENS = (128, 512, 1024, 2048, 4096, 16384)
 SHARES = (1 / 16, 15 / 16)
 PAIRS = (1, 4)
 # Fields of a config that change neither the size of a tensor nor the code that runs.
@@ -68,12 +69,12 @@ class Traces:
     def of(self, tokens: float, prompts: float, pairs: float) -> Moments:
         """The moments of a row: between traced sizes on a line, beyond them on that line or on its bend."""
         share = (prompts / max(tokens, 1) - SHARES[0]) / (SHARES[1] - SHARES[0])
-        points = [self._of_share(place, share, pairs) for place in range(len(self.at))]
-        high = min(max(bisect_right(TOKENS, tokens), 1), len(TOKENS) - 1)
+        points, sizes = [self._of_share(place, share, pairs) for place in range(len(self.at))], TOKENS[: len(self.at)]
+        high = min(max(bisect_right(sizes, tokens), 1), len(sizes) - 1)
         low = high - 1
-        found = points[low].toward(points[high], (tokens - TOKENS[low]) / (TOKENS[high] - TOKENS[low]))
-        if tokens > TOKENS[-1]:
-            found = found.plus(*_bends(points, tokens))
+        found = points[low].toward(points[high], (tokens - sizes[low]) / (sizes[high] - sizes[low]))
+        if tokens > sizes[-1]:
+            found = found.plus(*_bends(points, sizes, tokens))
         return found
 
     def _of_share(self, place: int, share: float, pairs: float) -> Moments:
@@ -89,9 +90,9 @@ def _line(traces: Sequence[Moments], sizes: Sequence[int], pairs: float) -> Mome
     return traces[1].toward(traces[0], (inverse - 1 / sizes[1]) / (1 / sizes[0] - 1 / sizes[1]))
 
 
-def _bends(points: Sequence[Moments], tokens: float) -> list[float]:
+def _bends(points: Sequence[Moments], sizes: Sequence[int], tokens: float) -> list[float]:
     """Bytes above the last line for what grows with the square of the tokens, from the last three traces."""
-    first, second, third = TOKENS[-3:]
+    first, second, third = sizes[-3:]
     found = []
     for one, two, three in zip(*map(_values, points[-3:]), strict=True):
         bend = ((three - two) / (third - second) - (two - one) / (second - first)) / (third - first)

@@ -11,6 +11,7 @@ from qdpo.errors import ConfigError
 from qdpo.families import known, shapes
 from qdpo.families.config_fields import Positions
 from qdpo.families.known import ModelFacts
+from qdpo.families.serving import serving_of, ships_as
 from qdpo.families.shapes import AnyShape, FindTrace
 from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
@@ -50,6 +51,8 @@ class Plan:
     ways: list[Way]
     facts: ModelFacts | None = None
     """Licence, context and thinking switch, for a model that ships."""
+    ships_as: str | None = None
+    """The ways out of a run, where config.json names the model's class."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -61,6 +64,7 @@ class Plan:
         run, found = self.chosen.run, self.known.lengths
         return {
             "model": self.model, "shape_from": self.shape_from, "facts": self.facts and vars(self.facts),
+            "ships_as": self.ships_as,
             "card": self.card, "card_gib": self.card_gib, "others_gib": self.others_gib, "fits": self.fits,
             "peak_bytes": self.chosen.peak, "limit_bytes": self.limit, "by_cause_bytes": self.causes,
             "host_bytes": self.host, "disk_bytes": self.disk,
@@ -137,9 +141,17 @@ def make_plan(
         seconds=seconds,
         capped_hours=config.train.hours,
         ways=ways,
-        facts=None if (name := known.known_name(str(config.model.path))) is None else known.facts(name),
+        ships_as=_ships_as(str(config.model.path), config.model.revision),
+        facts=_facts(str(config.model.path)),
         notes=tuple(notes),
     )
+
+
+def _facts(path: str) -> ModelFacts | None:
+    """Those of a known hub id; a folder of that name may hold anything."""
+    if Path(path).expanduser().exists() or known.known_name(path) is None:
+        return None
+    return known.facts(path)
 
 
 def _card(
@@ -248,12 +260,20 @@ def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known)
     }
 
 
+def _ships_as(path: str, revision: str | None) -> str | None:
+    content = shapes.config_here(path, revision)
+    serving = None if content is None else serving_of(content)
+    return None if serving is None else ships_as(serving)
+
+
 def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
     """The plan as text."""
     chosen, run = plan.chosen, plan.chosen.run
     say(f"model   {plan.model} ({plan.shape_from})")
     if plan.facts is not None:
         say(f"        {plan.facts.line}")
+    if plan.ships_as is not None:
+        say(f"ships   as {plan.ships_as}")
     spare = f"{1 - choose.PLANNED_SHARE:.0%} to spare"
     if plan.card == "cpu":
         say(f"memory  {plan.card_gib:.1f} GiB of the host, {spare}")

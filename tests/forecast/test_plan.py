@@ -13,6 +13,7 @@ import pytest
 
 from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
+from qdpo.families import known
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
 from qdpo.run import identity
@@ -164,6 +165,19 @@ def test_a_larger_rank_takes_more_memory() -> None:
     ranks = (1, 4, 8, 16, 64, 256)
     peaks = [plan("preset=7b-24gb", *FIXED, f"adapter.rank={rank}").chosen.peak for rank in ranks]
     assert peaks == sorted(set(peaks))
+
+
+def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
+    words = ("plan", "preset=7b-16gb", "model.path=unsloth/Qwen3-8B-unsloth-bnb-4bit")
+    line = "Apache-2.0; context 32,768 tokens; thoughts: enable_thinking of its chat template"
+    assert line in qdpo(*words, cwd=tmp_path).stdout
+    assert json.loads(qdpo(*words, "--json", cwd=tmp_path).stdout)["facts"]["name"] == "Qwen/Qwen3-8B"
+    Path("unsloth/Qwen3-8B-unsloth-bnb-4bit").mkdir(parents=True)
+    Path(words[2].removeprefix("model.path="), "config.json").write_text(
+        json.dumps({**known.config_of("Qwen/Qwen3-4B"), "max_position_embeddings": 4096})
+    )
+    of_folder = plan("preset=7b-16gb", words[2])
+    assert of_folder.facts is None and of_folder.notes == () and of_folder.causes["4-bit base"] < 2 * GIB
 
 
 def test_a_plan_of_a_known_model_imports_nothing_heavy() -> None:

@@ -90,11 +90,14 @@ def lora(trained: Ended, weights: Ended, exact: Ended, run: Path) -> Cell:
         faults.append(f"{len(outside)} layers outside the decoder have LoRA")
     if exact.found and (dead := [name for name in exact.found["dead"] if not OUTSIDE.search(name)]):
         faults.append(f"LoRA without a gradient: {_list(dead)}")
-    if weights.found and (lost := _forgotten(weights.found["linear"], names)):
+    left = weights.found["left"] if weights.found else {}
+    known = {name for of_role in left.values() for name in of_role}
+    if weights.found and (lost := sorted({*_forgotten(weights.found["linear"], names)} - known)):
         faults.append(f"without LoRA: {_list(lost)}")
+    alone = ", ".join(f"{role} ({_list(of_role)})" for role, of_role in left.items())
     kinds = sorted({kind_of(name).rpartition(".")[2] for name in names}, key=_place)
     text = " ".join(kind.removesuffix("_proj") for kind in kinds)
-    return Cell(not faults, f"{text}: {numbers:,}", "; ".join(faults))
+    return Cell(not faults, f"{text}: {numbers:,}", "; ".join(faults) or f"left alone: {alone}" * bool(alone))
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -141,7 +141,13 @@ TEXT = {
         "deepseek_v32", lambda size: {**size.mla, "index_head_dim": size.low_rank, "index_topk": 16}
     ),
     "deepseek_v4": Family(
-        "deepseek_v4", lambda size: {"o_lora_rank": 16, "index_head_dim": 16, "head_dim": 2 * size.head}
+        "deepseek_v4",
+        lambda size: {
+            "o_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 4, "index_topk": 16, "head_dim": 2 * size.head,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"] * 2,
+            # Short enough for the answers of a test.
+            "compress_rates": {"heavily_compressed_attention": 16, "compressed_sparse_attention": 4},
+        },
     ),
     "hunyuan_v1_dense": Family("hunyuan_v1_dense"),
     "hunyuan_v1_moe": Family("hunyuan_v1_moe"),

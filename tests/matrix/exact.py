@@ -21,6 +21,7 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.policy.adapter import save_adapter
 from qdpo.model.policy.forward import row_scores
+from qdpo.model.policy.targets import lora_targets
 from qdpo.settings.schema import RunConfig
 from qdpo.train.policy.build import Loaded, base_of, load_policy, probe_pairs
 from qdpo.train.step.step import row_tensors
@@ -46,6 +47,8 @@ class Weights:
     """Numbers outside the decoder: towers and projectors."""
     linear: list[str] = field(default_factory=list)
     """Linear layers but the head."""
+    left: dict[str, list[str]] = field(default_factory=dict)
+    """Layers that `adapter.targets=all-linear` leaves alone, by qdpo's own word for their role."""
 
 
 def weights_in_four_bits(folder: Path) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def weights_in_four_bits(folder: Path) -> dict[str, Any]:
             found.outside += numbers
     head = model.get_output_embeddings()
     found.linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
+    found.left = lora_targets(model).left
     return vars(found)
 
 

@@ -18,7 +18,7 @@ RUN = "runs/run"
 NOT_PROVED = 7
 
 
-def make_row(member: Member, place: Path) -> Row:
+def make_row(member: Member, place: Path, has_forecast: bool = True) -> Row:
     """Builds the family's model in the new folder `place` and tries everything on it."""
     place.mkdir(parents=True)
     maker = _Maker(Row(member.kind, member.name, member.model_type), member, place)
@@ -26,7 +26,7 @@ def make_row(member: Member, place: Path) -> Row:
     if made.code:
         maker.row.cells = dict.fromkeys(COLUMNS, Cell(None, "–", f"no tiny model of it can be built: {made.why}"))
     else:
-        maker.fill()
+        maker.fill(has_forecast)
     return maker.row
 
 
@@ -46,7 +46,7 @@ class _Maker:
             self.row.bugs.append(f"{words[0]}: {ended.why}")
         return ended
 
-    def fill(self) -> None:
+    def fill(self, has_forecast: bool) -> None:
         from tests.matrix.exact import differences, weights_in_four_bits
         from tests.matrix.forecast import compare
         from tests.matrix.served import load_on_served_class
@@ -56,7 +56,6 @@ class _Maker:
         row.model = weights.found["kind"] if weights.found else ""
         trained = self.qdpo("run", "run", "model.path=base", *(f"{name}={value}" for name, value in SETTINGS.items()))
         exact = self.part("exact", lambda: differences(base, self.place / "adapter"))
-        forecast = self.part("forecast", lambda: compare(self.member))
         found = row.cells
         found["loads"] = cells.loads(weights)
         found["trains"] = cells.trains(trained, run)
@@ -65,7 +64,11 @@ class _Maker:
         found["4 bit"] = cells.four_bit(weights)
         found["LoRA"] = cells.lora(trained, weights, exact, run)
         found["exact"] = cells.exact(exact)
-        found["forecast"] = cells.forecast(forecast)
+        if has_forecast:
+            traces = self.place / "traces"
+            found["forecast"] = cells.forecast(self.part("forecast", lambda: compare(self.member, traces)))
+        else:
+            found["forecast"] = Cell(None, "–", "left out by --no-forecast")
         if trained.code:
             found |= dict.fromkeys(("merge", "served", "GGUF"), Cell(None, "–", "it does not train"))
             return

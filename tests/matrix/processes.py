@@ -17,7 +17,7 @@ from typing import Any
 
 from qdpo.errors import QdpoError
 
-LIMIT_S = 300.0
+LIMIT_S = 900.0
 POLL_S = 0.02
 
 

@@ -56,7 +56,7 @@ def _shown(row: Row, name: str, reasons: dict[str, int]) -> str:
     text = "✔" if cell.text == "yes" else "✘" if cell.text == "no" else cell.text
     if cell.good is False and text != "✘":
         text = f"✘ {text}"
-    if cell.why and (cell.good is not True or name in ("attention", "merge")):
+    if cell.why and (cell.good is not True or name in ("attention", "LoRA", "merge")):
         text += f" [{reasons.setdefault(_general(row, cell.why), len(reasons) + 1)}]"
     return _escaped(text)
 

@@ -78,9 +78,6 @@ SHARED: Families = {
     "starcoder2": lambda: hf.Starcoder2Config(**SIZE),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**ONE_KEY_HEAD_EACH),
     "mixtral": lambda: hf.MixtralConfig(**SIZE, num_local_experts=4),
-    "llama4": lambda: hf.Llama4TextConfig(
-        **SIZE, head_dim=8, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=4096
-    ),
     "gpt2": lambda: hf.GPT2Config(**GPT2),
 }
 # Soft-capped scores or sinks: products written out pair by pair.
@@ -111,6 +108,9 @@ SEPARATE: Families = {
     "qwen3-next": lambda: hf.Qwen3NextConfig(
         **SIZE, head_dim=8, num_experts=4, num_experts_per_tok=2, linear_num_value_heads=4, linear_num_key_heads=2,
         linear_key_head_dim=8, linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    ),
+    "llama4": lambda: hf.Llama4TextConfig(
+        **SIZE, head_dim=8, num_local_experts=2, intermediate_size_mlp=64, attention_chunk_size=4096
     ),
     "olmo-hybrid": lambda: hf.OlmoHybridConfig(
         **SIZE, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,

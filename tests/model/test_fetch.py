@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -24,8 +24,10 @@ from qdpo.errors import ConfigError, DiskError
 from qdpo.families.shapes import of_model
 from qdpo.model.base.fetch import BaseFolder, fetch_config, locate_base
 from qdpo.model.base.from_gguf import made_once
+from qdpo.train.start.ways_out import WaysOut
 from tests.conftest import qdpo
 from tests.hub_server import TOKEN, HubServer
+from tests.model.multimodal import save_folder, whole_model
 
 ROOT = Path(__file__).parents[2]
 WEIGHT_FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -216,6 +218,34 @@ def test_unusable_repositories_are_refused_before_weights_are_downloaded(hub: Hu
     assert "is an adapter" in refusal("org/adapter", tmp_path)
     assert "quantised with awq" in (message := refusal("org/model-AWQ", tmp_path)) and "unquantised" in message
     assert not any("model.safetensors" in request for request in hub.requests)
+
+
+def test_the_ways_out_are_looked_at_before_weights_are_downloaded(hub: HubServer, tmp_path: Path) -> None:
+    """With the names in the index: a checkpoint that lacks part of its text model is refused there."""
+    repo = save_folder(whole_model("gemma3"), hub.folder / "models" / "org" / "whole", "outer", shards=2)
+    said: list[str] = []
+    seen: list[bool] = []
+
+    def look(folder: Path, stored: Collection[str]) -> None:
+        WaysOut(None, said.append).look(folder, stored)
+        seen.append(any(request.endswith(".safetensors") for request in hub.requests))
+
+    def fetch() -> BaseFolder:
+        return locate_base("org/whole", revision=None, cache_dir=tmp_path, announce=lambda line: None, look=look)
+
+    index = repo / "model.safetensors.index.json"
+    whole = index.read_text()
+    names = json.loads(whole)["weight_map"]
+    del names["language_model.model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ConfigError, match=r"Gemma3ForCausalLM.* 1 tensors are missing, such as model\.norm\.weight"):
+        fetch()
+    index.write_text(whole)
+    assert fetch().folder.is_dir() and seen == [False]
+    assert said == [
+        "ships as: merged folder (Gemma3ForConditionalGeneration), GGUF by llama.cpp's convert_hf_to_gguf.py, adapter "
+        "for PEFT and vLLM under model.language_model.*"
+    ]
 
 
 def test_a_config_is_fetched_alone_and_pinned(hub: HubServer, tmp_path: Path) -> None:

@@ -152,6 +152,10 @@ def test_the_outer_config_says_whether_tables_are_tied(names: Names, tmp_path: P
     own = save_folder(whole, tmp_path / "own", names)
     change_config(own, tie_word_embeddings=True)  # wrong: the files have a head of its own, which transformers keeps
     assert torch.equal(text_logits(load(own)), text_logits(whole))
+    assert (
+        not text_model.text_model(own).config.tie_word_embeddings
+        and text_model.text_model_of(text_model.model_config(own)).config.tie_word_embeddings
+    )
 
 
 def test_a_text_part_without_a_model_type_is_what_transformers_takes_it_for(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ SIZES = re.compile(r"(^|_)(size|dim|heads?|layers?|experts?|positions?|embedding
 """Keys whose value, where it is one number, is a size: at least -1, which some families use for none."""
 CHOICES = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
 """Keys by which transformers takes a function from its registry, or one with a slash from the hub."""
+FROM_THE_END = re.compile(r"(^|_)(feature|select)_layers?$")
+"""Keys of towers that name a layer, counted from the last one where the number is negative."""
 LARGEST_SIZE = 2**31
 LARGEST_NUMBER = 2**63
 LONGEST_TEXT = 1_000_000
@@ -44,7 +46,7 @@ def check_values(config: dict[str, Any], owner: str, *, tensors: int | None = No
             )
         if key in COUNTS and not (_is_whole(value) and 1 <= value <= LARGEST_SIZE) and value is not None:
             raise ConfigError(f"{named} is {value!r:.60}, not a whole number of at least 1. {SOURCE}")
-        if SIZES.search(key) and value is not None:
+        if SIZES.search(key) and not FROM_THE_END.search(key) and value is not None:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if isinstance(value, str) and re.fullmatch(r"\s*[-+.\deE]+\s*", value):
                 raise ConfigError(f"{named} is the text {value!r:.60}, not a number. {SOURCE}")

@@ -30,7 +30,7 @@ TEXT = "text_config"
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What is built and loaded of a checkpoint."""
+    """The model that is built and loaded of a checkpoint."""
 
     config: Any
     """The config of `cls`: of the text part where it is built alone, with the tied tables of the whole checkpoint."""
@@ -81,6 +81,9 @@ def found_in(folder: Path, stored: Collection[str]) -> TextModel:
             f"({text.cls.__name__}) {len(way.missing)} tensors are missing, such as {', '.join(way.missing[:3])}. "
             f"{AGAIN}"
         )
+    if way.has_own_head and getattr(text.config, "tie_word_embeddings", False):
+        # Some configs leave it out and their class's default ties; transformers unties two tables that differ.
+        text.config.tie_word_embeddings = False
     return replace(text, key_mapping=way.key_mapping, sources=way.sources)
 
 

@@ -25,6 +25,8 @@ class Renames:
     """For from_pretrained: regular expressions of beginnings, and their replacements."""
     sources: Mapping[str, tuple[str, ...]]
     """The tensors in the files that make each tensor of the model: several where transformers joins them."""
+    has_own_head: bool
+    """True if the files hold the output head beside the embedding table."""
     missing: list[str]
     """Tensors of the model that the files do not have."""
     twice: list[tuple[str, ...]]
@@ -68,9 +70,7 @@ def module_name(name: str, decoder: str, key_mapping: Mapping[str, str]) -> str:
 
 def _places(model: Any, decoder: str, names: Collection[str]) -> list[str]:
     """Beginnings of names behind which the decoder's embedding table is stored, or usually is."""
-    table = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is table)
-    tail = name.removeprefix(f"{decoder}.")
+    tail = _table_name(model).removeprefix(f"{decoder}.")
     seen = [one.removesuffix(tail) for one in sorted(names) if one == tail or one.endswith(f".{tail}")]
     return list(dict.fromkeys([f"{decoder}.", *seen, *FORMS]))
 
@@ -78,13 +78,23 @@ def _places(model: Any, decoder: str, names: Collection[str]) -> list[str]:
 def _mapping(model: Any, decoder: str, place: str, names: Collection[str]) -> dict[str, str]:
     """The renames for a decoder whose tensors are stored behind `place`, and for the head, wherever it is."""
     mapping = {f"^{re.escape(place)}": f"{decoder}."} if place and place != f"{decoder}." else {}
-    head = model.get_output_embeddings()
-    path = next((name for name, module in model.named_modules() if module is head), None)
+    path = _head_path(model)
     for one in sorted(names) if path else []:
         before = one.removesuffix(f"{path}.weight")
         if before != one and before and place.startswith(before):
             mapping[f"^{re.escape(before + str(path))}\\."] = f"{path}."
     return mapping
+
+
+def _table_name(model: Any) -> str:
+    table = model.get_input_embeddings().weight
+    found: str = next(name for name, parameter in model.named_parameters() if parameter is table)
+    return found
+
+
+def _head_path(model: Any) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def renamed(name: str, mapping: Mapping[str, str]) -> str:
@@ -123,5 +133,9 @@ def _renames(model: Any, mapping: dict[str, str], names: Collection[str]) -> Ren
     missing = [one for one in expected if one not in there and not any(rule.search(one) for rule in ignored)]
     twice = [tuple(found) for target, found in sources.items() if len(found) > 1 and target not in joined]
     return Renames(
-        key_mapping=mapping, sources={one: tuple(found) for one, found in sources.items()}, missing=missing, twice=twice
+        has_own_head={f"{_head_path(model)}.weight", _table_name(model)} <= sources.keys(),
+        key_mapping=mapping,
+        sources={one: tuple(found) for one, found in sources.items()},
+        missing=missing,
+        twice=twice,
     )

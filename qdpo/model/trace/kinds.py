@@ -52,15 +52,15 @@ def weights_of(module: nn.Module, adapted: Mapping[int, tuple[int, int]], withou
                 four_bit.append(parameter.numel())
             else:
                 dense += parameter.numel()
-                experts += parameter.numel() if _is_experts(name, parameter) else 0
+                experts += parameter.numel() if _is_experts(name, one) else 0
         if id(one) in adapted and not any(id(parameter) in without for parameter in one.parameters(recurse=False)):
             trained += sum(adapted[id(one)])
             low += 1
     return Weights(four_bit=tuple(four_bit), dense=dense, experts=experts, adapted=trained, low=low)
 
 
-def _is_experts(name: str, parameter: Tensor) -> bool:
-    return parameter.dim() == 3 or "experts" in name.split(".")
+def _is_experts(path: str, module: nn.Module) -> bool:
+    return "experts" in path.split(".") or type(module).__name__.endswith("Experts")
 
 
 def tables_of(model: Any) -> list[Tensor]:

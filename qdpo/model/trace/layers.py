@@ -191,16 +191,17 @@ class _Rig:
     def traces(self, kept: int | str) -> list[Traces]:
         """The traces before the layers, of each kind of layer, and behind them."""
         self._layers.keep(kept)
+        sizes = traced.TOKENS if self.policy.shared else traced.TOKENS[:-1]
         shares = traced.SHARES if self.policy.shared else traced.SHARES[:1]
         pairs = traced.PAIRS if self.policy.shared and self._length_matters() else traced.PAIRS[:1]
         found: dict[tuple[int, float, int], list[Moments]] = {}
-        for tokens, share, number in itertools.product(traced.TOKENS, shares, pairs):
+        for tokens, share, number in itertools.product(sizes, shares, pairs):
             found[tokens, share, number] = self._row(tokens, int(tokens * share), number)
         return [
             Traces(
                 tuple(
                     tuple(tuple(found[tokens, share, number][place] for number in pairs) for share in shares)
-                    for tokens in traced.TOKENS
+                    for tokens in sizes
                 )
             )
             for place in range(self._number + 2)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from qdpo.model.fast import attention, mlp, norm, products, scored_attention
 from qdpo.model.policy import recompute
@@ -113,10 +114,14 @@ def _mm_fp32_on_cuda(left: Tensor, right: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products."""
-    names = (attention, "path_name"), (products, "mm_fp32")
+    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products.
+
+    transformers looks at positions for several sequences in one, and cannot with fake ones: here they are one sequence.
+    """
+    names = (attention, "path_name"), (products, "mm_fp32"), (masking_utils, "find_packed_sequence_indices")
     before = [getattr(module, name) for module, name in names]
     attention.path_name = _path_on_cuda  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = lambda *_positions: None
     products.mm_fp32 = _mm_fp32_on_cuda
     try:
         yield

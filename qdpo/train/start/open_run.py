@@ -20,8 +20,8 @@ from qdpo.errors import ConfigError, DiskError
 from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
-from qdpo.model.base.load import load_tokenizer, model_config
-from qdpo.model.base.text_model import check_text_model, text_model, text_model_of
+from qdpo.model.base.load import load_tokenizer
+from qdpo.model.base.text_model import check_text_model, text_model
 from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.generate.generate import stop_at
@@ -250,7 +250,7 @@ def _first_start(
             f"{run.path} exists but is not a qdpo run: it has no {run.record.name}. Put that file back if it was one, "
             "choose another `output.name`, or start again with `--fresh` (what is there is kept aside)."
         )
-    say, shape = watcher.say, text_model_of(model_config(folder.folder)).config
+    say, shape = watcher.say, text_model(folder.folder).config
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
     data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)

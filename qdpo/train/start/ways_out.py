@@ -47,7 +47,8 @@ class WaysOut:
         if self.start is not None:
             return list(dict.fromkeys(module_of(name) for name in tensor_forms(Path(self.start))))
         inside = f"{names.text.decoder}."
-        return [name for name in names.trained.modules if name.startswith(inside) and names.trained.key(name)][:1]
+        of_layers = [name for name in names.trained.modules if name.startswith(inside) and "layers." in name]
+        return [name for name in of_layers if names.trained.key(name)][:1]
 
     def _say(self, names: FolderNames, layers: Sequence[str]) -> None:
         serving = serving_of(read_json(names.folder / "config.json"))

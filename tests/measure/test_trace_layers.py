@@ -1,0 +1,170 @@
+"""Forecasts from traced layers, held against the step on fake tensors, against the formulas, and kept in the cache."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qdpo.errors import ConfigError
+from qdpo.families import shapes, traced
+from qdpo.families.traced import TOKENS, Moments, TracedShape, Traces
+from qdpo.forecast import memory, timing
+from qdpo.forecast.memory import MemorySettings, RowSize
+from qdpo.measure import trace
+from qdpo.model.trace import layers, store
+from qdpo.model.trace.layers import read_config, trace_layers
+
+SIZES = {
+    "num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 512, "max_position_embeddings": 8192,
+}  # fmt: skip
+MIXED = ["sliding_attention", "full_attention"] * 2
+EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+LINEAR = {
+    "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+RUNS = [
+    (MemorySettings(kept_layers=0), RowSize(1024, 400, 4)),
+    (MemorySettings(kept_layers=2, offload=True, optimizer="adamw", double_quant=False), RowSize(2048, 100, 8)),
+    (MemorySettings(kept_layers=4, rank=64), RowSize(4096, 3000, 8)),
+]
+
+
+def content(family: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": family, **SIZES, **changes}
+
+
+def traced_shape(plain: dict[str, Any]) -> tuple[Any, TracedShape]:
+    config = read_config(plain, "here")
+    return config, trace_layers(config, traced.key_of(plain), "here")
+
+
+def without_context(shape: shapes.AnyShape, run: MemorySettings, row: RowSize) -> float:
+    return memory.peak(shape, run, row) - sum(memory.outside(run).values())
+
+
+def check(plain: dict[str, Any], runs: list[tuple[MemorySettings, RowSize]]) -> TracedShape:
+    """At most 3 % too low and 5 % too high, as a whole; the fixed part to 0.5 %."""
+    config, shape = traced_shape(plain)
+    for run, row in runs:
+        step = trace.trace_peak(config, run, row)
+        parts = memory.fixed(shape, run)
+        del parts["gradients"]
+        assert sum(parts.values()) == pytest.approx(step["fixed"], rel=5e-3)
+        forecast = without_context(shape, run, row)
+        assert -0.03 <= forecast / step["peak"] - 1 <= 0.05, (run, row, forecast, step)
+    return shape
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_layers_of_two_kinds_make_the_traced_step() -> None:
+    shape = check(content("olmo3", layer_types=MIXED), RUNS)
+    assert shape.order == (0, 1, 0, 1) and shape.shared
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_answers_that_cannot_share_a_prompt_are_counted_one_by_one() -> None:
+    shape = check(content("lfm2", layer_types=["conv", "full_attention"] * 2), RUNS[1:2])
+    assert not shape.shared
+    run, row = RUNS[1]
+    assert memory.computed_tokens(shape, row) == row.tokens + row.prompts
+    more = memory.forecast(shape, run, replace(row, prompts=row.prompts + 100))
+    assert sum(more.values()) > memory.peak(shape, run, row)
+
+
+SLOW = {
+    "ministral3": {}, "exaone4": {"layer_types": MIXED}, "glm4": {}, "seed_oss": {}, "ernie4_5": {},
+    "hunyuan_v1_dense": {}, "cohere2": {"layer_types": MIXED}, "helium": {}, "arcee": {}, "apertus": {},
+    "starcoder2": {}, "nanochat": {}, "gemma4_text": {"layer_types": MIXED, "global_head_dim": 128},
+    "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS, "qwen3_5_text": LINEAR, "mixtral": EXPERTS,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("family", SLOW)
+def test_the_forecast_of_any_family_is_the_traced_step(family: str) -> None:
+    check(content(family, **SLOW[family]), RUNS)
+
+
+def test_formula_and_trace_agree() -> None:
+    """Of a family that has both; the formula is checked against the step by itself."""
+    plain = content("qwen3")
+    _config, shape = traced_shape(plain)
+    formula = shapes.from_config(plain, "here")
+    assert isinstance(formula, shapes.Shape)
+    for run, row in RUNS:
+        assert without_context(shape, run, row) == pytest.approx(without_context(formula, run, row), rel=0.03)
+        assert memory.host_bytes(shape, run, row) == memory.host_bytes(formula, run, row)
+        seconds = [timing.row_seconds(one, run, row, timing.CARDS["rtx-4090"]) for one in (shape, formula)]
+        assert seconds[0] == pytest.approx(seconds[1], rel=0.02)
+    assert memory.adapter_numbers(shape, 16) == memory.adapter_numbers(formula, 16)
+    assert shape.linear_weights == pytest.approx(formula.linear_weights, rel=0.01)
+    assert (shape.layers, shape.tied, shape.table_weights) == (4, False, formula.table_weights)
+
+
+def test_experts_are_counted_in_16_bits() -> None:
+    """Weights of experts, and as products only those that a token meets."""
+    _config, shape = traced_shape(content("qwen3_moe", num_hidden_layers=2, **EXPERTS))
+    experts = 2 * 8 * 3 * 512 * 256
+    assert memory.fixed(shape, MemorySettings())["experts in 16 bits"] == 2.0 * experts
+    met = shape.product_weights - sum(size for one in shape.weights for size in one.four_bit)
+    assert met == pytest.approx(experts / 4, rel=0.05)
+
+
+def line(slope: float, bend: float = 0.0) -> Traces:
+    return Traces(tuple(((Moments(slope * size, 0.0, 1000 + bend * size**2),),) for size in TOKENS))
+
+
+@pytest.mark.parametrize("tokens", [100, 512, 3000, 16384, 60_000])
+def test_between_and_beyond_traces_a_line_is_a_line(tokens: int) -> None:
+    found = line(3.0).of(tokens, 0, 1)
+    assert found.stays == pytest.approx(3 * tokens) and found.backward == pytest.approx(1000)
+
+
+def test_beyond_the_traces_what_bends_goes_on_bending() -> None:
+    assert line(0.0, bend=2.0).of(40_000, 0, 1).backward == pytest.approx(1000 + 2 * 40_000.0**2)
+
+
+def test_a_trace_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under its config.json's values, whatever the ids and positions; a damaged file is made again."""
+    made = []
+
+    def counted(config: Any, key: str, source: str) -> TracedShape:
+        made.append(source)
+        return shape_of(key)
+
+    monkeypatch.setattr(layers, "trace_layers", counted)
+    said: list[str] = []
+    plain = content("arcee")
+    for one in (plain, {**plain, "eos_token_id": 5, "max_position_embeddings": 1024}):
+        found = shapes.from_config(one, "some/model", trace=store.finder(tmp_path, said.append))
+        assert found.positions == one["max_position_embeddings"]
+    assert made == ["some/model"] and len(said) == 1 and "some/model" in said[0]
+    shapes.from_config({**plain, "hidden_size": 256}, "wider", trace=store.finder(tmp_path, said.append))
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(file.read_text()[:50])
+    shapes.from_config(plain, "again", trace=store.finder(tmp_path, said.append))
+    assert made == ["some/model", "wider", "again"]
+
+
+def shape_of(key: str) -> TracedShape:
+    nothing = Traces(tuple(((Moments(0.0, 0.0, 0.0),),) for _ in TOKENS))
+    return TracedShape(
+        key=key, kinds=(), order=(), shared=True, hidden=1, vocabulary=1, tied=True, tables=1,
+        outside=traced.Weights(), before=nothing, after=nothing, after_recomputed=nothing,
+    )  # fmt: skip
+
+
+def test_a_shape_is_read_as_it_was_written() -> None:
+    shape = shape_of("k")
+    assert traced.from_json(json.loads(json.dumps(traced.to_json(shape)))) == shape
+
+
+def test_a_config_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="transformers cannot read the config of here"):
+        shapes.from_config({"model_type": "nobody"}, "here", trace=store.finder(tmp_path, lambda line: None))
