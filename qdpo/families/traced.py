@@ -102,7 +102,7 @@ def _bends(points: Sequence[Moments], sizes: Sequence[int], tokens: float) -> li
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights of a layer, or of all that stands outside the layers except the tables."""
+    """The weights of a layer, or of everything outside the layers except the tables."""
 
     four_bit: tuple[int, ...] = ()
     """Numbers of each matrix that is stored in 4 bits."""
@@ -177,7 +177,7 @@ class TracedShape:
         return sum(self.kinds[place].products for place in self.order)
 
 
-def key_of(config: Mapping[str, Any]) -> str:
+def key_of(config: Mapping[str, object]) -> str:
     """The name of a config's trace: a digest of the values of its text part that can change it."""
     outer, config = config, dict(config.get("text_config") or config)
     config["tie_word_embeddings"] = outer.get("tie_word_embeddings", config.get("tie_word_embeddings"))
@@ -242,3 +242,13 @@ def from_json(plain: Mapping[str, Any]) -> TracedShape:
         before=_unpacked(plain["before"]), after=_unpacked(plain["after"]),
         after_recomputed=_unpacked(plain["after_recomputed"]), **rest,
     )  # fmt: skip
+
+
+def to_text(shape: TracedShape) -> str:
+    """The shape as the text of a file; `from_text` reads it."""
+    return json.dumps(to_json(shape)) + "\n"
+
+
+def from_text(text: str) -> TracedShape:
+    """The shape that `to_text` wrote. Raises: KeyError, TypeError, ValueError or RecursionError for any other text."""
+    return from_json(json.loads(text))
