@@ -242,3 +242,13 @@ def from_json(plain: Mapping[str, Any]) -> TracedShape:
         before=_unpacked(plain["before"]), after=_unpacked(plain["after"]),
         after_recomputed=_unpacked(plain["after_recomputed"]), **rest,
     )  # fmt: skip
+
+
+def to_text(shape: TracedShape) -> str:
+    """The shape as the text of a file; `from_text` reads it."""
+    return json.dumps(to_json(shape)) + "\n"
+
+
+def from_text(text: str) -> TracedShape:
+    """The shape that `to_text` wrote. Raises: KeyError, TypeError, ValueError or RecursionError for any other text."""
+    return from_json(json.loads(text))

@@ -114,7 +114,7 @@ def test_below_the_named_memory_nothing_runs() -> None:
         ([SEVEN, "data.path=pairs.jsonl"], {}, r"Give --gpu-gib=N, --card=NAME, or a preset"),
         (["preset=7b-24gb", "model.path=some/one"], {}, r"No config.json of model.path=some/one is on this machine"),
         (["preset=7b-24gb", "model.path=models/my model"], {}, r"No config.json of model.path=models/my model"),
-        (["preset=7b-24gb", "model.path=new"], {}, r"no forecast for model_type='new'.*--like=NAME"),
+        (["preset=7b-24gb", "model.path=new"], {}, r"no forecast for model_type='new' of .*without a trace"),
         (["preset=7b-24gb", "data.path=absent.jsonl"], {}, r"data.path=absent.jsonl is not on this machine"),
     ],
     ids=["card", "no card", "model", "no hub name", "family", "data"],

@@ -106,8 +106,8 @@ def make_policy(
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
     name, older = _reference_names(config, policy, path, weights, dtype, is_start, use)
     return Loaded(
-        policy=policy, layers=blocks, reference_name=name, older_name=older, reference_is_start=is_start, weights=weights,
-        marks=marks,
+        policy=policy, layers=blocks, reference_name=name, older_name=older, reference_is_start=is_start,
+        weights=weights, marks=marks,
     )  # fmt: skip
 
 
