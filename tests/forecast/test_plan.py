@@ -167,6 +167,13 @@ def test_a_larger_rank_takes_more_memory() -> None:
     assert peaks == sorted(set(peaks))
 
 
+def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
+    """Of the maker's own repository; copies of others may be in any form."""
+    paths = (f"model.path={account}/Ministral-3-8B-Instruct-2512" for account in ("mistralai", "unsloth"))
+    own, copied = (plan("preset=7b-16gb", path, like="mistral").disk["model download"] for path in paths)
+    assert 0.5 < own / copied < 0.6
+
+
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
     words = ("plan", "preset=7b-16gb", "model.path=unsloth/Qwen3-8B-unsloth-bnb-4bit")
     line = "Apache-2.0; context 32,768 tokens; thoughts: enable_thinking of its chat template"

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # What may be left alone, by the names that transformers gives it: whatever else is linear is adapted.
 LEFT = re.compile(
-    r".*\.(router(\.proj|\.classifier|\.gate)?|gate\.wg|shared_expert_gate|indexer\..*|\w*hyper_connection\w*\..*|"
+    r".*\.(router(\.proj|\.classifier|\.gate)?|gate\.wg|shared_expert_gate|indexer\..*|compressor\..*|\w*hyper_connection\w*\..*|"
     r"altup\.\w+|dt_proj|self_attn\.o_a_proj)"
 )
 MIXERS_OUTPUT = re.compile(r".*\.(mamba|mixer)\.out_proj")

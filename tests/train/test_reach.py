@@ -134,12 +134,13 @@ def test_a_run_goes_on_with_the_layers_that_it_began_with(
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_of_0_1_keeps_the_layers_that_peft_chose(
     train: Train, settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its record names none: a mixture of experts goes on with experts and router, and is scored."""
     base = tiny_folder("qwen3_moe", tmp_path / "moe")
-    options = {"model__path": str(base), "train__steps": "2"}
+    options = {"model__path": str(base), "train__steps": "2", "data__limit": "8"}
     with monkeypatch.context() as patched:
         patched.setattr(adapter_source, "check_adapter", lambda *_, **__: None)
         train(**options)

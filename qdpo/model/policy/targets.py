@@ -86,6 +86,9 @@ ROLES = (
     Role("experts", "each sees few tokens, and its LoRA is as large as a dense layer's", _any(EXPERTS.pattern),
          can_learn=True),
     Role("indexer", "it only chooses keys, which passes no gradient on", _any(r"(\w+_)?indexer|index_\w+")),
+    # DeepSeek-V4: one of its kinds summarises blocks of 128 tokens, so most answers give it no gradient.
+    Role("compressor", "it summarises blocks of keys, and rows shorter than a block pass no gradient to it",
+         _any("compressor"), can_learn=True),
     Role("hyper-connection", "it mixes a few residual streams", _any(r"\w*hyper_?connection\w*|hc_\w+|\w+_hc"),
          can_learn=True),
     Role("altup", "it mixes a few residual streams", _any("altup"), can_learn=True),
