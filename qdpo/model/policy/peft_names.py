@@ -1,7 +1,7 @@
 """Names for adapter_config.json by which plain PEFT adapts exactly the chosen layers, and PEFT's own way to read them.
 
 PEFT rewrites target_modules of families whose experts transformers has stacked: gate_proj, up_proj, down_proj, w1, w2,
-w3 and gate then mean all experts and the router, and no longer a dense layer of that name, whatever stands before it
+w3 and gate then mean all experts and the router, and no longer a dense layer of that name, whatever precedes it
 (peft 0.21, utils/transformers_weight_conversion.py). The one form in which such a layer keeps its own meaning is the
 name of its weight in target_parameters; the adapter's tensors have the same names in both forms.
 """

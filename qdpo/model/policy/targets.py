@@ -1,7 +1,7 @@
 """Decides which linear layers of a model get LoRA, from its modules and their roles; a skeleton is enough.
 
 A layer is adapted if it is a plain linear layer of the text decoder that every token passes through and that is called
-as a module. Roles are told by the names that transformers' models share and by what surrounds a layer, not by family.
+as a module. Roles follow from names that transformers' models share and from what surrounds a layer, not from families.
 """
 
 import re
@@ -27,7 +27,7 @@ NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the decoder, with what its role is told by."""
+    """A module of the decoder, with all that decides its role."""
 
     path: str
     parts: tuple[str, ...]
@@ -92,7 +92,7 @@ ROLES = (
     Role("hyper-connection", "it mixes a few residual streams", _any(r"\w*hyper_?connection\w*|hc_\w+|\w+_hc"),
          can_learn=True),
     Role("altup", "it mixes a few residual streams", _any("altup"), can_learn=True),
-    Role("multi-token prediction", "it is no part of the text model's output", _any(r"mtp|mtp_\w+|nextn_\w+")),
+    Role("multi-token prediction", "the text model's output does not depend on it", _any(r"mtp|mtp_\w+|nextn_\w+")),
     Role("time-step projection", "the scan reads its weight and never calls it", _any("dt_proj")),
     Role("state-space output", "plain PEFT refuses LoRA on it, at training as at loading, because a fused kernel of "
          "the training mode reads its weight", _is_read_by_peft_as_kernel),
