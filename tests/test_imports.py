@@ -41,7 +41,7 @@ FOREIGN = {
     "scale_of",
     "Labelling",
 }
-FOREIGN |= {"serving_of", "served_class"}
+FOREIGN |= {"serving_of", "served_class", "forward_digest", "key_of", "finder", "read_config"}
 UNTYPED = ("dict[str, Any]", "Mapping[str, Any]")
 LONGEST = 330
 WIDE = 7

@@ -25,7 +25,7 @@ TRAINING = {
 WITHOUT_EFFECT = NAMES | ELSEWHERE | OUTPUT | TRAINING
 
 
-def forward_digest(config: Mapping[str, Any]) -> str:
+def forward_digest(config: Mapping[str, object]) -> str:
     """sha256 (hex) over a config's values, those of its parts included, without the fields that have no effect.
 
     `config` is a transformers config's `to_dict`: with the defaults that the file leaves out, which other versions of

@@ -17,7 +17,7 @@ from typing import Any
 
 RANK = 16
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
-VERSION = 1
+VERSION = 2
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
 # Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts
@@ -102,7 +102,7 @@ def _bends(points: Sequence[Moments], sizes: Sequence[int], tokens: float) -> li
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights of a layer, or of all that stands outside the layers except the tables."""
+    """The weights of a layer, or of everything outside the layers except the tables."""
 
     four_bit: tuple[int, ...] = ()
     """Numbers of each matrix that is stored in 4 bits."""
@@ -177,17 +177,18 @@ class TracedShape:
         return sum(self.kinds[place].products for place in self.order)
 
 
-def key_of(config: Mapping[str, Any]) -> str:
+def key_of(config: Mapping[str, object]) -> str:
     """The name of a config's trace: a digest of the values of its text part that can change it."""
-    outer, config = config, dict(config.get("text_config") or config)
-    config["tie_word_embeddings"] = outer.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    part = config.get("text_config")
+    text: Mapping[str, object] = part if isinstance(part, Mapping) else config
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     kept = {
         name: value
-        for name, value in config.items()
+        for name, value in {**text, "tie_word_embeddings": tied}.items()
         if value is not None and name not in _NAMES and not name.endswith("_token_id")
     }
-    text = json.dumps([outer.get("model_type"), kept], sort_keys=True, default=str)
-    return hashlib.sha256(f"{VERSION} {text}".encode()).hexdigest()[:16]
+    described = json.dumps([config.get("model_type"), kept], sort_keys=True, default=str)
+    return hashlib.sha256(f"{VERSION} {described}".encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -242,3 +243,13 @@ def from_json(plain: Mapping[str, Any]) -> TracedShape:
         before=_unpacked(plain["before"]), after=_unpacked(plain["after"]),
         after_recomputed=_unpacked(plain["after_recomputed"]), **rest,
     )  # fmt: skip
+
+
+def to_text(shape: TracedShape) -> str:
+    """The shape as the text of a file; `from_text` reads it."""
+    return json.dumps(to_json(shape)) + "\n"
+
+
+def from_text(text: str) -> TracedShape:
+    """The shape that `to_text` wrote. Raises: KeyError, TypeError, ValueError or RecursionError for any other text."""
+    return from_json(json.loads(text))

@@ -23,6 +23,9 @@ from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
 
+# Bytes of a weight in the forms that makers ship. MXFP4: 17/32 for each expert's, 2 for the others of gpt-oss-20b,
+# which are 0.6 of its 19.7 billion outside the tables.
+STORED_BYTES = {"FP8": 1.0, "MXFP4": 0.58}
 OTHERS_GIB = 0.7
 """Memory that a desktop takes from a card by default, in GiB."""
 SAMPLE_SPEED = 30.0
@@ -247,14 +250,20 @@ def _seconds(
     return {name: value for name, value in phases.items() if value > 0}
 
 
+def _stored_bytes(path: str) -> float:
+    """Bytes of a weight outside the tables, as the maker ships it; 2 for copies of others, which may be in any form."""
+    facts = known.facts(path) if known.known_name(path) == path else None
+    return STORED_BYTES.get(facts.quantised or "", 2.0) if facts else 2.0
+
+
 def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
-    weights = shape.linear_weights + shape.table_weights * (1 if shape.tied else 2)
+    tables = shape.table_weights * (1 if shape.tied else 2)
     numbers = memory.adapter_numbers(shape, run.rank)
     pairs = known.pairs or 0
     each = 4 + memory.STATE_BYTES[run.optimizer]
     return {
-        "model download": 2.0 * weights,
+        "model download": _stored_bytes(str(config.model.path)) * shape.linear_weights + 2.0 * tables,
         "checkpoints and adapter": numbers * (each * (config.train.keep_checkpoints + 1) + 4.0),
         "token ids and reference cache": pairs * known.lengths.mean * 8.0,
     }

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
-
 from qdpo.families import known, shapes
 from qdpo.model.base.load import model_config
-from qdpo.model.base.text_model import text_model_of
+from qdpo.model.base.text_model import config_of_json, text_model_of
 from qdpo.model.trace.fake_base import random_base as random_base
 
 
 def config_of(name: str, *, layers: int | None = None) -> Any:
     """The transformers config of a known model's text model, with fewer layers if asked for."""
     content = known.config_of(name)
-    text = text_model_of(CONFIG_MAPPING[content["model_type"]].from_dict(dict(content))).config
+    text = text_model_of(config_of_json(content)).config
     if layers is not None:
         if getattr(text, "layer_types", None) is not None:
             text.layer_types = text.layer_types[:layers]

@@ -14,6 +14,7 @@ from qdpo.collect.candidates import read_candidates
 from qdpo.collect.sample import Sampled, SamplingParameters, read_prompts, sample
 from qdpo.errors import ConfigError, DataError, OutOfMemoryError
 from tests.conftest import Quiet, arguments, qdpo, tiny_rows, write_jsonl
+from tests.model.multimodal import CONFIGS
 
 DRAWING = SamplingParameters(n=3, temperature=1.5, max_new_tokens=8)
 
@@ -161,6 +162,8 @@ def test_a_batch_is_what_memory_allows(sampler: Sampler, monkeypatch: pytest.Mon
     one = sample_module.bytes_an_answer(sampler.model.config, 4, 100, 8)
     # Keys and values of two layers and a copy of one, two heads of 16 numbers, 108 tokens; and logits.
     assert one == 2 * 3 * 2 * 16 * 4 * 108 + 48 * sampler.model.config.vocab_size
+    wide = CONFIGS["gemma4"]()  # two layers of 2 heads of 16, two of 2 heads of 512
+    assert sample_module.bytes_an_answer(wide, 4, 100, 8) == 2 * 5 * 2 * 512 * 4 * 108 + 48 * 408
     monkeypatch.setattr(sample_module.auto_memory, "available", lambda device: 10.5 * one / 0.8)
     assert sample_module._at_once(sampler, 100, DRAWING) == 10
 

@@ -93,7 +93,9 @@ def test_an_original_is_trained_merged_and_proved(name: str, tmp_path: Path) -> 
         f"output.dir={tmp_path}", "output.name=run", f"cache.dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     run_training(layered.resolve(words), Quiet())
-    shown = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), "--compare", "--pairs", "5", "--json"])
+    shown = CliRunner().invoke(
+        app, ["merge", str(tmp_path / "run"), "--compare", "--dtype", "fp32", "--pairs", "5", "--json"]
+    )
     assert shown.exit_code == 0, shown.output
     result = json.loads(shown.stdout.splitlines()[-1])
     assert result["merged"]["proved"] == result["merged"]["dequantized"] > 0

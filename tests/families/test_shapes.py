@@ -80,8 +80,8 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_local_experts": 8}, r"mixture-of-experts model \(num_local_experts=8\)"),
-        ({"model_type": "bloom"}, r"no forecast for model_type='bloom' of here. Known: llama.*--like=NAME"),
+        ({"num_local_experts": 8}, r"no forecast for model_type='qwen2' of here without a trace of its layers"),
+        ({"model_type": "bloom"}, r"no forecast for model_type='bloom' of here without a trace of its layers"),
         ({"hidden_size": None, "vocab_size": 0}, r"here lacks hidden_size, vocab_size"),
     ],
 )

@@ -114,7 +114,7 @@ def test_below_the_named_memory_nothing_runs() -> None:
         ([SEVEN, "data.path=pairs.jsonl"], {}, r"Give --gpu-gib=N, --card=NAME, or a preset"),
         (["preset=7b-24gb", "model.path=some/one"], {}, r"No config.json of model.path=some/one is on this machine"),
         (["preset=7b-24gb", "model.path=models/my model"], {}, r"No config.json of model.path=models/my model"),
-        (["preset=7b-24gb", "model.path=new"], {}, r"no forecast for model_type='new'.*--like=NAME"),
+        (["preset=7b-24gb", "model.path=new"], {}, r"no forecast for model_type='new' of .*without a trace"),
         (["preset=7b-24gb", "data.path=absent.jsonl"], {}, r"data.path=absent.jsonl is not on this machine"),
     ],
     ids=["card", "no card", "model", "no hub name", "family", "data"],
@@ -165,6 +165,13 @@ def test_a_larger_rank_takes_more_memory() -> None:
     ranks = (1, 4, 8, 16, 64, 256)
     peaks = [plan("preset=7b-24gb", *FIXED, f"adapter.rank={rank}").chosen.peak for rank in ranks]
     assert peaks == sorted(set(peaks))
+
+
+def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
+    """Of the maker's own repository; copies of others may be in any form."""
+    paths = (f"model.path={account}/Ministral-3-8B-Instruct-2512" for account in ("mistralai", "unsloth"))
+    own, copied = (plan("preset=7b-16gb", path, like="mistral").disk["model download"] for path in paths)
+    assert 0.5 < own / copied < 0.6
 
 
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:

@@ -215,6 +215,14 @@ def test_what_predicts_no_text_from_text_is_refused_by_name(kind: str) -> None:
         text_model.check_text_model(config, "owner/name")
 
 
+def test_infinite_numbers_are_read_as_transformers_writes_them() -> None:
+    """Falcon-H1's time_step_limit, in the content of a config.json that was not read by transformers."""
+    written = json.loads(hf.FalconH1Config(num_hidden_layers=1).to_json_string())
+    assert written["time_step_limit"][1] == {"__float__": "Infinity"}
+    assert text_model.config_of_json(written).time_step_limit[1] == float("inf")
+    text_model.check_text_model(written, "falcon")
+
+
 def test_it_is_refused_before_the_weights_are_looked_for() -> None:
     for name in ("gemma4", "mistral4", "qwen3_vl", "llama4", "mllama"):
         text_model.check_text_model(CONFIGS[name]().to_dict(), name)

@@ -1,5 +1,6 @@
 """The tensor that each layer's weight is read from, and the layer of the served class that reads the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from qdpo.errors import ConfigError
+from qdpo.export.proof.served import bare_model
 from qdpo.model.base.weight_names import float32_parameters, folder_names, served_class, served_skeleton
 from tests.export.runs import save_base
 from tests.model.families import SEPARATE, SHARED, SIZE
@@ -83,3 +85,13 @@ def test_what_transformers_keeps_in_float32_is_known() -> None:
 def test_a_class_that_servers_cannot_load_is_none(named: Any) -> None:
     assert served_class({"architectures": named}) is None
     assert served_class({"architectures": ["LlamaForCausalLM"]}) is hf.LlamaForCausalLM
+
+
+def test_a_text_model_that_names_the_whole_class_is_served_as_it_is(tmp_path: Path) -> None:
+    """As one that was cut out of a multimodal checkpoint and kept its `architectures`."""
+    base = save_base(tmp_path / "base", SHARED["gemma3-window"]())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "architectures": ["Gemma3ForConditionalGeneration"]}))
+    found = folder_names(base)
+    assert found.served is hf.Gemma3ForCausalLM and found.is_served_as_trained
+    assert type(bare_model(str(base))) is hf.Gemma3ForCausalLM

@@ -49,7 +49,7 @@ def _load(folder: str, device: str, part: dict[str, Any] | None) -> Any:
         cls = getattr(transformers, part["class"])
         return cls.from_pretrained(folder, config=text, key_mapping=part["key_mapping"], **arguments)
     cls = getattr(transformers, (config.architectures or [""])[0], None)
-    if cls is None:
+    if cls is None or not isinstance(config, cls.config_class or type(config)):
         cls = transformers.AutoModelForCausalLM
         cls = cls if type(config) in cls._model_mapping else transformers.AutoModelForMultimodalLM
     return cls.from_pretrained(folder, **arguments)

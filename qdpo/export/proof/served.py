@@ -58,8 +58,12 @@ def bare_model(base: str) -> nn.Module:
         del config.quantization_config
     named = (config.architectures or [""])[0]
     cls: Any = getattr(transformers, named, None)
+    if cls is None or not isinstance(config, cls.config_class or type(config)):
+        cls = transformers.AutoModelForCausalLM
+        cls = cls if type(config) in cls._model_mapping else transformers.AutoModelForMultimodalLM
+        cls = cls._model_mapping[type(config)]
     with torch.device("meta"):
-        model: nn.Module = cls._from_config(config) if cls else transformers.AutoModelForCausalLM.from_config(config)
+        model: nn.Module = cls._from_config(config)
     return model
 
 

@@ -116,8 +116,20 @@ def check_text_model(config: Mapping[str, object], owner: str) -> None:
     Raises: ConfigError.
     """
     with reading(f"transformers cannot build the model of config.json of {owner} (from model.path)", AGAIN):
-        built: Any = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
-        text_model_of(built)
+        text_model_of(config_of_json(config))
+
+
+def config_of_json(content: Mapping[str, object]) -> Any:
+    """The transformers config of a config.json's content; transformers writes infinity as {"__float__": "Infinity"}."""
+    return transformers.CONFIG_MAPPING[str(content["model_type"])].from_dict(_decoded(content))
+
+
+def _decoded(value: object) -> Any:
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(str(value["__float__"]))
+        return {name: _decoded(one) for name, one in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
 
 
 def has_text_model(config: Any) -> bool:

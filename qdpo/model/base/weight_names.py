@@ -166,6 +166,8 @@ def folder_names(folder: Path, stored: Collection[str] | None = None) -> FolderN
     text = found_in(folder, files)
     trained = stored_names(skeleton(text), files, text.key_mapping)
     served = served_class(read_json(folder / "config.json")) or text.whole
+    if served.config_class is not None and not isinstance(model_config(folder), served.config_class):
+        served = text.whole  # a text model that was cut out of a checkpoint may still name the whole one's class
     return FolderNames(folder=folder, text=text, served=served, trained=trained)
 
 

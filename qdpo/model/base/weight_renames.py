@@ -26,7 +26,7 @@ class Renames:
     sources: Mapping[str, tuple[str, ...]]
     """The tensors in the files that make each tensor of the model: several where transformers joins them."""
     has_own_head: bool
-    """True if the files hold the output head beside the embedding table."""
+    """True if the files hold the output head next to the embedding table."""
     missing: list[str]
     """Tensors of the model that the files do not have."""
     twice: list[tuple[str, ...]]

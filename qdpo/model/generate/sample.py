@@ -44,10 +44,18 @@ def bytes_an_answer(config: Any, element: int, prompt: int, max_new_tokens: int)
     at a time.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * (text.num_hidden_layers + 1) * heads * width * element * (prompt + max_new_tokens)
+    # Layers may differ; then transformers does not say of the whole config what is true of some layers alone.
+    width = max(_key_width(layer) for layer in getattr(text, "per_layer_config", None) or [text])
+    cache = 2 * (text.num_hidden_layers + 1) * width * element * (prompt + max_new_tokens)
     return int(cache + LOGIT_BYTES * text.vocab_size)
+
+
+def _key_width(layer: Any) -> int:
+    """Numbers of one token's keys in a layer; 0 in a model without attention."""
+    heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", 0)
+    if not heads:
+        return 0
+    return int(heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads))
 
 
 def draw(

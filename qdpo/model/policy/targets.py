@@ -1,7 +1,7 @@
 """Decides which linear layers of a model get LoRA, from its modules and their roles; a skeleton is enough.
 
 A layer is adapted if it is a plain linear layer of the text decoder that every token passes through and that is called
-as a module. Roles follow from names that transformers' models share and from what surrounds a layer, not from families.
+as a module. Roles follow from the names that transformers' models share and by what surrounds a layer, not by family.
 """
 
 import re
@@ -27,7 +27,7 @@ NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the decoder, with all that decides its role."""
+    """A module of the decoder, with what its role follows from."""
 
     path: str
     parts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""A small stand-in for an MLP whose own layers have no numbers, as in a trace, to check a fast form on."""
+"""Builds a small MLP with numbers in place of one whose layers have none, as in a trace, to check a fast form on."""
 
 import copy
 from typing import Any

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from qdpo.families import traced
 from qdpo.families.traced import LayerKind, Moments, TracedShape, Traces
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.text_model import TextModel, decoder_of, text_model_of
+from qdpo.model.base.text_model import TextModel, config_of_json, decoder_of, text_model_of
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, recompute
@@ -41,9 +40,8 @@ SAME = 0.01
 
 def read_config(config: Mapping[str, Any], source: str) -> Any:
     """The transformers config of a config.json's content. Raises: ConfigError if transformers does not know it."""
-    kind = str(config.get("model_type"))
     with reading(f"transformers cannot read the config of {source}", "A newer transformers may know it."):
-        return CONFIG_MAPPING[kind].from_dict(dict(config))
+        return config_of_json(config)
 
 
 def trace_layers(config: Any, key: str, source: str) -> TracedShape:

@@ -1,6 +1,5 @@
 """Finds the traced shape of a config: in the cache folder, among those that ship, or by a trace that is then kept."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def _find(config: Mapping[str, Any], source: str, place: Path, say: Say) -> Trac
         found = trace_layers(built, full, source)
     for name in {key, full}:
         try:
-            disk.write_text(place / f"{name}.json", json.dumps(traced.to_json(found)) + "\n")
+            disk.write_text(place / f"{name}.json", traced.to_text(found))
         except DiskError as error:
             say(f"forecast: the trace is not kept, and will be made again. {error}")
             break
@@ -49,6 +48,6 @@ def _find(config: Mapping[str, Any], source: str, place: Path, say: Say) -> Trac
 def _stored(key: str, place: Path) -> TracedShape | None:
     """The kept trace of this name; None if there is none that can be read."""
     try:
-        return traced.from_json(json.loads((place / f"{key}.json").read_text(encoding="utf-8")))
+        return traced.from_text((place / f"{key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -26,7 +26,7 @@ from qdpo.train.policy import reference_cache
 from qdpo.train.step.feed import row_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
     """The policy with its untouched adapter, and the identity of its reference in the cache."""
 
@@ -105,7 +105,10 @@ def make_policy(
         say(f"memory: the activations of {recomputed} of {len(blocks)} layers are recomputed{where}")
     is_start = config.adapter.start is not None and config.adapter.reference != "base"
     name, older = _reference_names(config, policy, path, weights, dtype, is_start, use)
-    return Loaded(policy, blocks, name, older, is_start, weights, marks)
+    return Loaded(
+        policy=policy, layers=blocks, reference_name=name, older_name=older, reference_is_start=is_start,
+        weights=weights, marks=marks,
+    )  # fmt: skip
 
 
 def kept_layers(config: RunConfig) -> int | str:

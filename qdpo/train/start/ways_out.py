@@ -36,6 +36,11 @@ class WaysOut:
         adapted = self._layers(names, layers)
         if not self.said:
             self._say(names, adapted)
+        stacked = [layer for layer in adapted if layer not in names.trained.modules and "experts" in layer.split(".")]
+        if stacked:
+            what = f"It adapts stacked experts, such as {stacked[0]}"
+            self.say(f"warning: this run cannot be merged; only its adapter can be used. {what}")
+            return
         try:
             names.in_files(adapted)
         except ConfigError as error:
