@@ -179,14 +179,15 @@ class TracedShape:
 
 def key_of(config: Mapping[str, object]) -> str:
     """The name of a config's trace: a digest of the values of its text part that can change it."""
-    outer, config = config, dict(config.get("text_config") or config)
-    config["tie_word_embeddings"] = outer.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    inner = config.get("text_config")
+    values: dict[str, object] = dict(inner if isinstance(inner, Mapping) else config)
+    values["tie_word_embeddings"] = config.get("tie_word_embeddings", values.get("tie_word_embeddings"))
     kept = {
         name: value
-        for name, value in config.items()
+        for name, value in values.items()
         if value is not None and name not in _NAMES and not name.endswith("_token_id")
     }
-    text = json.dumps([outer.get("model_type"), kept], sort_keys=True, default=str)
+    text = json.dumps([config.get("model_type"), kept], sort_keys=True, default=str)
     return hashlib.sha256(f"{VERSION} {text}".encode()).hexdigest()[:16]
 
 
