@@ -79,7 +79,7 @@ def fit(
         typer.echo(line)
     typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
     if missing := without_forecast():
-        typer.echo(f"without a forecast yet: {', '.join(missing)}")
+        typer.echo(f"no forecast of these ships, `qdpo plan model.path=NAME` makes one: {', '.join(missing)}")
 
 
 def bench(

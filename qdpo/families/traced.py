@@ -17,7 +17,7 @@ from typing import Any
 
 RANK = 16
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
-VERSION = 1
+VERSION = 2
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
 # Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts
@@ -179,16 +179,16 @@ class TracedShape:
 
 def key_of(config: Mapping[str, object]) -> str:
     """The name of a config's trace: a digest of the values of its text part that can change it."""
-    inner = config.get("text_config")
-    values: dict[str, object] = dict(inner if isinstance(inner, Mapping) else config)
-    values["tie_word_embeddings"] = config.get("tie_word_embeddings", values.get("tie_word_embeddings"))
+    part = config.get("text_config")
+    text: Mapping[str, object] = part if isinstance(part, Mapping) else config
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     kept = {
         name: value
-        for name, value in values.items()
+        for name, value in {**text, "tie_word_embeddings": tied}.items()
         if value is not None and name not in _NAMES and not name.endswith("_token_id")
     }
-    text = json.dumps([config.get("model_type"), kept], sort_keys=True, default=str)
-    return hashlib.sha256(f"{VERSION} {text}".encode()).hexdigest()[:16]
+    described = json.dumps([config.get("model_type"), kept], sort_keys=True, default=str)
+    return hashlib.sha256(f"{VERSION} {described}".encode()).hexdigest()[:16]
 
 
 @functools.cache

@@ -140,9 +140,10 @@ class _Rig:
         del layers[:]
         layers.extend(chosen)
         config = model.config.get_text_config()
-        types = getattr(config, "layer_types", None)
-        if types:
-            config.layer_types = [types[place] for place in places] + list(types[len(places) :])
+        types = list(getattr(config, "layer_types", None) or [])
+        left = [types[place] for place in places] + types[len(places) :] if types else []
+        if left != types:  # Falcon-H1's cannot be set: its layers are all alike
+            config.layer_types = left
         base = filled_base(model, quantization="nf4", double_quant=True, dtype=DTYPE, device=DEVICE)
         with no_fake():
             peft = adapter.new_adapter(
