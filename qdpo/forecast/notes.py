@@ -24,9 +24,10 @@ def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
 def _slower() -> str:
     """Where rows cannot share a prompt, layers are no attention: they have kernels of their own, if installed."""
     names = ", ".join(about.name for about in KERNELS.values())
-    missing = ", ".join(about.name for package, about in KERNELS.items() if not is_installed(package))
-    here = f" (not installed here: {missing})" if missing else ""
+    missing = [about.name for package, about in KERNELS.items() if not is_installed(package)]
+    here = f"; not installed here: {', '.join(missing)}" if 0 < len(missing) < len(KERNELS) else ""
+    here = "; none of them is installed here" if len(missing) == len(KERNELS) else here
     return (
-        f"time    is counted as if kernels computed every layer: those that are no attention need {names}{here}, as "
-        "`qdpo doctor` explains. Without those that this model calls it takes longer, by a factor not yet measured"
+        f"kernels: the time counts layers other than attention as if kernels computed them ({names}{here}). Without "
+        "those that this model calls it takes longer, by a factor not yet measured; `qdpo doctor` explains"
     )
