@@ -9,7 +9,7 @@ ALL_LINEAR = AdapterConfig().targets
 
 
 def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
-    """What a reader must know of a forecast; `timed` if it holds a time on a card."""
+    """Lines that a reader of a forecast needs; `timed` if it holds a time on a card."""
     found = []
     if adapter.targets != ALL_LINEAR and adapter.start is None:
         found.append(
@@ -22,7 +22,7 @@ def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
 
 
 def _slower() -> str:
-    """Where rows cannot share a prompt, layers are no attention: they have kernels of their own, if installed."""
+    """Rows that cannot share a prompt mean layers other than attention, with kernels of their own."""
     names = ", ".join(about.name for about in KERNELS.values())
     missing = [about.name for package, about in KERNELS.items() if not is_installed(package)]
     here = f"; not installed here: {', '.join(missing)}" if 0 < len(missing) < len(KERNELS) else ""
