@@ -35,9 +35,9 @@ def plan(
     from qdpo.model.trace.store import finder
     from qdpo.run.disk import cache_folder
 
+    quiet_libraries()
     resolved = layered.resolve(settings or [])
     if fetch:
-        quiet_libraries()
         from qdpo.model.base.fetch import fetch_config
 
         fetch_config(str(resolved.config.model.path), resolved.config.model.revision)
