@@ -219,6 +219,20 @@ def smallest_fixed_part(shape: AnyShape, run: MemorySettings) -> float:
     return fixed_part(shape, lean)
 
 
+def least(shape: AnyShape, run: MemorySettings) -> str:
+    """The smallest fixed part as words of a message, with what of it belongs to experts."""
+    experts = sum(size for cause, size in memory.fixed(shape, run).items() if cause.startswith("experts"))
+    of_it = f" ({experts / GIB:.1f} of it experts, which are not stored in 4 bits)" if experts else ""
+    return f"{smallest_fixed_part(shape, run) / GIB:.1f} GiB before its first token{of_it}"
+
+
+def smaller(shape: AnyShape, gib: float | None) -> str:
+    """The next step for a model of which no setting fits."""
+    is_sparse = any(cause.startswith("experts") for cause in memory.fixed(shape, MemorySettings()))
+    what = "Choose a dense model" if is_sparse else "Choose a smaller model"
+    return f"{what} (`qdpo fit --gpu-gib {'N' if gib is None else f'{gib:g}'}` lists what fits)."
+
+
 def advice(ways: Sequence[Way]) -> str:
     """The ways out as words for the end of a message."""
     if not ways:

@@ -117,8 +117,7 @@ def make_plan(
     if limit < smallest:
         raise ConfigError(
             f"{gib:g} GiB less {others:g} GiB for other programs is too little: {config.model.path} takes at least "
-            f"{smallest / GIB:.1f} GiB before its first token. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
-            "lists what fits)."
+            f"{choose.least(shape, run)}. {choose.smaller(shape, gib)}"
         )
     given = choose.given_of(config.memory, shape)
     chosen = choose.choose(shape, run, pairs.lengths, given, limit=limit)
@@ -258,7 +257,7 @@ def _stored_bytes(path: str) -> float:
 
 def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
-    tables = shape.table_weights * (1 if shape.tied else 2)
+    tables = memory.table_numbers(shape)
     numbers = memory.adapter_numbers(shape, run.rank)
     pairs = known.pairs or 0
     each = 4 + memory.STATE_BYTES[run.optimizer]

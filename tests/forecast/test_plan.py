@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.families import known
+from qdpo.families.shapes import known_shape
+from qdpo.families.traced import TracedShape
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
 from qdpo.run import identity
@@ -172,6 +175,28 @@ def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
     paths = (f"model.path={account}/Ministral-3-8B-Instruct-2512" for account in ("mistralai", "unsloth"))
     own, copied = (plan("preset=7b-16gb", path, like="mistral").disk["model download"] for path in paths)
     assert 0.5 < own / copied < 0.6
+
+
+def test_every_table_of_a_model_is_downloaded() -> None:
+    """Gemma 4's table of inputs per layer is larger than its embeddings."""
+    Path("new").mkdir()
+    Path("new/config.json").write_text(json.dumps({**known.config_of("openai/gpt-oss-20b"), "model_type": "new"}))
+    shape = known_shape("openai/gpt-oss-20b")
+    assert isinstance(shape, TracedShape)
+    more = replace(shape, tables=shape.tables + GIB)
+    found = [
+        plan("preset=7b-24gb", "model.path=new", gpu_gib=80, trace=lambda *_, one=one: one) for one in (shape, more)
+    ]
+    assert found[1].disk["model download"] - found[0].disk["model download"] == 2 * GIB
+    assert found[1].causes["embeddings and head"] - found[0].causes["embeddings and head"] == 2 * GIB
+
+
+def test_experts_that_do_not_fit_are_named() -> None:
+    message = (
+        r"37\.\d GiB before its first token \(35\.6 of it experts, which are not .* Choose a dense model \(`qdpo fit"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan("preset=7b-24gb", "model.path=openai/gpt-oss-20b")
 
 
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
