@@ -100,6 +100,10 @@ def make_plan(
     notes: list[str] = []
     config = resolved.config
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
+    path = str(config.model.path)
+    if not Path(path).expanduser().exists() and known.is_refused_copy(path):
+        original = known.known_name(path)
+        notes.append(f"by its name, {path} is a quantised copy that a run refuses; take model.path={original}")
     limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
     config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
@@ -291,7 +295,7 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
         say(note)
     say(f"pairs   longest {plan.known.lengths.longest:,} tokens, mean {plan.known.lengths.mean:,.0f}; {plan.known.how}")
     say(
-        f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layers kept"
+        f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layer{'s' * (run.kept_layers != 1)} kept"
         + (", inputs of the others wait on the host" if run.offload else "")
         + (", embedding table on the host" if run.host_embeddings else "")
     )

@@ -212,6 +212,25 @@ def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
     assert of_folder.facts is None and of_folder.notes == () and of_folder.causes["4-bit base"] < 2 * GIB
 
 
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("Qwen/Qwen3-8B-AWQ", True), ("bartowski/Qwen_Qwen3-8B-GGUF", True), ("RedHatAI/Qwen3-8B-FP8-dynamic", True),
+        ("mlx-community/Qwen3-8B-4bit", True), ("RedHatAI/Qwen3-8B-quantized.w4a16", True),
+        ("unsloth/Qwen3-8B-bnb-4bit", False), ("Qwen/Qwen3-8B-FP8", False), ("Qwen/Qwen3-8B", False),
+    ],
+)  # fmt: skip
+def test_a_copy_that_no_run_reads_is_named(name: str, is_refused: bool) -> None:
+    notes = plan("preset=7b-16gb", f"model.path={name}").notes
+    assert [note for note in notes if "refuses; take model.path=Qwen/Qwen3-8B" in note] == list(notes)
+    assert bool(notes) == is_refused
+
+
+def test_a_name_without_its_account_is_completed() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean openai/gpt-oss-20b\?"):
+        plan("preset=7b-16gb", "model.path=gpt-oss-20b")
+
+
 def test_a_plan_of_a_known_model_imports_nothing_heavy() -> None:
     script = (
         "import sys; from qdpo.forecast.plan import make_plan; from qdpo.settings import layered\n"
