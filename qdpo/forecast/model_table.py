@@ -48,6 +48,13 @@ def without_forecast() -> list[str]:
     return [name for name in MODELS if _shape(name) is None]
 
 
+def with_experts() -> list[str]:
+    """Those of MODELS whose experts stay in 16 bits, which makes them large on a card."""
+    run = MemorySettings()
+    shapes = ((name, _shape(name)) for name in MODELS)
+    return [name for name, shape in shapes if shape is not None and choose.has_experts(shape, run)]
+
+
 def _shape(name: str) -> AnyShape | None:
     try:
         return known_shape(name)

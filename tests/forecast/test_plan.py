@@ -199,6 +199,12 @@ def test_experts_that_do_not_fit_are_named() -> None:
         plan("preset=7b-24gb", "model.path=openai/gpt-oss-20b")
 
 
+def test_fit_says_which_models_have_experts(tmp_path: Path) -> None:
+    said = qdpo("fit", "--gpu-gib", "8", cwd=tmp_path).stdout.splitlines()
+    (line,) = [line for line in said if line.startswith("experts take 16 bits")]
+    assert "openai/gpt-oss-20b" in line and "Qwen3-8B" not in line
+
+
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
     words = ("plan", "preset=7b-16gb", "model.path=unsloth/Qwen3-8B-unsloth-bnb-4bit")
     line = "Apache-2.0; context 32,768 tokens; thoughts: enable_thinking of its chat template"
