@@ -97,10 +97,11 @@ def make_plan(
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
-    notes: list[str] = []
     config = resolved.config
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
     path = str(config.model.path)
+    slow = timing.supposed(shape) if config.model.device != "cpu" else None
+    notes = [slow] if slow else []
     if not Path(path).expanduser().exists() and known.is_refused_copy(path):
         original = known.known_name(path)
         notes.append(f"by its name, {path} is a quantised copy that a run refuses; take model.path={original}")
