@@ -187,7 +187,8 @@ def export_vllm(order: Order) -> None:
     servers.lora_rank(lora.rank)
     why = _rewritten(lora, adapter, base)
     if why:
-        out = order.place("peft")
+        out = order.trained.exports / "peft"
+        require_free(out, force=True)  # the same adapter as that of an earlier export, of which there is nothing else
         write_normal(adapter, base, out)
         order.say(f"# {why}; {out} holds the adapter as vLLM reads it")
         adapter = out

@@ -11,7 +11,6 @@ from qdpo.families.traced import TracedShape
 from qdpo.forecast import memory
 from qdpo.forecast.memory import MemorySettings, RowSize
 
-
 # Kinds of layers that run in slow plain torch without an optional package of kernels.
 _WITH_KERNELS = ("linear_attention", "conv")
 

@@ -89,6 +89,8 @@ def test_vllm_commands(run: Path) -> None:
     # Its scale is rsLoRA's: the normalised adapter is written, and served in its place.
     assert words[-1] == f"a run={run}/export/peft" and words[words.index("--max-lora-rank") + 1] == "8"
     assert json.loads((run / "export" / "peft" / "adapter_config.json").read_text())["use_rslora"] is False
+    again = export(run, "--to", "vllm", "--lora")  # a command that is printed can be printed twice
+    assert again.output.splitlines()[-1] == found.output.splitlines()[-1]
 
 
 def test_layers_under_other_names_are_not_served_silently(run: Path, tmp_path: Path) -> None:
