@@ -67,7 +67,7 @@ def fit(
 
     Example: qdpo fit --gpu-gib 8
     """
-    from qdpo.forecast.model_table import fit_table, table_lines, with_experts, without_forecast
+    from qdpo.forecast.model_table import fit_table, table_lines, with_experts, with_kernels, without_forecast
     from qdpo.forecast.plan import usable
 
     limit, name = usable(gpu_gib, card, others_gib)
@@ -78,6 +78,8 @@ def fit(
     for line in table_lines(fits):
         typer.echo(line)
     typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
+    if hybrid := with_kernels():
+        typer.echo(f"* with the packages of GPU kernels that `qdpo doctor` names, else fewer: {', '.join(hybrid)}")
     if sparse := with_experts():
         typer.echo(f"experts take 16 bits a weight on the card: {', '.join(sparse)}")
     if missing := without_forecast():

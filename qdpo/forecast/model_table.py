@@ -11,9 +11,10 @@ from qdpo.forecast.memory import GIB, MemorySettings
 # One or two models of each size that people use, 1B to 32B.
 MODELS = (
     "google/gemma-3-1b-it", "Qwen/Qwen3.5-2B", "meta-llama/Llama-3.2-3B", "HuggingFaceTB/SmolLM3-3B",
-    "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B",
-    "google/gemma-3-12b-it", "mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Ministral-3-14B-Instruct-2512",
-    "Qwen/Qwen3-14B", "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "google/gemma-3-27b-it",
+    "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B", "google/gemma-4-E4B-it", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B",
+    "mistralai/Ministral-3-8B-Instruct-2512", "Qwen/Qwen3.5-9B", "google/gemma-3-12b-it",
+    "mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Ministral-3-14B-Instruct-2512", "Qwen/Qwen3-14B",
+    "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "google/gemma-3-27b-it",
     "Qwen/Qwen3.5-27B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-32B",
 )  # fmt: skip
 MOST_TOKENS = 131_072
@@ -53,6 +54,12 @@ def with_experts() -> list[str]:
     run = MemorySettings()
     shapes = ((name, _shape(name)) for name in MODELS)
     return [name for name, shape in shapes if shape is not None and choose.has_experts(shape, run)]
+
+
+def with_kernels() -> list[str]:
+    """Those of MODELS whose estimate of time counts on packages of GPU kernels."""
+    shapes = ((name, _shape(name)) for name in MODELS)
+    return [name for name, shape in shapes if shape is not None and timing.supposed(shape)]
 
 
 def _shape(name: str) -> AnyShape | None:

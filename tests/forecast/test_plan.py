@@ -209,10 +209,12 @@ def test_experts_that_do_not_fit_are_named() -> None:
         plan("preset=7b-24gb", "model.path=openai/gpt-oss-20b")
 
 
-def test_fit_says_which_models_have_experts(tmp_path: Path) -> None:
+def test_fit_says_which_models_have_experts_and_which_need_kernels(tmp_path: Path) -> None:
     said = qdpo("fit", "--gpu-gib", "8", cwd=tmp_path).stdout.splitlines()
     (line,) = [line for line in said if line.startswith("experts take 16 bits")]
     assert "openai/gpt-oss-20b" in line and "Qwen3-8B" not in line
+    (line,) = [line for line in said if line.startswith("* with the packages of GPU kernels")]
+    assert "Qwen/Qwen3.5-9B" in line and "gemma" not in line
 
 
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
