@@ -180,6 +180,11 @@ def computed_tokens(shape: AnyShape, row: RowSize) -> int:
     return row.keys if isinstance(shape, TracedShape) and not shape.shared else row.tokens
 
 
+def computed_sequences(shape: AnyShape, row: RowSize) -> int:
+    """Passes through the layers for one row: one, or one for each answer where rows cannot share a prompt."""
+    return 2 * max(row.pairs, 1) if isinstance(shape, TracedShape) and not shape.shared else 1
+
+
 def host_bytes(shape: AnyShape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
     waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0

@@ -17,6 +17,7 @@ from qdpo.forecast import choose, lengths, memory, timing
 from qdpo.forecast.choose import Choice, Lengths, Way
 from qdpo.forecast.lengths import Known
 from qdpo.forecast.memory import GIB, MemorySettings
+from qdpo.forecast.notes import notes as notes_of
 from qdpo.run import identity
 from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
@@ -131,6 +132,7 @@ def make_plan(
     )  # fmt: skip
     steps, tokens = _steps(config, pairs)
     seconds = None if tokens is None or not cuda else _seconds(config, shape, chosen, pairs, tokens, timing.CARDS[card])
+    notes += notes_of(config.adapter, shape, timed=seconds is not None)
     return Plan(
         model=str(config.model.path),
         shape_from=source,

@@ -77,12 +77,12 @@ def row_seconds(shape: AnyShape, run: MemorySettings, row: RowSize, card: Card, 
     kept = min(run.kept_layers, shape.layers) / shape.layers
     passes = 1.0 if scoring else 2.0 + RECOMPUTED * (1 - kept)
     head = (1 if scoring else 2) * 2.0 * shape.table_weights * row.responses
-    tokens = memory.computed_tokens(shape, row)
+    tokens, sequences = memory.computed_tokens(shape, row), memory.computed_sequences(shape, row)
     products = (2.0 * shape.product_weights * tokens * passes + head) / (card.tflops * 1e12 * EFFICIENCY)
     moved = 1.0 * ELEMENTWISE * shape.hidden * run.element * tokens * shape.layers
     if run.quantised:
-        moved += 2.5 * shape.linear_weights
+        moved += 2.5 * shape.linear_weights * sequences
     device = products + moved * passes / (card.bandwidth * 1e9)
-    launch = shape.layers * (LAUNCH_KEPT * kept + LAUNCH_RECOMPUTED * (1 - kept)) / (3 if scoring else 1)
+    launch = sequences * shape.layers * (LAUNCH_KEPT * kept + LAUNCH_RECOMPUTED * (1 - kept)) / (3 if scoring else 1)
     slower = (OFFLOAD if run.offload and kept < 1 else 1.0) * (HOST_EMBEDDINGS if run.host_embeddings else 1.0)
     return max(device, launch) * slower

@@ -7,7 +7,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from qdpo.errors import ConfigError
-from qdpo.families import known
+from qdpo.families import known, shapes
 from qdpo.families.config_fields import positions
 from qdpo.families.shapes import known_shape
 from qdpo.measure.random_base import config_of
@@ -30,6 +30,15 @@ def test_a_config_is_one_that_its_class_takes(name: str) -> None:
     assert len(stated.get("layer_types", [0] * text.num_hidden_layers)) == text.num_hidden_layers
     assert not {"quantization_config", "vision_config", "audio_config"} & config.keys()
     assert text.vocab_size > (text.pad_token_id or 0)
+
+
+@pytest.mark.parametrize("name", known.names())
+def test_its_forecast_ships(name: str) -> None:
+    """By formula or by traced layers. After a change of its config.json `scripts/trace_layers` makes its trace anew."""
+    text = known.config_of(name)
+    text = text.get("text_config", text)
+    shape = shapes.known_shape(name)
+    assert (shape.layers, shape.hidden) == (text["num_hidden_layers"], text["hidden_size"])
 
 
 @pytest.mark.parametrize("name", known.names())

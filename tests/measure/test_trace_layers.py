@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qdpo.errors import ConfigError
 from qdpo.families import shapes, traced
@@ -12,8 +14,10 @@ from qdpo.families.traced import TOKENS, Moments, TracedShape, Traces
 from qdpo.forecast import memory, timing
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import trace
+from qdpo.model.fast import attention
 from qdpo.model.trace import layers, store
 from qdpo.model.trace.layers import read_config, trace_layers
+from qdpo.model.trace.live import LiveBytes, as_on_cuda
 
 SIZES = {
     "num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8,
@@ -88,6 +92,23 @@ SLOW = {
 @pytest.mark.parametrize("family", SLOW)
 def test_the_forecast_of_any_family_is_the_traced_step(family: str) -> None:
     check(content(family, **SLOW[family]), RUNS)
+
+
+def test_values_of_another_width_keep_no_scores() -> None:
+    """As in latent attention: what stays grows with the tokens, not with their square; transformers' path is ours."""
+    found = {}
+    for tokens in (256, 512):
+        with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda():
+            query, key, value = (torch.empty(1, 4, tokens, width, requires_grad=True) for width in (96, 96, 64))
+            before = count.live
+            outputs = [
+                attend(query, key, value, is_causal=True)
+                for attend in (attention.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+            ]
+            assert all(output.shape == value.shape for output in outputs)
+            found[tokens] = count.live - before
+            del outputs
+    assert found[512] == 2 * found[256]
 
 
 def test_formula_and_trace_agree() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
@@ -106,6 +108,34 @@ def _path_on_cuda(_device: torch.device, _dtype: torch.dtype, width: int) -> str
     return attention.VARLEN if attention.is_varlen_width(width) else attention.PAIRWISE
 
 
+class _MemoryEfficient(torch.autograd.Function):
+    """Attention as CUDA's memory-efficient kernel holds it: no scores; float32 sums in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, bias, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors[:3]
+        work = [torch.empty_like(one, dtype=torch.float32) for one in inputs]
+        found = [torch.empty_like(one) for one in inputs]
+        del work
+        return (*found, None)
+
+
+def _attention_on_cuda(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
+    """Values of another width than the keys: for those the CPU's attention keeps all scores, which no card does."""
+    if not isinstance(query, FakeTensor) or query.shape[-1] == value.shape[-1]:
+        return scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **options)
+    bias = None if attn_mask is None else query.new_empty(attn_mask.shape)
+    output: Tensor = _MemoryEfficient.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
+    return output
+
+
 def _mm_fp32_on_cuda(left: Tensor, right: Tensor) -> Tensor:
     if isinstance(left, FakeTensor):
         return torch.mm(left, right, out_dtype=torch.float32)
@@ -114,19 +144,24 @@ def _mm_fp32_on_cuda(left: Tensor, right: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, float32 sums of 16-bit products.
+    """Makes fake CPU tensors follow the CUDA paths: one varlen call per layer, no kept scores, float32 sums of mm.
 
     transformers looks at positions for several sequences in one, and cannot with fake ones: here they are one sequence.
     """
-    names = (attention, "path_name"), (products, "mm_fp32"), (masking_utils, "find_packed_sequence_indices")
-    before = [getattr(module, name) for module, name in names]
-    attention.path_name = _path_on_cuda  # type: ignore[assignment]
-    masking_utils.find_packed_sequence_indices = lambda *_positions: None
-    products.mm_fp32 = _mm_fp32_on_cuda
+    changes: tuple[tuple[Any, str, Any], ...] = (
+        (attention, "path_name", _path_on_cuda),
+        (attention, "scaled_dot_product_attention", _attention_on_cuda),
+        (functional, "scaled_dot_product_attention", _attention_on_cuda),
+        (products, "mm_fp32", _mm_fp32_on_cuda),
+        (masking_utils, "find_packed_sequence_indices", lambda *_positions: None),
+    )
+    before = [getattr(module, name) for module, name, _change in changes]
+    for module, name, change in changes:
+        setattr(module, name, change)
     try:
         yield
     finally:
-        for (module, name), value in zip(names, before, strict=True):
+        for (module, name, _change), value in zip(changes, before, strict=True):
             setattr(module, name, value)
 
 
