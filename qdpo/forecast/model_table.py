@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qdpo.errors import ConfigError
 from qdpo.families.shapes import AnyShape, known_shape
+from qdpo.families.traced import TracedShape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
@@ -57,9 +58,9 @@ def with_experts() -> list[str]:
 
 
 def with_kernels() -> list[str]:
-    """Those of MODELS whose estimate of time counts on packages of GPU kernels."""
+    """Those of MODELS whose estimate of time counts on packages of GPU kernels: rows that share no prompt."""
     shapes = ((name, _shape(name)) for name in MODELS)
-    return [name for name, shape in shapes if shape is not None and timing.supposed(shape)]
+    return [name for name, shape in shapes if isinstance(shape, TracedShape) and not shape.shared]
 
 
 def _shape(name: str) -> AnyShape | None:

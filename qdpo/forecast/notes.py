@@ -9,7 +9,7 @@ ALL_LINEAR = AdapterConfig().targets
 
 
 def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
-    """What a reader must know of a forecast; `timed` if it holds a time on a card."""
+    """Facts that a reader of a forecast must know; `timed` if it holds a time on a card."""
     found = []
     if adapter.targets != ALL_LINEAR and adapter.start is None:
         found.append(
@@ -22,7 +22,7 @@ def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
 
 
 def _slower() -> str:
-    """Where rows cannot share a prompt, layers are no attention: they have kernels of their own, if installed."""
+    """Words for models whose rows cannot share a prompt: their layers have kernels of their own, if installed."""
     names = ", ".join(about.name for about in KERNELS.values())
     missing = [about.name for package, about in KERNELS.items() if not is_installed(package)]
     here = f"; not installed here: {', '.join(missing)}" if 0 < len(missing) < len(KERNELS) else ""

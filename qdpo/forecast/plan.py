@@ -101,8 +101,7 @@ def make_plan(
     config = resolved.config
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
     path = str(config.model.path)
-    slow = timing.supposed(shape) if config.model.device != "cpu" else None
-    notes = [slow] if slow else []
+    notes: list[str] = []
     if not Path(path).expanduser().exists() and known.is_refused_copy(path):
         original = known.known_name(path)
         notes.append(f"by its name, {path} is a quantised copy that a run refuses; take model.path={original}")

@@ -7,25 +7,8 @@ at its memory bandwidth, and the host's time to launch everything.
 from dataclasses import dataclass
 
 from qdpo.families.shapes import AnyShape
-from qdpo.families.traced import TracedShape
 from qdpo.forecast import memory
 from qdpo.forecast.memory import MemorySettings, RowSize
-
-# Kinds of layers that run in slow plain torch without an optional package of kernels.
-_WITH_KERNELS = ("linear_attention", "conv")
-
-
-def supposed(shape: AnyShape) -> str | None:
-    """Words on layers whose estimate of time counts on kernels from packages of their own."""
-    if not isinstance(shape, TracedShape):
-        return None
-    found = sorted({kind.name.partition(" ")[0] for kind in shape.kinds} & set(_WITH_KERNELS))
-    if not found:
-        return None
-    return (
-        f"times suppose the packages of GPU kernels for layers of {' and '.join(found)}, which `qdpo doctor` names "
-        "where they are missing: in plain torch these layers take longer"
-    )
 
 
 @dataclass(frozen=True)

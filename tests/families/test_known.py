@@ -9,7 +9,6 @@ from transformers import CONFIG_MAPPING
 from qdpo.errors import ConfigError
 from qdpo.families import known, shapes
 from qdpo.families.config_fields import positions
-from qdpo.families.shapes import known_shape
 from qdpo.measure.random_base import config_of
 from qdpo.model.base.text_model import skeleton, text_model_of
 from tests.conftest import ROOT
@@ -160,8 +159,3 @@ def test_a_multimodal_config_says_if_its_tables_are_tied(name: str) -> None:
     config = known.config_of(name)
     assert "tie_word_embeddings" in config or config["model_type"] == "gemma3"
     assert config_of(name).tie_word_embeddings == config.get("tie_word_embeddings", True)
-
-
-def test_every_known_model_has_a_forecast_without_a_trace() -> None:
-    """A changed config.json or a new version of traces needs `scripts/trace_layers` again."""
-    assert all(known_shape(name).layers for name in known.names())

@@ -17,7 +17,6 @@ from qdpo.errors import ConfigError
 from qdpo.families import known
 from qdpo.families.shapes import known_shape
 from qdpo.families.traced import TracedShape
-from qdpo.forecast import timing
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
 from qdpo.run import identity
@@ -190,15 +189,6 @@ def test_every_table_of_a_model_is_downloaded() -> None:
     ]
     assert found[1].disk["model download"] - found[0].disk["model download"] == 2 * GIB
     assert found[1].causes["embeddings and head"] - found[0].causes["embeddings and head"] == 2 * GIB
-
-
-def test_times_of_layers_with_kernels_say_what_they_suppose() -> None:
-    shape = known_shape("mistralai/Ministral-3-8B-Instruct-2512")
-    assert isinstance(shape, TracedShape)
-    (kind,) = shape.kinds
-    like_lfm2 = replace(shape, kinds=(replace(kind, name="conv (Lfm2DecoderLayer)"), kind))
-    assert timing.supposed(shape) is None and timing.supposed(known_shape("Qwen/Qwen3-8B")) is None
-    assert "layers of conv, which `qdpo doctor` names" in str(timing.supposed(like_lfm2))
 
 
 def test_experts_that_do_not_fit_are_named() -> None:
