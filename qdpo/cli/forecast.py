@@ -35,9 +35,9 @@ def plan(
     from qdpo.model.trace.store import finder
     from qdpo.run.disk import cache_folder
 
+    quiet_libraries()
     resolved = layered.resolve(settings or [])
     if fetch:
-        quiet_libraries()
         from qdpo.model.base.fetch import fetch_config
 
         fetch_config(str(resolved.config.model.path), resolved.config.model.revision)
@@ -67,7 +67,7 @@ def fit(
 
     Example: qdpo fit --gpu-gib 8
     """
-    from qdpo.forecast.model_table import fit_table, table_lines, without_forecast
+    from qdpo.forecast.model_table import fit_table, table_lines, with_experts, with_kernels, without_forecast
     from qdpo.forecast.plan import usable
 
     limit, name = usable(gpu_gib, card, others_gib)
@@ -78,6 +78,10 @@ def fit(
     for line in table_lines(fits):
         typer.echo(line)
     typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
+    if hybrid := with_kernels():
+        typer.echo(f"* with the packages of GPU kernels that `qdpo doctor` names, else fewer: {', '.join(hybrid)}")
+    if sparse := with_experts():
+        typer.echo(f"experts take 16 bits a weight on the card: {', '.join(sparse)}")
     if missing := without_forecast():
         typer.echo(f"no forecast of these ships, `qdpo plan model.path=NAME` makes one: {', '.join(missing)}")
 

@@ -54,7 +54,7 @@ def _preset_here(name: str, device: str, free_gib: float) -> str:
 
 @cache.command()
 def ls(folder: CacheDir = None) -> None:
-    """List references with the data and model they belong to, converted models, and files set aside as damaged."""
+    """List references with the data and model they belong to, converted models, damaged files, and traced layers."""
     from qdpo.machine.caches import list_lines
 
     typer.echo("\n".join(list_lines(folder)))
@@ -75,7 +75,9 @@ def clear(
         list[str] | None, typer.Argument(metavar="[NAME…]", help="References, by name or its beginning.")
     ] = None,
     corrupt: Annotated[bool, typer.Option("--corrupt", help="Remove files that were set aside as damaged.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Remove everything, including converted models.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Remove everything, converted models and traced layers too.")
+    ] = False,
     folder: CacheDir = None,
 ) -> None:
     """Remove references and report the space freed; the next run that needs a reference computes it again."""

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from qdpo.errors import VerificationError
 from qdpo.export.merge.lora import A_SUFFIX, B_SUFFIX, CONFIG, PREFIX, WEIGHTS, Lora, read_lora
 from qdpo.export.proof import served
+from qdpo.model.base.text_model import model_config
 from qdpo.model.base.weight_names import folder_names, served_skeleton
 from qdpo.model.policy.lora_file import read_tensors
-from qdpo.model.policy.lora_fit import full_config
+from qdpo.model.policy.lora_fit import check_part, full_config
 from qdpo.model.policy.peft_names import peft_names
 from qdpo.run import disk
 
@@ -41,6 +42,7 @@ def write_normal(adapter: Path, base: Path, out: Path) -> NormalAdapter:
     Raises: ConfigError for an adapter that cannot be exported; VerificationError if plain PEFT, in a process of its
     own, does not find every matrix in the class that servers load, or reads another adapter; DiskError.
     """
+    check_part(model_config(base), adapter)
     lora, names = read_lora(adapter), folder_names(base)
     model = served_skeleton(names)
     on_servers = names.on_servers(model, lora.layers)

@@ -136,7 +136,9 @@ def export_ollama(order: Order) -> None:
     text_for("./model.gguf", None)  # fails before gigabytes are written
 
     def fill(part: Path) -> None:
-        source, adapter = _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part), None)
+        source, adapter = (
+            _over_base(order, folder, part) if order.lora else (_over_merged(order, folder, part, out), None)
+        )
         (part / "Modelfile").write_text(text_for(source, adapter), encoding="utf-8")
 
     disk.write_folder(out, fill)
@@ -153,14 +155,15 @@ def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
     return str(source.resolve()), "./adapter.gguf"
 
 
-def _over_merged(order: Order, merged: Path, part: Path) -> str:
+def _over_merged(order: Order, merged: Path, part: Path, out: Path) -> str:
     """FROM for the merged model: a GGUF file next to the Modelfile, else the folder, which Ollama may convert."""
     quant = order.quant or "bf16"
     model.require_quant(quant, model.TYPES, order.trained.exports / "model-bf16.gguf")
     try:
         _write_gguf(order, merged, part / "model.gguf", quant)
     except ConfigError as error:
-        order.say(f"the Modelfile names the folder {merged} and leaves the conversion to Ollama: {error}")
+        why = str(error).replace(str(part), str(out))  # the command is for later, when the folder has its name
+        order.say(f"the Modelfile names the folder {merged} and leaves the conversion to Ollama: {why}")
         return str(merged.resolve())
     return "./model.gguf"
 
@@ -184,7 +187,8 @@ def export_vllm(order: Order) -> None:
     servers.lora_rank(lora.rank)
     why = _rewritten(lora, adapter, base)
     if why:
-        out = order.place("peft")
+        out = order.trained.exports / "peft"
+        require_free(out, force=True)  # the same adapter as that of an earlier export, of which there is nothing else
         write_normal(adapter, base, out)
         order.say(f"# {why}; {out} holds the adapter as vLLM reads it")
         adapter = out

@@ -29,6 +29,12 @@ _SUFFIX = re.compile(
     r"(?=[-_.]|$)"
 )
 
+# Suffixes of copies in forms that no run reads: 4-bit ones of bitsandbytes and FP8 as makers ship it are read.
+_REFUSED = re.compile(
+    r"[-_.](gguf|mlx|dwq|awq|gptq|nvfp4|int[48]|8bit|w\d+a\d+|q\d(_[01k](_[sml])?)?|iq\d_\w+|imat|fp8[-_](dynamic|block))"
+    r"(?=[-_.]|$)"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -72,6 +78,18 @@ def known_name(path: str) -> str | None:
         return path
     account, _, model = path.lower().rpartition("/")
     return next((name for name, by in _index().get(_stem(model), ()) if account == by or account in REPACKAGERS), None)
+
+
+def is_refused_copy(path: str) -> bool:
+    """By its name, a hub id of a known model is a quantised copy that no run reads."""
+    account, _, model = path.lower().rpartition("/")
+    return known_name(path) is not None and (account == "mlx-community" or _REFUSED.search(model) is not None)
+
+
+def without_account(path: str) -> str | None:
+    """The known model whose name this is without the maker's account."""
+    name = path.lower()
+    return next((full for full in names() if "/" not in path and full.lower().rpartition("/")[2] == name), None)
 
 
 def config_of(name: str) -> dict[str, Any]:

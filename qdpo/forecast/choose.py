@@ -219,6 +219,28 @@ def smallest_fixed_part(shape: AnyShape, run: MemorySettings) -> float:
     return fixed_part(shape, lean)
 
 
+def _experts(shape: AnyShape, run: MemorySettings) -> float:
+    return sum(size for cause, size in memory.fixed(shape, run).items() if cause.startswith("experts"))
+
+
+def has_experts(shape: AnyShape, run: MemorySettings) -> bool:
+    """A mixture of experts, which are not stored in 4 bits."""
+    return _experts(shape, run) > 0
+
+
+def least(shape: AnyShape, run: MemorySettings) -> str:
+    """The smallest fixed part as words of a message, with what of it belongs to experts."""
+    experts = _experts(shape, run)
+    of_it = f" ({experts / GIB:.1f} of it experts, which are not stored in 4 bits)" if experts else ""
+    return f"{smallest_fixed_part(shape, run) / GIB:.1f} GiB before its first token{of_it}"
+
+
+def smaller(shape: AnyShape, gib: float | None) -> str:
+    """The next step for a model of which no setting fits."""
+    what = "Choose a dense model" if has_experts(shape, MemorySettings()) else "Choose a smaller model"
+    return f"{what} (`qdpo fit --gpu-gib {'N' if gib is None else f'{gib:g}'}` lists what fits)."
+
+
 def advice(ways: Sequence[Way]) -> str:
     """The ways out as words for the end of a message."""
     if not ways:

@@ -33,7 +33,7 @@ def fixed(shape: AnyShape, run: MemorySettings) -> dict[str, float]:
     e = run.element
     sizes = [inputs * outputs for inputs, outputs in shape.linears]
     stored = [nf4_bytes(size, run.double_quant) if run.quantised else float(e * size) for size in sizes]
-    tables = shape.table_weights * e * (1 if shape.tied else 2)
+    tables = e * table_numbers(shape)
     if run.host_embeddings and not shape.tied:
         tables -= shape.table_weights * e
     return {
@@ -41,6 +41,11 @@ def fixed(shape: AnyShape, run: MemorySettings) -> dict[str, float]:
         "embeddings and head": float(tables),
         **trained_bytes(adapter_numbers(shape, run.rank), run),
     }
+
+
+def table_numbers(shape: AnyShape) -> int:
+    """Numbers of all embedding tables and the head; a table that is shared counts once."""
+    return shape.tables if isinstance(shape, TracedShape) else shape.table_weights * (1 if shape.tied else 2)
 
 
 def adapter_numbers(shape: AnyShape, rank: int) -> int:

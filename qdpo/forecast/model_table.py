@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from qdpo.errors import ConfigError
 from qdpo.families.shapes import AnyShape, known_shape
+from qdpo.families.traced import TracedShape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
 from qdpo.forecast.memory import GIB, MemorySettings
@@ -11,9 +12,10 @@ from qdpo.forecast.memory import GIB, MemorySettings
 # One or two models of each size that people use, 1B to 32B.
 MODELS = (
     "google/gemma-3-1b-it", "Qwen/Qwen3.5-2B", "meta-llama/Llama-3.2-3B", "HuggingFaceTB/SmolLM3-3B",
-    "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3.5-9B",
-    "google/gemma-3-12b-it", "mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Ministral-3-14B-Instruct-2512",
-    "Qwen/Qwen3-14B", "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "google/gemma-3-27b-it",
+    "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B", "google/gemma-4-E4B-it", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B",
+    "mistralai/Ministral-3-8B-Instruct-2512", "Qwen/Qwen3.5-9B", "google/gemma-3-12b-it",
+    "mistralai/Mistral-Nemo-Instruct-2407", "mistralai/Ministral-3-14B-Instruct-2512", "Qwen/Qwen3-14B",
+    "openai/gpt-oss-20b", "mistralai/Mistral-Small-3.2-24B-Instruct-2506", "google/gemma-3-27b-it",
     "Qwen/Qwen3.5-27B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-32B",
 )  # fmt: skip
 MOST_TOKENS = 131_072
@@ -46,6 +48,19 @@ def fit_table(limit: float, *, card: str, longest: int, mean: float, rank: int =
 def without_forecast() -> list[str]:
     """Those of MODELS that have no forecast yet, and so no line."""
     return [name for name in MODELS if _shape(name) is None]
+
+
+def with_experts() -> list[str]:
+    """Those of MODELS whose experts stay in 16 bits, which makes them large on a card."""
+    run = MemorySettings()
+    shapes = ((name, _shape(name)) for name in MODELS)
+    return [name for name, shape in shapes if shape is not None and choose.has_experts(shape, run)]
+
+
+def with_kernels() -> list[str]:
+    """Those of MODELS whose estimate of time counts on packages of GPU kernels: rows that share no prompt."""
+    shapes = ((name, _shape(name)) for name in MODELS)
+    return [name for name, shape in shapes if isinstance(shape, TracedShape) and not shape.shared]
 
 
 def _shape(name: str) -> AnyShape | None:

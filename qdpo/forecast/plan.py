@@ -98,9 +98,13 @@ def make_plan(
     Without `read_data` lengths are assumed, even if a run here has prepared its pairs.
     Raises: ConfigError for a model without a known shape, an unknown card, or a limit below the fixed part.
     """
-    notes: list[str] = []
     config = resolved.config
     shape, source = shapes.of_model(str(config.model.path), revision=config.model.revision, like=like, trace=trace)
+    path = str(config.model.path)
+    notes: list[str] = []
+    if not Path(path).expanduser().exists() and known.is_refused_copy(path):
+        original = known.known_name(path)
+        notes.append(f"by its name, {path} is a quantised copy that a run refuses; take model.path={original}")
     limit_positions = None if shape.positions is None else Positions(shape.positions, has_table=False)
     config = within_positions(resolved, limit_positions, notes.append)
     cuda = config.model.device != "cpu"
@@ -118,8 +122,7 @@ def make_plan(
     if limit < smallest:
         raise ConfigError(
             f"{gib:g} GiB less {others:g} GiB for other programs is too little: {config.model.path} takes at least "
-            f"{smallest / GIB:.1f} GiB before its first token. Choose a smaller model (`qdpo fit --gpu-gib {gib:g}` "
-            "lists what fits)."
+            f"{choose.least(shape, run)}. {choose.smaller(shape, gib)}"
         )
     given = choose.given_of(config.memory, shape)
     chosen = choose.choose(shape, run, pairs.lengths, given, limit=limit)
@@ -260,7 +263,7 @@ def _stored_bytes(path: str) -> float:
 
 def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
-    tables = shape.table_weights * (1 if shape.tied else 2)
+    tables = memory.table_numbers(shape)
     numbers = memory.adapter_numbers(shape, run.rank)
     pairs = known.pairs or 0
     each = 4 + memory.STATE_BYTES[run.optimizer]
@@ -294,7 +297,7 @@ def print_plan(plan: Plan, say: Callable[[str], None]) -> None:
         say(note)
     say(f"pairs   longest {plan.known.lengths.longest:,} tokens, mean {plan.known.lengths.mean:,.0f}; {plan.known.how}")
     say(
-        f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layers kept"
+        f"rows    {chosen.tokens_per_row:,} tokens, {run.kept_layers} layer{'s' * (run.kept_layers != 1)} kept"
         + (", inputs of the others wait on the host" if run.offload else "")
         + (", embedding table on the host" if run.host_embeddings else "")
     )

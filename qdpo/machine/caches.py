@@ -16,7 +16,7 @@ from qdpo.run import disk
 from qdpo.run.disk import cache_folder
 from qdpo.train.policy.reference_cache import ERRORS, is_damage, is_intact
 
-PLACES = ("reference", "bases")
+PLACES = ("reference", "bases", "forecast")
 SHOWN_DIGITS = 12
 """Digits of a reference's name that are shown: enough to identify it."""
 
@@ -30,6 +30,8 @@ class Contents:
     bases: list[Path]
     """Converted bases, and leftovers of interrupted conversions."""
     corrupt: list[Path]
+    traces: list[Path]
+    """Traced layers of models, from which forecasts are made."""
 
 
 def contents(given: Path | None) -> Contents:
@@ -42,23 +44,28 @@ def contents(given: Path | None) -> Contents:
         references=[path for path in inside["reference"] if path.suffix == ".sqlite"],
         bases=inside["bases"],
         corrupt=[path for path in inside["reference"] if path.suffix.startswith(".corrupt-")],
+        traces=[path for path in inside["forecast"] if path.suffix == ".json"],
     )
 
 
 def list_lines(given: Path | None) -> list[str]:
-    """Tables of references, converted bases and files set aside as damaged."""
+    """Tables of references, converted bases, files set aside as damaged, and traced layers."""
     found = contents(given)
     with _disk_errors(found.folder):
         references = [_about(path) for path in found.references]
         bases = [(path.name, _size(path)) for path in found.bases if path.is_dir() and path.name[0] != "."]
         corrupt = [(path.name, _size(path)) for path in found.corrupt]
+        traces = (
+            [("forecast/", str(len(found.traces)), _readable(sum(map(_bytes, found.traces))))] if found.traces else []
+        )
     tables = [
         _table(("reference", "answers", "size", "last used", "base", "computed with"), references),
         _table(("converted base", "size"), bases),
         _table(("set aside as damaged", "size"), corrupt),
+        _table(("traced layers", "files", "size"), traces),
     ]
     if not any(tables):
-        return [f"{found.folder} has no reference log-probs and no converted models."]
+        return [f"{found.folder} has no reference log-probs, converted models or traced layers."]
     return [str(found.folder), *(line for table in tables if table for line in ("", *table))]
 
 
@@ -94,6 +101,7 @@ def clear_lines(given: Path | None, names: Sequence[str], *, corrupt: bool, ever
         whole += [(path.name, [path]) for path in found.corrupt]
     if everything:
         whole += [(f"bases/{path.name}", [path]) for path in found.bases]
+        whole += [(f"traced layers ({len(found.traces)} files)", found.traces)] if found.traces else []
     _check_inside(found.folder, [path for _, paths in whole for path in paths])
     freed = 0
     for what, paths in whole:

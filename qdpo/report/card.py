@@ -172,12 +172,20 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
         ]
     if part is not None and part.cls != part.whole:
         classes.insert(0, "AutoConfig")
+        config = f"AutoConfig.from_pretrained({', '.join(where[: 1 + bool(record.base.commit)])})"
         before += [
             f"# The adapter's names are those of the text class. For {part.whole}, which servers load,",
             "# `qdpo export --to peft` writes them.",
-            f"config = AutoConfig.from_pretrained({', '.join(where[: 1 + bool(record.base.commit)])}).text_config",
+            *(
+                [f"config = {config}.text_config"]
+                if stored is None
+                else [f"whole = {config}", "config = whole.text_config"]
+            ),
             f"config.tie_word_embeddings = {part.tied}",
         ]
+        if stored is not None:
+            kept = f" | {{'llm_int8_skip_modules': {part.kept}}}" if part.kept else ""
+            before += [f"config.quantization_config = whole.quantization_config{kept}"]
         where += ["config=config", f"key_mapping={part.key_mapping}"]
     return "\n".join(
         [
@@ -202,6 +210,8 @@ class _TextPart:
     whole: str
     key_mapping: dict[str, str]
     tied: bool
+    kept: list[str]
+    """Layers of a 4-bit folder that are plain, besides the head."""
 
 
 def _text_part(base: Path) -> _TextPart | None:
@@ -209,13 +219,18 @@ def _text_part(base: Path) -> _TextPart | None:
     try:
         if not isinstance(json.loads((base / "config.json").read_text(encoding="utf-8")).get("text_config"), dict):
             return None
+        from qdpo.model.base.load import kept_plain
         from qdpo.model.base.text_model import text_model
 
         text = text_model(base)
+        kept = kept_plain(text, base) if text.is_part and _is_four_bit(base) else []
     except (OSError, ValueError, ConfigError):
         return None
     tied = bool(getattr(text.config, "tie_word_embeddings", False))
-    return _TextPart(text.cls.__name__, text.whole.__name__, text.key_mapping, tied) if text.is_part else None
+    if not text.is_part:
+        return None
+    kept = [] if kept == ["lm_head"] else kept  # by default transformers leaves the head, and tied tables
+    return _TextPart(text.cls.__name__, text.whole.__name__, text.key_mapping, tied, kept)
 
 
 def _over_dequantised(quantization: str, method: str) -> list[str]:
@@ -223,6 +238,11 @@ def _over_dequantised(quantization: str, method: str) -> list[str]:
         f"# The adapter was trained over {quantization.upper()} made of the base's {method.upper()}. Over 16 bits made",
         "# of that it is another model; `qdpo merge` makes one model of both, in 16 bits.",
     ]
+
+
+def _is_four_bit(base: Path) -> bool:
+    stored = _stored_form(base)
+    return stored is not None and not stored.is_dequantised
 
 
 def _stored_form(base: Path) -> StoredForm | None:

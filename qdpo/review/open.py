@@ -10,9 +10,11 @@ from qdpo.data import stored
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
+from qdpo.model.base.load import model_config
 from qdpo.model.device import choose_device
 from qdpo.model.generate.generate import stop_at
 from qdpo.model.policy.adapter import Policy
+from qdpo.model.policy.lora_fit import check_part
 from qdpo.run.finished import FinishedRun, finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.watcher import Watcher
@@ -64,6 +66,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
     place = fetch.locate_base(
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
     )
+    check_part(model_config(place.folder), finished.run.adapter)
     return Reopened(finished=finished, config=config, device=device, place=place)
 
 

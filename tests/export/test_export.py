@@ -89,6 +89,8 @@ def test_vllm_commands(run: Path) -> None:
     # Its scale is rsLoRA's: the normalised adapter is written, and served in its place.
     assert words[-1] == f"a run={run}/export/peft" and words[words.index("--max-lora-rank") + 1] == "8"
     assert json.loads((run / "export" / "peft" / "adapter_config.json").read_text())["use_rslora"] is False
+    again = export(run, "--to", "vllm", "--lora")  # a command that is printed can be printed twice
+    assert again.output.splitlines()[-1] == found.output.splitlines()[-1]
 
 
 def test_layers_under_other_names_are_not_served_silently(run: Path, tmp_path: Path) -> None:
@@ -123,6 +125,7 @@ def test_another_family_names_llama_cpps_command(tmp_path: Path) -> None:
     # Ollama may convert the folder itself.
     found = export(run, "--to", "ollama")
     assert found.exit_code == 0 and "leaves the conversion to Ollama" in found.output
+    assert f"--outfile {run}/export/ollama/model.gguf" in found.output and ".tmp-" not in found.output
     assert f"FROM {run}/merged\n" in (run / "export" / "ollama" / "Modelfile").read_text()
 
 

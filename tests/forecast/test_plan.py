@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
 from qdpo.families import known
+from qdpo.families.shapes import known_shape
+from qdpo.families.traced import TracedShape
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
 from qdpo.run import identity
@@ -174,6 +177,36 @@ def test_an_original_in_fp8_is_downloaded_in_fewer_bytes() -> None:
     assert 0.5 < own / copied < 0.6
 
 
+def test_every_table_of_a_model_is_downloaded() -> None:
+    """Gemma 4's table of inputs per layer is larger than its embeddings."""
+    Path("new").mkdir()
+    Path("new/config.json").write_text(json.dumps({**known.config_of("openai/gpt-oss-20b"), "model_type": "new"}))
+    shape = known_shape("openai/gpt-oss-20b")
+    assert isinstance(shape, TracedShape)
+    more = replace(shape, tables=shape.tables + GIB)
+    found = [
+        plan("preset=7b-24gb", "model.path=new", gpu_gib=80, trace=lambda *_, one=one: one) for one in (shape, more)
+    ]
+    assert found[1].disk["model download"] - found[0].disk["model download"] == 2 * GIB
+    assert found[1].causes["embeddings and head"] - found[0].causes["embeddings and head"] == 2 * GIB
+
+
+def test_experts_that_do_not_fit_are_named() -> None:
+    message = (
+        r"37\.\d GiB before its first token \(35\.6 of it experts, which are not .* Choose a dense model \(`qdpo fit"
+    )
+    with pytest.raises(ConfigError, match=message):
+        plan("preset=7b-24gb", "model.path=openai/gpt-oss-20b")
+
+
+def test_fit_says_which_models_have_experts_and_which_need_kernels(tmp_path: Path) -> None:
+    said = qdpo("fit", "--gpu-gib", "8", cwd=tmp_path).stdout.splitlines()
+    (line,) = [line for line in said if line.startswith("experts take 16 bits")]
+    assert "openai/gpt-oss-20b" in line and "Qwen3-8B" not in line
+    (line,) = [line for line in said if line.startswith("* with the packages of GPU kernels")]
+    assert "Qwen/Qwen3.5-9B" in line and "gemma" not in line
+
+
 def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
     words = ("plan", "preset=7b-16gb", "model.path=unsloth/Qwen3-8B-unsloth-bnb-4bit")
     line = "Apache-2.0; context 32,768 tokens; thoughts: enable_thinking of its chat template"
@@ -185,6 +218,25 @@ def test_a_known_model_is_planned_with_its_facts(tmp_path: Path) -> None:
     )
     of_folder = plan("preset=7b-16gb", words[2])
     assert of_folder.facts is None and of_folder.notes == () and of_folder.causes["4-bit base"] < 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("Qwen/Qwen3-8B-AWQ", True), ("bartowski/Qwen_Qwen3-8B-GGUF", True), ("RedHatAI/Qwen3-8B-FP8-dynamic", True),
+        ("mlx-community/Qwen3-8B-4bit", True), ("RedHatAI/Qwen3-8B-quantized.w4a16", True),
+        ("unsloth/Qwen3-8B-bnb-4bit", False), ("Qwen/Qwen3-8B-FP8", False), ("Qwen/Qwen3-8B", False),
+    ],
+)  # fmt: skip
+def test_a_copy_that_no_run_reads_is_named(name: str, is_refused: bool) -> None:
+    notes = plan("preset=7b-16gb", f"model.path={name}").notes
+    assert [note for note in notes if "refuses; take model.path=Qwen/Qwen3-8B" in note] == list(notes)
+    assert bool(notes) == is_refused
+
+
+def test_a_name_without_its_account_is_completed() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean openai/gpt-oss-20b\?"):
+        plan("preset=7b-16gb", "model.path=gpt-oss-20b")
 
 
 def test_a_plan_of_a_known_model_imports_nothing_heavy() -> None:

@@ -19,7 +19,7 @@ NAMES = [identity("first weights", None, PATH), identity("second weights", "0123
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """Two references, one file set aside, one converted base, and a file that is not ours."""
+    """Two references, one file set aside, one converted base, traced layers, and a file that is not ours."""
     folder = tmp_path / "cache"
     for name, base, count in zip(NAMES, ("org/first", "org/second"), (12, 5), strict=True):
         one = ReferenceCache(folder, name, base=base)
@@ -29,6 +29,8 @@ def cache(tmp_path: Path) -> Path:
     (folder / "bases" / "llama").mkdir(parents=True)
     (folder / "bases" / "llama" / "model.safetensors").write_bytes(bytes(3 * 2**20))
     (folder / "bases" / "llama.lock").touch()
+    (folder / "forecast").mkdir()
+    (folder / "forecast" / "0123.json").write_bytes(bytes(2048))
     (folder / "notes.txt").write_text("mine")
     return folder
 
@@ -53,7 +55,8 @@ def test_ls_says_what_belongs_to_what(cache: Path) -> None:
         line = lines[name[:12]]
         assert base in line and line.split()[1] == answers and "bf16, spans, two SDPA calls, cuda" in line
     assert "adapter 0123456789ab" in lines[NAMES[1][:12]] and "adapter" not in lines[NAMES[0][:12]]
-    assert "3.0 MiB" in lines["llama"] and "4.9 KiB" in lines["old.corrupt-17"] and "notes" not in listed.stdout
+    assert "3.0 MiB" in lines["llama"] and "4.9 KiB" in lines["old.corrupt-17"]
+    assert lines["forecast/"].split() == ["forecast/", "1", "2.0", "KiB"] and "notes" not in listed.stdout
     file_of(cache, NAMES[0]).write_bytes(b"not a database, and long enough to be none" * 100)
     assert "unreadable" in command("ls", "--dir", str(cache), cache=cache.parent).stdout
     assert "has no reference" in command("ls", "--dir", str(cache / "nowhere"), cache=cache).stdout

@@ -7,6 +7,7 @@ from tests.matrix.rows import COLUMNS, Cell, Row
 
 SHOWN = tuple(name for name in COLUMNS if name != "loads")
 HEADS = {"4 bit": "in 4 bit", "LoRA": "LoRA on", "exact": "exact to", "merge": "merge", "served": "served"}
+OLD = "where they say ✘, look at `qdpo plan` and at the first lines of a run."
 GROUPS = {"text": "Text models", "folder": "Multimodal models, as folders, trained on text"}
 
 
@@ -30,6 +31,8 @@ def markdown(rows: list[Row]) -> str:
     """Both tables, and below them the reasons that their cells name by number."""
     reasons: dict[str, int] = {}
     lines: list[str] = []
+    if old := sum(not row.commit for row in rows):
+        lines += [f"The {old} rows with a ° were made before this version: {OLD}", ""]
     for kind, title in GROUPS.items():
         of_kind = [row for row in rows if row.kind == kind]
         if of_kind:
@@ -48,7 +51,7 @@ def _table(rows: list[Row], reasons: dict[str, int]) -> Iterator[str]:
     yield _line(["model", *(HEADS.get(name, name) for name in SHOWN)])
     yield _line(["---"] * (len(SHOWN) + 1))
     for row in rows:
-        yield _line([row.name, *(_shown(row, name, reasons) for name in SHOWN)])
+        yield _line([row.name if row.commit else f"{row.name} °", *(_shown(row, name, reasons) for name in SHOWN)])
 
 
 def _shown(row: Row, name: str, reasons: dict[str, int]) -> str:

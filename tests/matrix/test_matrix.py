@@ -116,6 +116,12 @@ def test_reasons_are_numbered_once() -> None:
     assert text.count("| ✘ [1] |") == 2 and text.count("1. a &lt;b>\\|c") == 1
 
 
+def test_rows_of_an_older_version_are_marked() -> None:
+    row = replace(made_up(), commit="a" * 40)
+    assert "°" not in markdown([row]) and f"| {row.name} ° |" in markdown([row, replace(row, commit="")])
+    assert "The 1 rows with a °" in markdown([row, replace(row, commit="")])
+
+
 def test_rows_are_chosen_by_name_or_part() -> None:
     chosen = script().chosen
     assert [member.key for member in chosen(["text qwen3"])] == ["text qwen3"]

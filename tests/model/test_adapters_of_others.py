@@ -1,27 +1,41 @@
 """An adapter of another kit is trained as plain PEFT means it, merges and exports so, or is refused before loading."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.export import plain_peft
 from qdpo.export.gguf.adapter import write_gguf_adapter
 from qdpo.export.merge.lora import read_lora
+from qdpo.export.merge.source import open_source
 from qdpo.model.base import quant
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import model_config
+from qdpo.model.base.text_model import text_model
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, lora_fit
 from qdpo.model.policy.adapter_source import check_adapter, model_name
-from tests.conftest import save_tiny_base
+from qdpo.review.open import reopen
+from qdpo.run.finished import finished_run
+from qdpo.run.folder import RunDir
+from qdpo.run.record import read_record, write_record
+from qdpo.train.start.open_run import _check_weights
+from tests.conftest import Quiet, save_tiny_base
+from tests.export.runs import adapt
 from tests.model.adapters import CONFIG, WEIGHTS, edited, load, logits, make, with_tensors, write_config
+from tests.model.multimodal import save_folder, whole_model
+from tests.run.made import write_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT thinks little of some of these itself
 Q, A, B = "base_model.model.model.layers.0.self_attn.q_proj", ".lora_A.weight", ".lora_B.weight"
@@ -357,3 +371,35 @@ def test_a_config_alone_is_no_adapter(base: Path, tmp_path: Path) -> None:
     write_config(tmp_path)
     with pytest.raises(ConfigError, match="not a sound safetensors file"):
         check(tmp_path, base)
+
+
+def test_an_adapter_over_a_whole_checkpoint_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
+    base = save_folder(whole_model("gemma3"), tmp_path / "base")
+    auto: Any = AutoModelForImageTextToText
+    over = auto.from_pretrained(base)
+    adapt(over, target_modules=r".*language_model.*\.(q_proj|down_proj)").save_pretrained(tmp_path / "whole")
+    run = make_records(tmp_path / "run", base, tmp_path / "whole")
+    place = BaseFolder(base, str(base), str(base), None, None, None)
+    for act in (
+        lambda: check_adapter(str(tmp_path / "whole"), ["all-linear"], place, print),
+        lambda: reopen(run.path, ["memory.tokens_per_row=512"], Quiet()),
+        lambda: open_source(finished_run(run.path), print),
+        lambda: plain_peft.write_normal(run.adapter, base, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"over the whole checkpoint \(Gemma3ForConditionalGeneration\).* 8 of its 8"
+        ):
+            act()
+    loaded: Any = SimpleNamespace(weights="other", marks={})
+    write_record(run, replace(read_record(run), weights="one"))
+    with pytest.raises(ConfigError, match=r"qdpo 0\.1 loaded the whole checkpoint \(Gemma3ForConditionalGeneration\)"):
+        _check_weights(run, place, loaded, text_model(base))
+
+
+def make_records(path: Path, base: Path, adapter: Path) -> RunDir:
+    """A finished run as 0.1.0 left it over a multimodal checkpoint."""
+    run = RunDir(path)
+    run.path.mkdir()
+    shutil.copytree(adapter, run.adapter)
+    write_records(run, base, ["data.path=unused.jsonl", "model.device=cpu", "model.quantization=none"], marks={})
+    return run

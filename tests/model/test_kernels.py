@@ -17,7 +17,7 @@ from qdpo.machine import doctor
 from qdpo.model.base.config_values import check_values
 from qdpo.model.policy import kernels
 from qdpo.model.policy.kernels import KernelUse
-from tests.conftest import ROOT
+from tests.conftest import ROOT, qdpo
 from tests.model.families import SEPARATE, SHARED
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
@@ -119,3 +119,20 @@ def test_adapters_hold_with_the_packages_installed_and_nothing_is_downloaded(tmp
         [sys.executable, "-c", WITH_FAKES], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.stdout.split() == ["DONE"], done.stdout + done.stderr
+
+
+def test_a_plan_that_traces_is_quiet_and_downloads_nothing(tmp_path: Path) -> None:
+    for name, content in FAKE.items():
+        if name.startswith("kernels"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content, encoding="utf-8")
+    config = hf.ArceeConfig(
+        vocab_size=160, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, architectures=["ArceeForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "base")
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "QDPO_CACHE": str(tmp_path / "cache")}
+    for said in (["forecast:"], []):
+        done = qdpo("plan", "preset=7b-8gb", "model.path=base", cwd=tmp_path, **environment)
+        assert done.returncode == 0 and "FITS" in done.stdout and "DOWNLOAD" not in done.stdout, done.stderr
+        assert [line.split()[0] for line in done.stderr.splitlines()] == said

@@ -1,6 +1,7 @@
 """The model card: the code in it loads what was trained."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from qdpo.data.tokens.sieve import save_pairs
 from qdpo.model.base import quant
@@ -16,10 +18,14 @@ from qdpo.model.device import DTYPES
 from qdpo.report.card import card_text
 from qdpo.review.open import reopen, tuned
 from qdpo.run.finished import finished_run
+from qdpo.run.folder import RunDir
+from qdpo.run.record import file_record, model_files
 from tests.conftest import Quiet, save_tiny_base
-from tests.export.runs import make_run
+from tests.export.runs import adapt, make_run
 from tests.model.families import pairs
-from tests.model.packed import save_original
+from tests.model.multimodal import save_folder, whole_model
+from tests.model.packed import STATIC, pack, save_original
+from tests.run.made import write_records
 
 IDS = torch.tensor([[5, 9, 40, 7, 11, 23]])
 
@@ -71,6 +77,38 @@ def test_the_code_for_an_original_dequantises_it(name: str, tmp_path: Path) -> N
     if name == "ministral3":
         four = make_run(tmp_path / "four", base, quantization="nf4", dtype="bf16", target_modules=["q_proj"])
         assert "was trained over NF4 made of the base's FP8" in card_text(finished_run(four.path))
+
+
+@pytest.mark.parametrize("form", ["fp8", "bitsandbytes"])
+def test_the_code_for_a_text_part_reads_its_form_from_the_whole_checkpoint(form: str, tmp_path: Path) -> None:
+    plain = save_folder(whole_model("mistral3"), tmp_path / "plain")
+    if form == "fp8":
+        base = pack(plain, tmp_path / "base", STATIC)
+    else:
+        left = ["lm_head", "vision_tower", "multi_modal_projector", "model.language_model.layers.1.mlp.up_proj"]
+        auto: Any = AutoModelForImageTextToText
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=left)
+        whole = auto.from_pretrained(plain, quantization_config=settings, dtype=torch.float32)
+        base = shutil.copytree(plain, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        whole.save_pretrained(base)
+    own = load_base(
+        base, quantization="none", double_quant=True, dtype="fp32", device=torch.device("cpu"), attention_name=None,
+        announce=lambda line: None,
+    )  # fmt: skip
+    bare = own(IDS).logits
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    adapted = adapt(own, target_modules=["q_proj"])
+    adapted.save_pretrained(run.adapter)
+    files = {str(file.resolve()): file_record(file) for file in model_files(base)}
+    words = ["model.quantization=none", "data.path=unused.jsonl", "model.device=cpu"]
+    write_records(run, base, words, dtype="fp32", files=files, marks={})
+    names: dict[str, Any] = {}
+    exec(code_of(card_text(finished_run(run.path)), base, run.adapter), names)
+    quant.settle(names["base"], torch.float32)
+    with torch.no_grad():
+        shown, expected = names["model"](IDS).logits, adapted(IDS).logits
+    assert torch.equal(shown, expected) and not torch.equal(shown, bare)
 
 
 def test_the_code_names_the_form_that_was_trained(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from qdpo.model.base import fetch, quant
 from qdpo.model.base.dequantise import Dequantised, plain_tensors
 from qdpo.model.base.quant import FourBit
 from qdpo.model.base.tensor_files import Stored
-from qdpo.model.base.text_model import skeleton
+from qdpo.model.base.text_model import model_config, skeleton
 from qdpo.model.base.weight_names import FolderNames, float32_parameters, folder_names
 from qdpo.model.device import DTYPES
+from qdpo.model.policy.lora_fit import check_part
 from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
 from qdpo.run.folder import RunDir
@@ -89,6 +90,7 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     """
     run, record, settings = finished.run, finished.record, finished.config()
     place = _locate(finished, settings, say)
+    check_part(model_config(place), run.adapter)
     deltas = read_lora(run.adapter).layers
     tensors = plain_tensors(place)
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))

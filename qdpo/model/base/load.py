@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
 from transformers.utils.logging import disable_progress_bar
@@ -19,11 +20,10 @@ from qdpo.model.base.expected import check_loaded, check_strays
 from qdpo.model.base.finite import check_files_finite, check_finite
 from qdpo.model.base.folder import read_json, weight_files
 from qdpo.model.base.foreign import reading
-from qdpo.model.base.headers import AGAIN
-from qdpo.model.base.text_model import TextModel, text_model
+from qdpo.model.base.headers import AGAIN, tensors_of
+from qdpo.model.base.text_model import TextModel, skeleton, text_model
 from qdpo.model.base.text_model import model_config as model_config
 from qdpo.model.base.tokenizer import load_tokenizer as load_tokenizer
-from qdpo.model.base.weight_renames import module_name
 from qdpo.model.device import DTYPES
 from qdpo.run.watcher import Say
 
@@ -86,9 +86,23 @@ def _as_stored(text: TextModel, folder: Path) -> Any:
     config, outer = copy.deepcopy(text.config), read_json(folder / "config.json")
     stored, form = settings_of(outer), stored_form(outer, f"The folder {str(folder)!r}")
     if form is not None and not form.is_dequantised:
-        left = [module_name(one, text.decoder, text.key_mapping) for one in stored.get("llm_int8_skip_modules") or ()]
+        left = kept_plain(text, folder) if text.is_part else stored.get("llm_int8_skip_modules")
         config.quantization_config = {**stored, "llm_int8_skip_modules": left} if left else stored
     return config
+
+
+def kept_plain(text: TextModel, folder: Path) -> list[str]:
+    """Linear layers of a folder's text model, with the head, that its files hold in plain numbers.
+
+    The names in config.json are those of the class, and of the release of transformers, that wrote the folder.
+    """
+    files = tensors_of(folder, weight_files(folder))
+    found = []
+    for name, module in skeleton(text).named_modules():
+        made_of = text.sources.get(f"{name}.weight", ())
+        if isinstance(module, nn.Linear) and not any(f"{one}.absmax" in files for one in made_of):
+            found.append(name)
+    return found
 
 
 def _token_ids_of(config: GenerationConfig) -> GenerationConfig:

@@ -58,16 +58,6 @@ def plain_names(stored: Collection[str]) -> set[str]:
     }
 
 
-def module_name(name: str, decoder: str, key_mapping: Mapping[str, str]) -> str:
-    """The name in the model of a module that a config names as the files do, or as the whole checkpoint's class."""
-    found = renamed(f"{name}.", key_mapping)
-    for form in sorted(FORMS, key=len, reverse=True) if found == f"{name}." else ():
-        if found.startswith(form):
-            found = f"{decoder}.{found.removeprefix(form)}"
-            break
-    return found.removesuffix(".")
-
-
 def _places(model: Any, decoder: str, names: Collection[str]) -> list[str]:
     """Beginnings of names behind which the decoder's embedding table is stored, or usually is."""
     tail = _table_name(model).removeprefix(f"{decoder}.")

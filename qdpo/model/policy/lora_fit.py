@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from qdpo.errors import ConfigError
 from qdpo.model.base import text_model
 from qdpo.model.policy.lora_config import CONFIG, WEIGHTS, check_adapter_folder, is_text
-from qdpo.model.policy.lora_file import PREFIX, tensor_forms
+from qdpo.model.policy.lora_file import PREFIX, module_of, tensor_forms
 from qdpo.model.policy.peft_names import adapt
 
 # PEFT raises any of these for a config that does not fit a model.
@@ -53,6 +53,7 @@ def check_fit(config: Any, folder: Path) -> None:
     Raises: ConfigError, also for what PEFT would leave out without a word.
     """
     fields = check_adapter_folder(folder)
+    check_part(config, folder)
     base = skeleton(config)
     check_patterns(base, fields, folder / CONFIG)
     named = fields.get("target_modules") or []
@@ -76,6 +77,27 @@ def check_fit(config: Any, folder: Path) -> None:
                 f"{list(expected[name])}. The adapter belongs to another base, or to other settings."
             )
     _check_sets(set(forms), set(expected), folder)
+
+
+def check_part(config: Any, folder: Path) -> None:
+    """Refuses an adapter over the whole class of a checkpoint of which qdpo loads the text model alone.
+
+    Raises: ConfigError with the two classes and a way out.
+    """
+    text = text_model.text_model_of(config)
+    if not text.is_part:
+        return
+    decoder = text_model.skeleton(text).get_submodule(text.decoder)
+    inside = tuple(f"{text.decoder}.{name}." for name, _part in decoder.named_children())
+    layers = sorted({module_of(name) for name in tensor_forms(folder)})
+    lost = [name for name in layers if not f"{name}.".startswith(inside)]
+    if lost:
+        raise ConfigError(
+            f"The adapter in {folder} was made over the whole checkpoint ({text.whole.__name__}), as by other programs "
+            f"and by qdpo 0.1: {len(lost)} of its {len(layers)} layers, such as {lost[0]}, are not named as layers of "
+            f"the text model ({text.cls.__name__}), which is all that is loaded here. Merge it over "
+            f"{text.whole.__name__} with PEFT (merge_and_unload), and give the merged model as model.path."
+        )
 
 
 def attach(base: Any, fields: dict[str, Any], folder: Path, *, empty: bool = False) -> Any:
@@ -238,6 +260,6 @@ def _check_sets(held: set[str], expected: set[str], folder: Path) -> None:
 
 
 __all__ = [
-    "PREFIX", "adapted_layers", "attach", "check_fit", "check_names", "check_patterns", "full_config",
+    "PREFIX", "adapted_layers", "attach", "check_fit", "check_names", "check_part", "check_patterns", "full_config",
     "lora_config", "saved_state", "scale_of", "scales", "skeleton", "stated_scales",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def _find(config: Mapping[str, Any], source: str, place: Path, say: Say) -> Trac
     full = traced.key_of(built.to_dict())
     found = traced.shipped(full) or _stored(full, place)
     if found is None:
-        say(f"forecast: the layers of {source} are traced, which takes some seconds, once")
+        say(f"forecast: tracing one layer of each kind, from {source}; this takes from seconds to a minute, once")
         found = trace_layers(built, full, source)
     for name in {key, full}:
         try:

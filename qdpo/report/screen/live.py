@@ -172,6 +172,7 @@ def print_result(run: RunDir, result: Result, console: Console, *, held_out: int
     )
     commands = {
         f"qdpo report {run.path}": "a page that says whether it worked: curves, findings, answers",
+        f"qdpo merge {run.path}": "one model to serve, compared with what was trained; then `qdpo export`",
         f"qdpo eval {run.path}": "score it again, or score it on other pairs (data.path=…)",
         "qdpo runs" if run.path.parent == Path("runs") else f"qdpo runs {run.path.parent}": "list all runs",
         "qdpo run … --fresh": "train again with the same settings",

@@ -121,10 +121,10 @@ def refuse_hopeless(config: RunConfig, model_config: Mapping[str, Any], device: 
     needed, limit = choose.smallest_fixed_part(shape, run), _limit(config, available(device))
     if needed > limit:
         raise OutOfMemoryError(
-            f"{config.model.path} does not fit: it takes at least {needed / GIB:.1f} GiB before the first token, but "
-            f"only {limit / GIB:.1f} GiB of {device} can be planned for "
-            f"({_of_what(available(device), config.memory.limit_gib)}). Its weights were not downloaded. Choose a "
-            "smaller model; `qdpo fit --gpu-gib N` lists what fits."
+            f"{config.model.path} does not fit: it takes at least {choose.least(shape, run)}, but only "
+            f"{limit / GIB:.1f} GiB of {device} can be planned for "
+            f"({_of_what(available(device), config.memory.limit_gib)}). Its weights were not downloaded. "
+            f"{choose.smaller(shape, None)}"
         )
 
 

@@ -21,7 +21,7 @@ from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer
-from qdpo.model.base.text_model import check_text_model, text_model
+from qdpo.model.base.text_model import TextModel, check_text_model, text_model
 from qdpo.model.base.tokenizer_files import tokenizer_files
 from qdpo.model.device import choose_device, choose_dtype, use_deterministic_kernels
 from qdpo.model.generate.generate import stop_at
@@ -141,7 +141,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         layers=found.adapted, of_0_1=found.adapted is None,
     )  # fmt: skip
     watcher.finish()
-    _check_weights(run, folder, loaded)
+    _check_weights(run, folder, loaded, text)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     names = {"name": loaded.reference_name, "older": loaded.older_name}
     cache = ReferenceCache(cache_dir, **names, base=folder.name, say=say)
@@ -221,12 +221,17 @@ def plan_run(job: Job) -> RunLength:
     return plan
 
 
-def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded) -> None:
+def _check_weights(run: RunDir, folder: BaseFolder, loaded: Loaded, text: TextModel) -> None:
     kept = read_record(run)
     if kept.weights not in (None, loaded.weights):
+        why = "Put the model back, or start again with `--fresh`."
+        if text.is_part and kept.found.adapted is None:
+            why = (
+                f"qdpo 0.1 loaded the whole checkpoint ({text.whole.__name__}), with LoRA in its other parts too; this "
+            )
+            why += f"version trains {text.cls.__name__} alone. Start again with `--fresh`, or finish it with qdpo 0.1."
         raise ConfigError(
-            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. Put the model "
-            "back, or start again with `--fresh`."
+            f"The weights loaded from {folder.folder} are not those that {run.path} was started with. {why}"
         )
     write_record(run, replace(kept, weights=loaded.weights, four_bit=loaded.marks))
 
