@@ -43,6 +43,7 @@ class TrainedRun:
         base = self.record.base
         if Path(base.folder).is_dir():
             return Path(base.folder)
+        self.finished.check_base()
         revision = base.commit or self.finished.config().model.revision
         return fetch.locate_base(
             base.source, revision=revision, cache_dir=self.finished.cache, announce=announce

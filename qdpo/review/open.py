@@ -63,6 +63,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
         raise ConfigError("memory.tokens_per_row=auto works only in training. Give a number, or leave it out.")
     device = choose_device(config.model.device, watcher.say)
     revision = record.base.commit or config.model.revision
+    finished.check_base()
     place = fetch.locate_base(
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
     )

@@ -50,6 +50,16 @@ class FinishedRun(KnownRun):
 
     result: Result
 
+    def check_base(self) -> None:
+        """Raises: ConfigError if the base was a folder of this machine and is gone; the hub has no part in it."""
+        base, given = self.record.base, self.record.base.source
+        is_local = base.commit is None and base.name == base.folder and not given.startswith("pypi:")
+        if is_local and not Path(base.folder).is_dir() and not Path(given).expanduser().exists():
+            raise ConfigError(
+                f"The base of {self.run.path} is not there: it was trained over the folder {base.folder} (from "
+                "model.path). Put the folder back, or a link to the place where it is now."
+            )
+
 
 def is_finished(run: RunDir) -> bool:
     """True if the run has its result, which is written last, and still has its adapter."""

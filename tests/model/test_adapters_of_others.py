@@ -19,6 +19,7 @@ from qdpo.export import plain_peft
 from qdpo.export.gguf.adapter import write_gguf_adapter
 from qdpo.export.merge.lora import read_lora
 from qdpo.export.merge.source import open_source
+from qdpo.export.trained import TrainedRun
 from qdpo.model.base import quant
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import model_config
@@ -403,3 +404,15 @@ def make_records(path: Path, base: Path, adapter: Path) -> RunDir:
     shutil.copytree(adapter, run.adapter)
     write_records(run, base, ["data.path=unused.jsonl", "model.device=cpu", "model.quantization=none"], marks={})
     return run
+
+
+def test_a_base_that_was_moved_is_not_looked_for_on_the_hub(base: Path, plain: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    run = make_records(tmp_path / "run", moved, plain)
+    for act in (
+        lambda: reopen(run.path, ["memory.tokens_per_row=512"], Quiet()),
+        lambda: open_source(finished_run(run.path), print),
+        lambda: TrainedRun(finished_run(run.path)).base(print),
+    ):
+        with pytest.raises(ConfigError, match=r"The base of .* is not there: it was trained over the folder .*moved"):
+            act()

@@ -116,6 +116,7 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
 
 
 def _locate(finished: FinishedRun, settings: RunConfig, say: Callable[[str], None]) -> Path:
+    finished.check_base()
     place = fetch.locate_base(
         str(settings.model.path),
         revision=finished.record.base.commit or settings.model.revision,
