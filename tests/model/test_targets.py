@@ -218,6 +218,9 @@ def test_names_that_peft_takes_for_experts_mean_the_layers_of_that_name(names: l
 class Tuple(nn.Linear):
     """A linear layer of a family unknown here, which returns more than a product."""
 
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x
+
 
 class Block(nn.Module):
     def __init__(self, *, experts: bool) -> None:
@@ -251,6 +254,17 @@ def test_an_unknown_family_is_read_by_its_structure() -> None:
     assert {label: len(found) for label, found in chosen.left.items()} == {
         "special linear layer": 2, "router": 1, "experts": 2, "eye": 1,
     }  # fmt: skip
+
+
+def test_a_class_of_its_own_that_computes_as_a_linear_layer_is_one() -> None:
+    """Falcon's layers are a subclass that multiplies in another order; Llama 4's router returns a tuple."""
+    with torch.device("meta"):
+        falcon = hf.AutoModelForCausalLM.from_config(
+            hf.FalconConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        )
+    layers = {name for name, module in falcon.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
+    assert type(falcon.transformer.h[0].mlp.dense_h_to_4h) is not nn.Linear
+    assert set(lora_targets(falcon).adapted) == layers and len(layers) == 8
 
 
 def test_the_line_on_screen() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -171,7 +172,25 @@ def unusual(model: Any, chosen: LoraTargets, decoder: str | None = None) -> dict
 
 def is_plain(module: nn.Module) -> bool:
     """True for y = x Wᵀ + b in 4, 8, 16 or 32 bits; a subclass may return tuples or work in groups."""
-    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ in QUANTISED
+    if type(module) in (nn.Linear, Conv1D) or type(module).__name__ in QUANTISED:
+        return True
+    return isinstance(module, nn.Linear) and _computes_as_linear(module)
+
+
+def _computes_as_linear(module: nn.Linear) -> bool:
+    """True if the class's own forward gives x Wᵀ + b, tried with a small weight in the place of the module's."""
+    small = nn.Linear(3, 2)
+    weights = {"in_features", "out_features", "_parameters", "_buffers", "_modules", "forward"}
+    small.__dict__.update({name: value for name, value in vars(module).items() if name not in weights})
+    small.__class__ = type(module)
+    x = torch.linspace(-1, 1, 12).view(1, 4, 3)
+    with torch.no_grad():
+        expected = nn.functional.linear(x, small.weight, small.bias)
+        try:
+            found: object = type(module).forward(small, x)
+        except Exception:  # its forward needs more than weight and bias
+            return False
+        return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def size(module: Any) -> tuple[int, int]:
