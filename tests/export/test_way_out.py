@@ -21,8 +21,8 @@ Train = Callable[..., tuple[Any, Quiet]]
 WAYS = {
     "gemma4": "merged folder (Gemma4ForConditionalGeneration), GGUF by llama.cpp's convert_hf_to_gguf.py, adapter for "
     "PEFT and vLLM under model.language_model.*",
-    "gemma3": "merged folder (Gemma3ForConditionalGeneration), GGUF, adapter for PEFT and vLLM under "
-    "model.language_model.*",
+    "gemma3": "merged folder (Gemma3ForConditionalGeneration), GGUF by llama.cpp's convert_hf_to_gguf.py, adapter for "
+    "PEFT and vLLM under model.language_model.*",
 }
 
 
