@@ -34,7 +34,7 @@ TRIED = [
     "text llama", "text qwen3", "text gemma3 (text)", "text phi3", "text ministral3", "text olmo3",
     "text qwen3_5 (text)", "text qwen3_moe", "text glm4_moe_lite", "text gpt_oss", "text gemma4 (text, experts)",
     "text gemma4 (text, shared K and V)", "text llama4 (text)", "text granitemoehybrid", "text lfm2",
-    "text nemotron_h", "text falcon_h1", "text olmo_hybrid", "text nanochat",
+    "text nemotron_h", "text falcon_h1", "text olmo_hybrid", "text deepseek_v32", "text nanochat",
     *(member.key for member in MEMBERS if member.kind == "folder"),
 ]  # fmt: skip
 

@@ -95,7 +95,8 @@ def _widened(module: nn.Module, forward: Callable[..., Any], *inputs: Any, **nam
 
 
 def _linear(layer: nn.Linear, dense: Callable[[Any], Tensor], x: Tensor) -> Tensor:
-    return nn.functional.linear(x, dense(layer), None if layer.bias is None else layer.bias.float())
+    # Some models cast the input to the type of the weight, which stays as it is (DeepSeek V3.2's indexer).
+    return nn.functional.linear(x.float(), dense(layer), None if layer.bias is None else layer.bias.float())
 
 
 def _write(model: Any, token_1T: Tensor, length: int, rows: int, out: BinaryIO) -> None:
