@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 RANK = 16
+# Bytes of the compute type in the traces.
+ELEMENT = 2
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
-VERSION = 2
+VERSION = 3
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
-# Row sizes of the traces: tokens (the last for shared rows alone: single answers are shorter); the share of prompts
-# among them; pairs, where the number of pairs matters.
+# Sizes of the traces: tokens of a row, or of a sequence where answers are computed one by one (whole chunks of any
+# recurrent layer); the share of prompts among them; pairs, where the number of pairs matters.
 TOKENS = (128, 512, 1024, 2048, 4096, 16384)
+SEQUENCES = (256, 512, 1024, 2048, 4096)
 SHARES = (1 / 16, 15 / 16)
 PAIRS = (1, 4)
 # Fields of a config that change neither the size of a tensor nor the code that runs.
@@ -44,20 +48,23 @@ class Moments:
     backward: float
     """The most during its backward pass, when all behind it is gone."""
 
+    @property
+    def values(self) -> tuple[float, float, float]:
+        return self.stays, self.forward, self.backward
+
     def toward(self, other: "Moments", share: float) -> "Moments":
         """The moments at a share of the way to `other`, or beyond it."""
-        pairs = zip(_values(self), _values(other), strict=True)
+        pairs = zip(self.values, other.values, strict=True)
         return Moments(*(here + share * (there - here) for here, there in pairs))
 
     def plus(self, stays: float, forward: float, backward: float) -> "Moments":
         return Moments(self.stays + stays, self.forward + forward, self.backward + backward)
 
     def times(self, factor: float) -> "Moments":
-        return Moments(*(factor * value for value in _values(self)))
+        return Moments(*(factor * value for value in self.values))
 
 
-def _values(moments: Moments) -> tuple[float, float, float]:
-    return moments.stays, moments.forward, moments.backward
+NOTHING = Moments(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -65,17 +72,23 @@ class Traces:
     """Moments by row size: at [tokens][share of prompts][pairs]; one share or one number of pairs: no difference."""
 
     at: tuple[tuple[tuple[Moments, ...], ...], ...]
+    sizes: tuple[int, ...] = TOKENS
+    chunk: int = 1
+    """A recurrent layer fills its last chunk up to so many tokens."""
+    token: Moments = NOTHING
+    """Bytes of a token that begins no chunk."""
 
     def of(self, tokens: float, prompts: float, pairs: float) -> Moments:
         """The moments of a row: between traced sizes on a line, beyond them on that line or on its bend."""
         share = (prompts / max(tokens, 1) - SHARES[0]) / (SHARES[1] - SHARES[0])
-        points, sizes = [self._of_share(place, share, pairs) for place in range(len(self.at))], TOKENS[: len(self.at)]
-        high = min(max(bisect_right(sizes, tokens), 1), len(sizes) - 1)
+        points, sizes = [self._of_share(place, share, pairs) for place in range(len(self.at))], self.sizes
+        filled = math.ceil(tokens / self.chunk) * self.chunk if self.chunk > 1 else tokens
+        high = min(max(bisect_right(sizes, filled), 1), len(sizes) - 1)
         low = high - 1
-        found = points[low].toward(points[high], (tokens - sizes[low]) / (sizes[high] - sizes[low]))
-        if tokens > sizes[-1]:
-            found = found.plus(*_bends(points, sizes, tokens))
-        return found
+        found = points[low].toward(points[high], (filled - sizes[low]) / (sizes[high] - sizes[low]))
+        if filled > sizes[-1]:
+            found = found.plus(*_bends(points, sizes, filled))
+        return found.plus(*self.token.times(tokens - filled).values)
 
     def _of_share(self, place: int, share: float, pairs: float) -> Moments:
         by_pairs = [_line(one, PAIRS, pairs) for one in self.at[place]]
@@ -94,7 +107,7 @@ def _bends(points: Sequence[Moments], sizes: Sequence[int], tokens: float) -> li
     """Bytes above the last line for what grows with the square of the tokens, from the last three traces."""
     first, second, third = sizes[-3:]
     found = []
-    for one, two, three in zip(*map(_values, points[-3:]), strict=True):
+    for one, two, three in zip(*(point.values for point in points[-3:]), strict=True):
         bend = ((three - two) / (third - second) - (two - one) / (second - first)) / (third - first)
         found.append(max(0.0, bend) * (tokens - second) * (tokens - third))
     return found
@@ -162,6 +175,12 @@ class TracedShape:
         return self.vocabulary * self.hidden
 
     @cached_property
+    def copies(self) -> int:
+        """Hidden states that a layer hands on per token: of Gemma 3n four, of all others one."""
+        size = self.kinds[0].recomputed.sizes[-1]
+        return int(self.kinds[0].recomputed.of(size, 0, 1).stays / (ELEMENT * size * self.hidden)) or 1
+
+    @cached_property
     def weights(self) -> tuple[Weights, ...]:
         """The weights of every layer, and those outside of them."""
         return (*(self.kinds[place].weights for place in self.order), self.outside)
@@ -216,12 +235,14 @@ def to_json(shape: TracedShape) -> dict[str, Any]:
     return plain | {name: _packed(plain[name]) for name in _AROUND}
 
 
-def _packed(traces: Mapping[str, Any]) -> list[Any]:
-    return [[[[round(one[name]) for name in one] for one in pairs] for pairs in shares] for shares in traces["at"]]
+def _packed(traces: Mapping[str, Any]) -> dict[str, Any]:
+    at = [[[[round(one[name]) for name in one] for one in pairs] for pairs in shares] for shares in traces["at"]]
+    return {**traces, "at": at, "token": list(traces["token"].values())}
 
 
-def _unpacked(packed: Sequence[Any]) -> Traces:
-    return Traces(tuple(tuple(tuple(Moments(*one) for one in pairs) for pairs in shares) for shares in packed))
+def _unpacked(packed: Mapping[str, Any]) -> Traces:
+    at = tuple(tuple(tuple(Moments(*one) for one in pairs) for pairs in shares) for shares in packed["at"])
+    return Traces(at, tuple(packed["sizes"]), packed["chunk"], Moments(*packed["token"]))
 
 
 def _weights(plain: Mapping[str, Any]) -> Weights:

@@ -12,9 +12,6 @@ from qdpo.families import traced
 from qdpo.families.traced import LayerKind, Moments, TracedShape
 from qdpo.forecast.sizes import MemorySettings, RowSize, nf4_bytes, trained_bytes
 
-# Bytes of the compute type in the traces.
-TRACED_ELEMENT = 2
-
 
 def fixed(shape: TracedShape, run: MemorySettings) -> dict[str, float]:
     """Bytes on the device before a step, by cause."""
@@ -46,7 +43,7 @@ class _Sized:
 @lru_cache(maxsize=4096)
 def _sized(shape: "_ById", tokens: float, prompts: float, pairs: float, rank: int, element: int) -> _Sized:
     model = shape.model
-    factor = element / TRACED_ELEMENT
+    factor = element / traced.ELEMENT
 
     def found(traces: traced.Traces) -> Moments:
         return traces.of(tokens, prompts, pairs).times(factor)
@@ -109,11 +106,11 @@ def _instants(shape: TracedShape, run: MemorySettings, row: RowSize) -> Iterator
         tokens, prompts, pairs = row.keys / sequences, 0, 1
     sized = _sized(_ById(shape), tokens, prompts, pairs, run.rank, e)
     layers, kept = shape.layers, min(run.kept_layers, shape.layers)
-    parked = e * tokens * hidden if run.offload else 0.0
+    parked = e * tokens * hidden * shape.copies if run.offload else 0.0
     # Ids, positions, labels and metrics per token are small and of no layer.
     around = sized.before.stays + 80.0 * row.responses
     left_kept = sum(sized.kept[place].stays for place in shape.order[layers - kept :])
-    left_inputs = sum(sized.recomputed[place].stays - parked for place in shape.order[: layers - kept])
+    left_inputs = sum(max(0.0, sized.recomputed[place].stays - parked) for place in shape.order[: layers - kept])
     after = sized.after if kept == layers else sized.after_recomputed
     lives_on = after.stays - sized.after.stays
     others = sequences - 1
@@ -128,7 +125,7 @@ def _instants(shape: TracedShape, run: MemorySettings, row: RowSize) -> Iterator
         more = (parked if number else 0.0) if recomputed else lives_on
         yield _Instant(so_far_kept, so_far_inputs, base + max(one.forward, one.backward + joined + more))
         so_far_kept += 0.0 if recomputed else one.stays
-        so_far_inputs += one.stays - parked if recomputed else 0.0
+        so_far_inputs += max(0.0, one.stays - parked) if recomputed else 0.0
     yield _Instant(so_far_kept, so_far_inputs, base + max(after.forward, after.backward + joined))
     rows = min(row.responses, max(16, run.tile_mib * 2**20 // (shape.vocabulary * 12)))
     tile = rows * shape.vocabulary * 12.0 + e * row.responses * hidden * (2 if others else 1)

@@ -188,7 +188,8 @@ def computed_sequences(shape: AnyShape, row: RowSize) -> int:
 def host_bytes(shape: AnyShape, run: MemorySettings, row: RowSize) -> dict[str, float]:
     """Host memory by cause, of a run on a card; the process itself is an estimate, not measured yet."""
     waiting = shape.layers - min(run.kept_layers, shape.layers) if run.offload else 0
-    buffer = run.element * computed_tokens(shape, row) * shape.hidden
+    copies = shape.copies if isinstance(shape, TracedShape) else 1
+    buffer = run.element * computed_tokens(shape, row) * shape.hidden * copies
     return {
         "process and libraries": 3.0 * GIB,
         # Pinned blocks are rounded up to a power of two.

@@ -1,5 +1,6 @@
 """Forecasts from traced layers, held against the step on fake tensors, against the formulas, and kept in the cache."""
 
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,14 @@ EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "
 LINEAR = {
     "linear_num_value_heads": 8, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
+MAMBA = {
+    "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 16, "mamba_d_head": 64, "mamba_expand": 2,
+    "num_local_experts": 0, "shared_intermediate_size": 1408,
+}  # fmt: skip
+ALTUP = {
+    "layer_types": MIXED, "vocab_size_per_layer_input": 8192, "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0] * 4,
 }  # fmt: skip
 RUNS = [
     (MemorySettings(kept_layers=0), RowSize(1024, 400, 4)),
@@ -84,6 +93,7 @@ SLOW = {
     "hunyuan_v1_dense": {}, "cohere2": {"layer_types": MIXED}, "helium": {}, "arcee": {}, "apertus": {},
     "starcoder2": {}, "nanochat": {}, "gemma4_text": {"layer_types": MIXED, "global_head_dim": 128},
     "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS, "qwen3_5_text": LINEAR, "mixtral": EXPERTS,
+    "granitemoehybrid": MAMBA,
 }  # fmt: skip
 
 
@@ -92,6 +102,17 @@ SLOW = {
 @pytest.mark.parametrize("family", SLOW)
 def test_the_forecast_of_any_family_is_the_traced_step(family: str) -> None:
     check(content(family, **SLOW[family]), RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_all_copies_of_a_hidden_state_wait_in_host_memory() -> None:
+    run, row = MemorySettings(kept_layers=0, offload=True), RowSize(2048, 800, 4)
+    plain = content("gemma3n_text", **ALTUP)
+    shape = check(plain, [*RUNS, (run, row)])
+    assert shape.copies == 4
+    host = trace.trace_peak(read_config(plain, "here"), run, row)["host"]
+    assert memory.host_bytes(shape, run, row)["inputs of recomputed layers"] == host
 
 
 def test_values_of_another_width_keep_no_scores() -> None:
@@ -134,6 +155,17 @@ def test_experts_are_counted_in_16_bits() -> None:
     assert memory.fixed(shape, MemorySettings())["experts in 16 bits"] == 2.0 * experts
     met = shape.product_weights - sum(size for one in shape.weights for size in one.four_bit)
     assert met == pytest.approx(experts / 4, rel=0.05)
+
+
+def test_a_last_chunk_is_filled_up() -> None:
+    """A line through whole chunks of 64, of which the tokens themselves take a quarter."""
+    whole = Traces(
+        tuple(((Moments(400.0 * size, 0.0, 0.0),),) for size in TOKENS), TOKENS, 64, Moments(100.0, 0.0, 0.0)
+    )
+    assert whole.of(128, 0, 1).stays == 51_200
+    assert whole.of(129, 0, 1).stays == 400 * 192 - 63 * 100
+    assert whole.of(192, 0, 1).stays == 400 * 192
+    assert traced._unpacked(traced._packed(dataclasses.asdict(whole))) == whole
 
 
 def line(slope: float, bend: float = 0.0) -> Traces:

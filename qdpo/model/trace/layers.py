@@ -36,6 +36,9 @@ DEVICE, DTYPE = torch.device("cpu"), torch.bfloat16
 # With more and shorter pairs the bytes of a row differ by less than this share where the length of a sequence does not
 # matter.
 SAME = 0.01
+# Chunks that recurrent layers may compute in; a length of whole chunks; tokens fewer than any chunk.
+CHUNKS = (32, 64, 128, 256)
+WHOLE, FEW = 1024, 16
 
 
 def read_config(config: Mapping[str, Any], source: str) -> Any:
@@ -190,21 +193,46 @@ class _Rig:
     def traces(self, kept: int | str) -> list[Traces]:
         """The traces before the layers, of each kind of layer, and behind them."""
         self._layers.keep(kept)
-        sizes = traced.TOKENS if self.policy.shared else traced.TOKENS[:-1]
+        sizes = traced.TOKENS if self.policy.shared else traced.SEQUENCES
         shares = traced.SHARES if self.policy.shared else traced.SHARES[:1]
         pairs = traced.PAIRS if self.policy.shared and self._length_matters() else traced.PAIRS[:1]
         found: dict[tuple[int, float, int], list[Moments]] = {}
         for tokens, share, number in itertools.product(sizes, shares, pairs):
             found[tokens, share, number] = self._row(tokens, int(tokens * share), number)
+        chunks = [(1, traced.NOTHING)] * (self._number + 2)
+        if not self.policy.shared:
+            chunks = self._chunks(*(found[tokens, shares[0], pairs[0]] for tokens in (WHOLE, WHOLE // 2)))
         return [
             Traces(
                 tuple(
                     tuple(tuple(found[tokens, share, number][place] for number in pairs) for share in shares)
                     for tokens in sizes
-                )
+                ),
+                sizes,
+                *chunks[place],
             )
             for place in range(self._number + 2)
         ]
+
+    def _chunks(self, whole: list[Moments], half: list[Moments]) -> list[tuple[int, Moments]]:
+        """The chunk that each part fills up and the bytes of a token that begins none; (1, nothing) without chunks.
+
+        Of sequences that are shorter than whole chunks, the first to save more than its tokens do has lost a chunk.
+        """
+        less, shorter = self._row(WHOLE - FEW, 0, 1), dict[int, list[Moments]]()
+        found = [(1, traced.NOTHING)] * len(whole)
+        for place, full in enumerate(whole):
+            token = full.plus(*less[place].times(-1).values).times(1 / FEW)
+            mean = (sum(full.values) - sum(half[place].values)) / (WHOLE // 2)
+            padding = mean - sum(token.values)
+            if padding < SAME * mean:
+                continue
+            for chunk in CHUNKS:
+                shorter[chunk] = shorter.get(chunk) or self._row(WHOLE - chunk, 0, 1)
+                if sum(full.values) - sum(shorter[chunk][place].values) > chunk * (mean - padding / 2):
+                    found[place] = chunk, token
+                    break
+        return found
 
     def _length_matters(self) -> bool:
         one, more = (self._row(2048, 1024, pairs) for pairs in traced.PAIRS)
