@@ -12,6 +12,7 @@ from tests.matrix.rows import Cell
 # The bounds that this project sets its forecast.
 LOWEST, HIGHEST = -0.03, 0.05
 LONGEST = 300
+CONVERTER = "convert_hf_to_gguf.py"
 ROUNDS = "in bf16, the rounding of a random model of this width is beyond the proof's bounds; in fp32 it is proved"
 EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 # What LoRA is for; anything else may be left out without a word.
@@ -159,14 +160,24 @@ def served(exported: Ended, loaded: Ended | None) -> Cell:
     return Cell(good, f"{found['found']} of {found['all']}", why)
 
 
-def gguf(ended: Ended, merged: Cell) -> Cell:
+def names_converter(ended: Ended, merged: Cell) -> bool:
+    """True if there is a merged model for which qdpo names llama.cpp's own converter, as one that knows it."""
+    return bool(ended.code and merged.good and CONVERTER in ended.why)
+
+
+def gguf(ended: Ended, merged: Cell, converted: Ended | None) -> Cell:
+    """`converted`: llama.cpp's converter on the merged model, where it was tried."""
     if ended.code == 0:
         return Cell(True, "qdpo")
     if not merged.good:
         return _no("there is no merged model")
-    if "llama.cpp's" in ended.why:
-        return Cell(None, "llama.cpp", _short(ended.why))
-    return _no(ended.why)
+    if not names_converter(ended, merged):
+        return Cell(None, "–", _short(ended.why)) if "llama.cpp's" in ended.why else _no(ended.why)
+    if converted is None:
+        return Cell(None, "llama.cpp", "by its converter, which was not tried")
+    if converted.found is None:
+        return _no(f"llama.cpp's converter: {converted.why}")
+    return Cell(True, f"llama.cpp: {converted.found['tensors']}")
 
 
 def _no(why: str) -> Cell:

@@ -18,10 +18,13 @@ RUN = "runs/run"
 NOT_PROVED = 7
 
 
-def make_row(member: Member, place: Path, has_forecast: bool = True) -> Row:
-    """Builds the family's model in the new folder `place` and tries everything on it."""
+def make_row(member: Member, place: Path, has_forecast: bool = True, llama_cpp: Path | None = None) -> Row:
+    """Builds the family's model in the new folder `place` and tries everything on it.
+
+    `llama_cpp` holds the sources whose converter is tried where qdpo writes no GGUF itself.
+    """
     place.mkdir(parents=True)
-    maker = _Maker(Row(member.kind, member.name, member.model_type), member, place)
+    maker = _Maker(Row(member.kind, member.name, member.model_type), member, place, llama_cpp)
     made = maker.part("make", lambda: save_member(member, place / "base"))
     if made.code:
         maker.row.cells = dict.fromkeys(COLUMNS, Cell(None, "–", f"no tiny model of it can be built: {made.why}"))
@@ -31,8 +34,8 @@ def make_row(member: Member, place: Path, has_forecast: bool = True) -> Row:
 
 
 class _Maker:
-    def __init__(self, row: Row, member: Member, place: Path):
-        self.row, self.member, self.place = row, member, place
+    def __init__(self, row: Row, member: Member, place: Path, llama_cpp: Path | None):
+        self.row, self.member, self.place, self.llama_cpp = row, member, place, llama_cpp
 
     def part(self, name: str, act: Callable[[], Any]) -> Ended:
         ended = part(act, self.place / f"{name}.txt")
@@ -47,6 +50,7 @@ class _Maker:
         return ended
 
     def fill(self, has_forecast: bool) -> None:
+        from tests.matrix.converter import convert
         from tests.matrix.exact import differences, weights_in_four_bits
         from tests.matrix.forecast import compare
         from tests.matrix.served import load_on_served_class
@@ -81,4 +85,8 @@ class _Maker:
         if exported.code == 0:
             served = self.part("served", lambda: load_on_served_class(base, run / "export" / "peft"))
         found["served"] = cells.served(exported, served)
-        found["GGUF"] = cells.gguf(self.qdpo("gguf", "export", RUN, "--to", "gguf"), found["merge"])
+        own, converted = self.qdpo("gguf", "export", RUN, "--to", "gguf"), None
+        if self.llama_cpp and cells.names_converter(own, found["merge"]):
+            sources, model, out = self.llama_cpp, run / "merged", self.place / "converted.gguf"
+            converted = self.part("converter", lambda: convert(sources, model, out))
+        found["GGUF"] = cells.gguf(own, found["merge"], converted)
