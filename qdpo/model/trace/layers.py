@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,8 @@ def _trace(text: TextModel, key: str) -> TracedShape:
     names = [_name(layers[place], config, place) for place in places]
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda(), short_loops():
         rig = _Rig(bare_base(text, DTYPE), places, count)
-        recomputed, kept = rig.traces(0), rig.traces("all")
+        chunks = rig.chunks()
+        recomputed, kept = rig.traces(0, chunks), rig.traces("all", chunks)
         products = rig.products()
     return TracedShape(
         key=key,
@@ -190,7 +191,33 @@ class _Rig:
             self._awaits_end = False
             self._mark("end")
 
-    def traces(self, kept: int | str) -> list[Traces]:
+    def chunks(self) -> list[int]:
+        """The chunk that each part fills up; 1 without chunks, and where rows are shared.
+
+        Told by what a kept layer leaves, which grows evenly with the tokens but for its chunks: of sequences that are
+        shorter than whole chunks, the first to save more than its tokens do has lost a chunk.
+        """
+        found = [1] * (self._number + 2)
+        if self.policy.shared:
+            return found
+        self._layers.keep("all")
+        whole, half, less = (self._left(tokens) for tokens in (WHOLE, WHOLE // 2, WHOLE - FEW))
+        shorter: dict[int, list[float]] = {}
+        for place, full in enumerate(whole):
+            mean, token = (full - half[place]) / (WHOLE - WHOLE // 2), (full - less[place]) / FEW
+            if mean - token < SAME * mean:
+                continue
+            for chunk in CHUNKS:
+                shorter[chunk] = shorter.get(chunk) or self._left(WHOLE - chunk)
+                if full - shorter[chunk][place] > chunk * (mean + token) / 2:
+                    found[place] = chunk
+                    break
+        return found
+
+    def _left(self, tokens: int) -> list[float]:
+        return [moments.stays for moments in self._row(tokens, 0, 1)]
+
+    def traces(self, kept: int | str, chunks: Sequence[int]) -> list[Traces]:
         """The traces before the layers, of each kind of layer, and behind them."""
         self._layers.keep(kept)
         sizes = traced.TOKENS if self.policy.shared else traced.SEQUENCES
@@ -199,9 +226,10 @@ class _Rig:
         found: dict[tuple[int, float, int], list[Moments]] = {}
         for tokens, share, number in itertools.product(sizes, shares, pairs):
             found[tokens, share, number] = self._row(tokens, int(tokens * share), number)
-        chunks = [(1, traced.NOTHING)] * (self._number + 2)
-        if not self.policy.shared:
-            chunks = self._chunks(*(found[tokens, shares[0], pairs[0]] for tokens in (WHOLE, WHOLE // 2)))
+        token = [traced.NOTHING] * len(chunks)
+        if max(chunks) > 1:
+            both = zip(self._row(WHOLE, 0, 1), self._row(WHOLE - FEW, 0, 1), strict=True)
+            token = [full.plus(*less.times(-1).values).times(1 / FEW) for full, less in both]
         return [
             Traces(
                 tuple(
@@ -209,30 +237,11 @@ class _Rig:
                     for tokens in sizes
                 ),
                 sizes,
-                *chunks[place],
+                chunk,
+                token[place] if chunk > 1 else traced.NOTHING,
             )
-            for place in range(self._number + 2)
+            for place, chunk in enumerate(chunks)
         ]
-
-    def _chunks(self, whole: list[Moments], half: list[Moments]) -> list[tuple[int, Moments]]:
-        """The chunk that each part fills up and the bytes of a token that begins none; (1, nothing) without chunks.
-
-        Of sequences that are shorter than whole chunks, the first to save more than its tokens do has lost a chunk.
-        """
-        less, shorter = self._row(WHOLE - FEW, 0, 1), dict[int, list[Moments]]()
-        found = [(1, traced.NOTHING)] * len(whole)
-        for place, full in enumerate(whole):
-            token = full.plus(*less[place].times(-1).values).times(1 / FEW)
-            mean = (sum(full.values) - sum(half[place].values)) / (WHOLE // 2)
-            padding = mean - sum(token.values)
-            if padding < SAME * mean:
-                continue
-            for chunk in CHUNKS:
-                shorter[chunk] = shorter.get(chunk) or self._row(WHOLE - chunk, 0, 1)
-                if sum(full.values) - sum(shorter[chunk][place].values) > chunk * (mean - padding / 2):
-                    found[place] = chunk, token
-                    break
-        return found
 
     def _length_matters(self) -> bool:
         one, more = (self._row(2048, 1024, pairs) for pairs in traced.PAIRS)
