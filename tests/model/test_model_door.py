@@ -150,3 +150,30 @@ def test_ids_and_types_of_a_tokenizer_are_named(good, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"tokenizer\.json .*added_tokens\[0\]\.id is 1000000000"):
         load_tokenizer(tmp_path / "base")
+
+
+def with_tensors(good: Good, folder: Path, *names: str, **fields: object) -> Path:
+    """A copy with more tensors in the file and other values in config.json."""
+    shutil.copytree(good.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    more = {name: torch.ones(4) for name in names}
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stray", ["model.layers.0.self_attn.q_proj.bias", "layers.9.input_layernorm.weight"])
+def test_tensors_of_the_text_model_that_its_config_does_not_describe_are_refused(stray, good, tmp_path):
+    with pytest.raises(ConfigError, match=f"1 tensors of the text model have no place in it, such as {stray}"):
+        open_model(with_tensors(good, tmp_path / "base", stray))
+
+
+def test_a_config_of_fewer_layers_is_refused(good, tmp_path):
+    with pytest.raises(ConfigError, match=r"have no place in it, such as model\.layers\.1\."):
+        open_model(with_tensors(good, tmp_path / "base", num_hidden_layers=1))
+
+
+def test_layers_of_multi_token_prediction_and_old_buffers_are_skipped(good, tmp_path):
+    ahead = ["model.layers.7.eh_proj.weight", "model.layers.7.enorm.weight", "model.layers.7.mlp.up_proj.weight"]
+    old = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.bias", "model.layers.0.self_attn.k_scale"]
+    open_model(with_tensors(good, tmp_path / "base", *ahead, *old, "mtp.fc.weight", "model.mtp_layers.0.norm.weight"))
