@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.config_values import check_values
 from qdpo.model.base.expected import check_folder
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.gguf_header import check_gguf_header
 from qdpo.model.base.headers import read_header, tensors_of
 from qdpo.model.base.load import load_base
+from qdpo.model.base.text_model import text_model_of
 from qdpo.model.base.tokenizer import load_tokenizer
 from tests.conftest import save_tiny_base
 from tests.faults import config_values, folders, headers, tokenizers
@@ -175,5 +178,33 @@ def test_a_config_of_fewer_layers_is_refused(good, tmp_path):
 
 def test_layers_of_multi_token_prediction_and_old_buffers_are_skipped(good, tmp_path):
     ahead = ["model.layers.7.eh_proj.weight", "model.layers.7.enorm.weight", "model.layers.7.mlp.up_proj.weight"]
-    old = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.bias", "model.layers.0.self_attn.k_scale"]
+    old = [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.attn.bias",
+        "model.layers.0.self_attn.k_scale",
+    ]
     open_model(with_tensors(good, tmp_path / "base", *ahead, *old, "mtp.fc.weight", "model.mtp_layers.0.norm.weight"))
+
+
+@pytest.mark.parametrize("chosen", [0, 5])
+def test_experts_that_no_token_can_be_for_are_refused(chosen):
+    text = {"num_experts": 4, "num_experts_per_tok": chosen}
+    for config, where in ((text, ""), ({"text_config": text}, "text_config.")):
+        with pytest.raises(ConfigError, match=f"x: {where}num_experts_per_tok in config.json is {chosen}, and"):
+            check_values(config, "x")
+    check_values({"num_experts": 4, "num_experts_per_tok": 4}, "x")
+    check_values({"num_local_experts": 0, "num_experts_per_tok": 0}, "x")  # a dense member of a family with experts
+
+
+def test_plain_weights_that_are_called_4_bit_are_refused(good, tmp_path):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(ConfigError, match="says bitsandbytes, but no tensor of the files is stored so"):
+        open_model(with_tensors(good, tmp_path / "base", quantization_config=settings))
+
+
+def test_a_model_whose_attention_looks_ahead_is_refused():
+    """As EmbeddingGemma's: the log-prob of a token that the model sees says nothing."""
+    for fields in ({"use_bidirectional_attention": True}, {"use_bidirectional_attention": "all"}, {"is_causal": False}):
+        with pytest.raises(ConfigError, match=f"by {next(iter(fields))} in its config.json its attention sees"):
+            text_model_of(hf.LlamaConfig(num_hidden_layers=1, **fields))
+    assert text_model_of(hf.LlamaConfig(num_hidden_layers=1, use_bidirectional_attention="vision"))
