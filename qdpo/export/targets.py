@@ -150,7 +150,11 @@ def export_ollama(order: Order) -> None:
 def _over_base(order: Order, base: Path, part: Path) -> tuple[str, str]:
     """FROM and ADAPTER for the adapter over the base that it was trained on."""
     target = part / "adapter.gguf"
-    write_gguf_adapter(order.trained.run.adapter, base, target, quant="f32", name=order.name)
+    try:
+        write_gguf_adapter(order.trained.run.adapter, base, target, quant="f32", name=order.name)
+    except ConfigError as error:  # its command names the file, whose folder is gone when the command is typed
+        kept = order.trained.exports / target.name
+        raise ConfigError(str(error).replace(str(target), str(kept))) from error
     source = order.trained.base_gguf(order.say) or base
     return str(source.resolve()), "./adapter.gguf"
 

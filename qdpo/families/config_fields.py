@@ -4,6 +4,7 @@ A config is a config.json (a mapping) or a transformers object; `field` reads bo
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,11 @@ def _scaled(config: Any, stated: int) -> float:
     if not isinstance(rope, Mapping):
         return stated
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-    if not isinstance(factor, int | float) or kind not in ("linear", "dynamic", "yarn", "llama3"):
+    if (
+        not isinstance(factor, int | float)
+        or not math.isfinite(factor)
+        or kind not in ("linear", "dynamic", "yarn", "llama3")
+    ):
         return stated
     original = rope.get("original_max_position_embeddings") or field(config, "original_max_position_embeddings")
     if isinstance(original, int):

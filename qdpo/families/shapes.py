@@ -13,6 +13,7 @@ from qdpo.families.family import FAMILIES, WITH_FORECAST, Family, LayerForm
 from qdpo.families.known import ModelFacts
 from qdpo.families.traced import TracedShape
 
+SOURCE = "Copy config.json from the model's source."
 NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -110,6 +111,10 @@ def _by_formula(config: Mapping[str, Any], family: Family, layer: LayerForm, sou
             f"{source} lacks {', '.join(missing)}, so there is no forecast. Add it to the config.json under the name "
             "that transformers uses."
         )
+    for name in ("num_key_value_heads", "head_dim"):
+        value = config.get(name)
+        if value is not None and not (type(value) is int and value > 0):
+            raise ConfigError(f"{source}: {name} is {value!r:.60}, not a whole number of at least 1. {SOURCE}")
     heads, longest = config["num_attention_heads"], positions(config)
     return Shape(
         layer=layer,
@@ -147,10 +152,10 @@ def of_model(
 
     Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
-    config = _config_file(path, revision)
+    config, content = _config_file(path, revision), config_here(path, revision)
     name = None if Path(path).expanduser().exists() else known.known_name(path)
     if config is not None:
-        shape = from_config(json.loads(config.read_text(encoding="utf-8")), str(config), like=like, trace=trace)
+        shape = from_config(content, str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
         return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"
@@ -167,8 +172,22 @@ def config_here(path: str, revision: str | None) -> Any:
     """The content of the config.json that `of_model` would read, or that ships with qdpo; None if there is none."""
     file, name = _config_file(path, revision), known.known_name(path)
     if file is not None:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _content(file)
     return None if name is None else known.config_of(name)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} (from model.path) is not JSON: {error}. {SOURCE}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} (from model.path) holds no JSON object. {SOURCE}")
+    if not isinstance(content.get("text_config", {}), dict | None):
+        raise ConfigError(
+            f"{file} (from model.path): text_config is {content['text_config']!r:.60}, not an object. {SOURCE}"
+        )
+    return content
 
 
 def _config_file(path: str, revision: str | None) -> Path | None:

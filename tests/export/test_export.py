@@ -122,6 +122,9 @@ def test_another_family_names_llama_cpps_command(tmp_path: Path) -> None:
         found = export(run, *words)
         assert isinstance(found.exception, ConfigError) and tool in str(found.exception)
     assert not (run / "export").exists()
+    found = export(run, "--to", "ollama", "--lora")
+    assert isinstance(found.exception, ConfigError)
+    assert f"--outfile {run}/export/adapter.gguf {run}/adapter" in str(found.exception)
     # Ollama may convert the folder itself.
     found = export(run, "--to", "ollama")
     assert found.exit_code == 0 and "leaves the conversion to Ollama" in found.output

@@ -90,3 +90,25 @@ def test_what_is_not_known_is_refused(change: dict[str, Any], message: str) -> N
         from_config({**QWEN, **change}, "here")
     if "model_type" in change:
         assert from_config({**QWEN, **change}, "here", like="qwen2") == known_shape("Qwen/Qwen2.5-7B")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"text_config": [1]}', r"text_config is \[1\], not an object"),
+        (json.dumps({**QWEN, "num_key_value_heads": [2, 2]}), r"num_key_value_heads is \[2, 2\], not a whole number"),
+        (json.dumps({**QWEN, "head_dim": "16"}), "head_dim is '16', not a whole number"),
+    ],
+)
+def test_a_malformed_config_is_refused_by_its_file(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/config.json.*{said}"):
+        of_model(str(tmp_path))
+
+
+def test_an_infinite_rope_factor_scales_no_positions(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": float("inf")}
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN, "rope_scaling": rope, "max_position_embeddings": 64}))
+    assert of_model(str(tmp_path))[0].positions == 64

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from qdpo.errors import ConfigError
+from qdpo.model.base.config_values import check_values
 from qdpo.model.base.expected import check_folder
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.gguf_header import check_gguf_header
 from qdpo.model.base.headers import read_header, tensors_of
 from qdpo.model.base.load import load_base
+from qdpo.model.base.text_model import text_model_of
 from qdpo.model.base.tokenizer import load_tokenizer
 from tests.conftest import save_tiny_base
 from tests.faults import config_values, folders, headers, tokenizers
@@ -150,3 +153,58 @@ def test_ids_and_types_of_a_tokenizer_are_named(good, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"tokenizer\.json .*added_tokens\[0\]\.id is 1000000000"):
         load_tokenizer(tmp_path / "base")
+
+
+def with_tensors(good: Good, folder: Path, *names: str, **fields: object) -> Path:
+    """A copy with more tensors in the file and other values in config.json."""
+    shutil.copytree(good.model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    more = {name: torch.ones(4) for name in names}
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stray", ["model.layers.0.self_attn.q_proj.bias", "layers.9.input_layernorm.weight"])
+def test_tensors_of_the_text_model_that_its_config_does_not_describe_are_refused(stray, good, tmp_path):
+    with pytest.raises(ConfigError, match=f"1 tensors of the text model have no place in it, such as {stray}"):
+        open_model(with_tensors(good, tmp_path / "base", stray))
+
+
+def test_a_config_of_fewer_layers_is_refused(good, tmp_path):
+    with pytest.raises(ConfigError, match=r"have no place in it, such as model\.layers\.1\."):
+        open_model(with_tensors(good, tmp_path / "base", num_hidden_layers=1))
+
+
+def test_layers_of_multi_token_prediction_and_old_buffers_are_skipped(good, tmp_path):
+    ahead = ["model.layers.7.eh_proj.weight", "model.layers.7.enorm.weight", "model.layers.7.mlp.up_proj.weight"]
+    old = [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.attn.bias",
+        "model.layers.0.self_attn.k_scale",
+    ]
+    open_model(with_tensors(good, tmp_path / "base", *ahead, *old, "mtp.fc.weight", "model.mtp_layers.0.norm.weight"))
+
+
+@pytest.mark.parametrize("chosen", [0, 5])
+def test_experts_that_no_token_can_be_for_are_refused(chosen):
+    text = {"num_experts": 4, "num_experts_per_tok": chosen}
+    for config, where in ((text, ""), ({"text_config": text}, "text_config.")):
+        with pytest.raises(ConfigError, match=f"x: {where}num_experts_per_tok in config.json is {chosen}, and"):
+            check_values(config, "x")
+    check_values({"num_experts": 4, "num_experts_per_tok": 4}, "x")
+    check_values({"num_local_experts": 0, "num_experts_per_tok": 0}, "x")  # a dense member of a family with experts
+
+
+def test_plain_weights_that_are_called_4_bit_are_refused(good, tmp_path):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(ConfigError, match="says bitsandbytes, but no tensor of the files is stored so"):
+        open_model(with_tensors(good, tmp_path / "base", quantization_config=settings))
+
+
+def test_a_model_whose_attention_looks_ahead_is_refused():
+    """As EmbeddingGemma's: the log-prob of a token that the model sees says nothing."""
+    for fields in ({"use_bidirectional_attention": True}, {"use_bidirectional_attention": "all"}, {"is_causal": False}):
+        with pytest.raises(ConfigError, match=f"by {next(iter(fields))} in its config.json its attention sees"):
+            text_model_of(hf.LlamaConfig(num_hidden_layers=1, **fields))
+    assert text_model_of(hf.LlamaConfig(num_hidden_layers=1, use_bidirectional_attention="vision"))

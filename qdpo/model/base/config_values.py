@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.families.config_fields import experts_field
 
 COUNTS = {
     "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads",
@@ -19,6 +20,8 @@ CHOICES = {"attn_implementation", "_attn_implementation", "experts_implementatio
 """Keys by which transformers takes a function from its registry, or one with a slash from the hub."""
 FROM_THE_END = re.compile(r"(^|_)(feature|select)_layers?$")
 """Keys of towers that name a layer, counted from the last one where the number is negative."""
+CHOSEN = ("num_experts_per_tok", "top_k_experts")
+"""Keys for the number of experts that see a token."""
 LARGEST_SIZE = 2**31
 LARGEST_NUMBER = 2**63
 LONGEST_TEXT = 1_000_000
@@ -57,6 +60,7 @@ def check_values(config: dict[str, Any], owner: str, *, tensors: int | None = No
                 f"{named} is {value:,}, but the weights are only {tensors:,} tensors, too few for so many layers. "
                 f"{SOURCE}"
             )
+    _check_experts(config, owner)
     for key in ("dtype", "torch_dtype"):
         value = config.get(key)
         if value is not None and not (isinstance(value, str) and value.removeprefix("torch.") in DTYPES):
@@ -69,6 +73,20 @@ def check_values(config: dict[str, Any], owner: str, *, tensors: int | None = No
 
 
 SOURCE = "Copy config.json from the model's source."
+
+
+def _check_experts(config: dict[str, Any], owner: str) -> None:
+    """A token is for one expert at least, and for no more than there are."""
+    text = config.get("text_config")
+    for one, at in ((config, ""), (text, "text_config.")):
+        name = experts_field(one) if isinstance(one, dict) else None
+        for key in CHOSEN if name is not None else ():
+            chosen = one.get(key)
+            if _is_whole(chosen) and not 1 <= chosen <= one[name]:
+                raise ConfigError(
+                    f"{owner}: {at}{key} in config.json is {chosen}, and {at}{name} {one[name]}: a token is for at "
+                    f"least one expert, and for no more than there are. {SOURCE}"
+                )
 
 
 def _is_whole(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Holds a folder's tensors to its architecture: first by their shapes, without memory, then as they were loaded."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ SOURCE = "Copy or download the model again."
 ELEMENTS_PER_BYTE = 2  # of 4-bit weights
 ROOM = 4  # a head or tables that the folder stores once, or leaves out
 SMALL = 10**7  # parameters that any model may have beyond its weights, as tiny ones in tests
+# The matrix that joins a hidden state with the next token's embedding: only layers of multi-token prediction have it.
+AHEAD = "eh_proj.weight"
+# Masks and frequencies that transformers once stored, and scales of a server's cache of keys and values.
+BUFFERS = re.compile(r"(^|[._])(inv_freq|masked_bias|(attn|attention)\.bias|[kv]_scale)$")
 
 
 def check_folder(folder: Path) -> None:
@@ -68,10 +73,14 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
 def check_strays(folder: Path, about: dict[str, Any], decoder: nn.Module, path: str) -> None:
     """Raises: ConfigError if the files hold tensors of the text model that its config does not describe.
 
-    transformers skips them as it skips those of a vision tower: a config of fewer layers gives another model.
+    transformers skips them, in a part of a checkpoint as it skips a vision tower: a config of fewer layers, or one
+    without biases, gives another model. Tensors of multi-token prediction and buffers of older releases are skipped.
     """
     parts = tuple(f"{path}.{name}." for name, _part in decoder.named_children())
-    names = sorted(str(name) for name in about.get("unexpected_keys") or () if str(name).startswith(parts))
+    bare = tuple(part.removeprefix(f"{path}.") for part in parts)  # of files that hold the decoder alone
+    strays = [str(name) for name in about.get("unexpected_keys") or () if str(name).startswith((*parts, *bare))]
+    ahead = tuple(name.removesuffix(AHEAD) for name in strays if name.endswith(AHEAD))
+    names = sorted(name for name in strays if not (name.startswith(ahead) or BUFFERS.search(name)))
     if names:
         raise ConfigError(
             f"The weights in {folder} (from model.path) do not fit its config.json: {len(names)} tensors of the text "

@@ -56,8 +56,7 @@ def load_base(
             attn_implementation=attention_name, **arguments,
         )  # fmt: skip
     check_loaded(folder, about)
-    if text.is_part:
-        check_strays(folder, about, model.get_submodule(text.decoder), text.decoder)
+    check_strays(folder, about, model.get_submodule(text.decoder), text.decoder)
     check_finite(model, folder)
     model.requires_grad_(False)
     model.eval()

@@ -19,6 +19,7 @@ from qdpo.model.base.folder import read_json, weight_files
 from qdpo.model.base.headers import HeaderEntry, tensors_of
 
 BLOCKS, SCALES, SCALE_INV = "_blocks", "_scales", "_scale_inv"
+ABSMAX = ".absmax"  # bitsandbytes' scales of a 4-bit weight
 UNUSED = ("activation_scale", "input_scale")
 CODES = "F8_E4M3"
 FP8_SCALES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -94,14 +95,17 @@ class _Headers:
         for names, wanted in ((sorted(name + BLOCKS for name in blocks), MXFP4), (sorted(eights), "fp8")):
             if names and method != wanted:
                 self._refuse_unstated(names[0], wanted)
-        if method is None or self.form is None:
+        is_there = bool(blocks or eights) if method else any(name.endswith(ABSMAX) for name in self.stored)
+        if self.form is None:
             return {}
-        if not blocks and not eights:
+        if not is_there:
             raise ConfigError(
-                f"{self.owner} (from model.path): {KEY} in config.json says {method}, but no tensor of the files is "
-                f"stored so: weights and config.json are of different copies of the model. If the weights are plain, "
-                f"remove {KEY} from config.json; otherwise copy both from the model's source."
+                f"{self.owner} (from model.path): {KEY} in config.json says {self.form.method}, but no tensor of the "
+                f"files is stored so: weights and config.json are of different copies of the model. If the weights are "
+                f"plain, remove {KEY} from config.json; otherwise copy both from the model's source."
             )
+        if method is None:
+            return {}
         found = [self._blocks(name) for name in sorted(blocks)] if method == MXFP4 else []
         found += [self._eight(name) for name in sorted(eights)] if method != MXFP4 else []
         for one in found:

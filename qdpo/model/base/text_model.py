@@ -231,6 +231,8 @@ def _obstacle(config: Any, cls: Any, whole: Any) -> str | None:
     """The reason why a checkpoint predicts no text from text alone by either class, or None."""
     if config.is_encoder_decoder or _text_part(config).is_encoder_decoder:
         return "it is an encoder and a decoder"
+    if (setting := _looks_ahead(_text_part(config))) is not None:
+        return f"by {setting} in its config.json its attention sees the tokens that are to be predicted"
     if cls is not None:
         return None
     if whole is None:
@@ -245,6 +247,17 @@ def _obstacle(config: Any, cls: Any, whole: Any) -> str | None:
     if not whole.__name__.endswith(("ForConditionalGeneration", "ForCausalLM", "ForVisionText2Text")):
         return f"{whole.__name__} is of another kind"
     return None
+
+
+def _looks_ahead(config: Any) -> str | None:
+    """The setting with which tokens of text attend to later ones, as in a model of embeddings, or None.
+
+    Gemma 4 has `vision` there: only the patches of a picture see each other.
+    """
+    both = getattr(config, "use_bidirectional_attention", None)
+    if both is True or both == "all":
+        return "use_bidirectional_attention"
+    return "is_causal" if getattr(config, "is_causal", None) is False else None
 
 
 def _is_tied(config: Any, text: Any, whole: Any) -> bool:
