@@ -170,7 +170,11 @@ def _over_merged(order: Order, merged: Path, part: Path, out: Path) -> str:
         _write_gguf(order, merged, part / "model.gguf", quant)
     except ConfigError as error:
         why = str(error).replace(str(part), str(out))  # the command is for later, when the folder has its name
-        order.say(f"the Modelfile names the folder {merged} and leaves the conversion to Ollama: {why}")
+        order.say(why)
+        order.say(
+            f"the Modelfile names the folder {merged} and leaves the conversion to Ollama (not tried here). If `ollama "
+            f"create` refuses that folder, run the command above, then write `FROM ./model.gguf` in {out / 'Modelfile'}"
+        )
         return str(merged.resolve())
     return "./model.gguf"
 
@@ -234,7 +238,7 @@ def _vllm_conversation(order: Order, served: Path) -> list[object]:
         kept = order.trained.exports / "vllm"
         disk.write_folder(kept, lambda part: write_conversation_files(found, part, served))
     if differing:
-        order.say(f"# {' and '.join(differing)}: not in {served.name} as trained, so vLLM reads them in {kept.name}/")
+        order.say(f"# {' and '.join(differing)}: in {served.name} not as trained, so vLLM reads it from {kept.name}/")
     return servers.vllm_conversation(kept.resolve(), differing)
 
 
