@@ -83,7 +83,9 @@ def fit(
     if sparse := with_experts():
         typer.echo(f"experts take 16 bits a weight on the card: {', '.join(sparse)}")
     if missing := without_forecast():
-        typer.echo(f"no forecast of these ships, `qdpo plan model.path=NAME` makes one: {', '.join(missing)}")
+        typer.echo(
+            f"not listed, as no forecast of these ships; `qdpo plan model.path=NAME` makes one: {', '.join(missing)}"
+        )
 
 
 def bench(

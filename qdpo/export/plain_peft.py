@@ -27,6 +27,8 @@ from qdpo.model.policy.lora_fit import check_part, full_config
 from qdpo.model.policy.peft_names import peft_names
 from qdpo.run import disk
 
+CARD = "README.md"
+
 
 @dataclass(frozen=True)
 class NormalAdapter:
@@ -36,8 +38,10 @@ class NormalAdapter:
     served: str
 
 
-def write_normal(adapter: Path, base: Path, out: Path) -> NormalAdapter:
+def write_normal(adapter: Path, base: Path, out: Path, *, card: str | None = None) -> NormalAdapter:
     """Writes the adapter folder `out`, reads it back and returns its contents.
+
+    `card` replaces the README.md of `adapter`, whose code loads the names of the class that was trained.
 
     Raises: ConfigError for an adapter that cannot be exported; VerificationError if plain PEFT, in a process of its
     own, does not find every matrix in the class that servers load, or reads another adapter; DiskError.
@@ -47,11 +51,11 @@ def write_normal(adapter: Path, base: Path, out: Path) -> NormalAdapter:
     model = served_skeleton(names)
     on_servers = names.on_servers(model, lora.layers)
     renamed = Lora({on_servers[module]: layer for module, layer in lora.layers.items()}, lora.config)
-    disk.write_folder(out, lambda part: _fill(part, renamed, adapter, model, base))
+    disk.write_folder(out, lambda part: _fill(part, renamed, adapter, model, base, card))
     return NormalAdapter(renamed, names.served.__name__)
 
 
-def _fill(part: Path, lora: Lora, adapter: Path, model: Any, base: Path) -> None:
+def _fill(part: Path, lora: Lora, adapter: Path, model: Any, base: Path, card: str | None) -> None:
     tensors = {}
     for module, layer in lora.layers.items():
         tensors[f"{PREFIX}{module}{A_SUFFIX}"] = layer.a_RK
@@ -72,6 +76,8 @@ def _fill(part: Path, lora: Lora, adapter: Path, model: Any, base: Path) -> None
     for path in sorted(adapter.iterdir()):
         if path.is_file() and path.name not in (WEIGHTS, CONFIG) and not path.name.startswith("."):
             shutil.copyfile(path, part / path.name)
+    if card is not None:
+        (part / CARD).write_text(card, encoding="utf-8")
     _verify(part, lora, base)
 
 

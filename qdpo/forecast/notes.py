@@ -23,11 +23,9 @@ def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
 
 def _slower() -> str:
     """Rows that cannot share a prompt mean layers other than attention, with kernels of their own."""
-    names = ", ".join(about.name for about in KERNELS.values())
     missing = [about.name for package, about in KERNELS.items() if not is_installed(package)]
-    here = f"; not installed here: {', '.join(missing)}" if 0 < len(missing) < len(KERNELS) else ""
-    here = "; none of them is installed here" if len(missing) == len(KERNELS) else here
+    here = f"not installed here: {', '.join(missing)}" if missing else "all are installed here"
     return (
-        f"kernels: the time counts layers other than attention as if kernels computed them ({names}{here}). Without "
-        "those that this model calls it takes longer, by a factor not yet measured; `qdpo doctor` explains"
+        "time: supposes the GPU kernels for layers other than attention that this model would use; without them it "
+        f"takes longer, by how much is not measured ({here})"
     )

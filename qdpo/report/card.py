@@ -32,11 +32,14 @@ def write_card(finished: FinishedRun) -> None:
     disk.write_text(run.adapter / "README.md", text)
 
 
-def card_text(finished: FinishedRun, *, repo: str | None = None, is_merged: bool = False) -> str:
+def card_text(
+    finished: FinishedRun, *, repo: str | None = None, is_merged: bool = False, is_served: bool = False
+) -> str:
     """The card in the hub's format, without paths of this machine.
 
     `repo` is the repository that the card is pushed to; such a card does not even name local files. `is_merged`: the
-    card describes the merged model, not the adapter.
+    card describes the merged model, not the adapter. `is_served`: the adapter has the names of the class that servers
+    load, not those of the class that was trained.
     """
     record = finished.record
     base, data, found, config = record.base, record.data, record.found.settings(), finished.config()
@@ -102,7 +105,7 @@ training: {config.model.quantization}. {reference}
 
 ## Use
 ```python
-{_usage(finished, repo, is_merged)}
+{_usage(finished, repo, is_merged, is_served)}
 ```
 Chosen answers often become less likely in absolute terms while margins rise: most losses train the difference.
 """
@@ -137,7 +140,7 @@ def _versions(environment: Environment) -> str:
     return f"Python {environment.python}, {packages}; trained on {environment.device}"
 
 
-def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
+def _usage(finished: FinishedRun, repo: str | None, is_merged: bool, is_served: bool) -> str:
     """Python code that loads the model that the card describes: the base in the form that the adapter was trained over.
 
     The base is a hub id with its commit, or a placeholder.
@@ -150,7 +153,8 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
     dtype = f"torch.{TORCH_NAMES[record.found.dtype]}"
     where = [repr(record.base.name if record.base.commit else "path/to/its/base")]
     where += [f"revision={record.base.commit!r}"] if record.base.commit else []
-    classes, before = ["AutoModelForCausalLM" if part is None else part.cls], []
+    cls = "AutoModelForCausalLM" if part is None else part.whole if is_served else part.cls
+    classes, before = [cls], []
     stored = _stored_form(Path(record.base.folder))
     # Marks that were not recorded leave the setting to tell.
     in_4_bits = model.quantization != "none" and record.four_bit != {}
@@ -170,7 +174,7 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
             f"    bnb_4bit_use_double_quant={model.double_quant}, bnb_4bit_compute_dtype={dtype},",
             ")",
         ]
-    if part is not None and part.cls != part.whole:
+    if part is not None and cls != part.whole:
         classes.insert(0, "AutoConfig")
         config = f"AutoConfig.from_pretrained({', '.join(where[: 1 + bool(record.base.commit)])})"
         before += [
@@ -194,7 +198,7 @@ def _usage(finished: FinishedRun, repo: str | None, is_merged: bool) -> str:
             f"from transformers import {', '.join(classes)}",
             "",
             *before,
-            f"base = {'AutoModelForCausalLM' if part is None else part.cls}.from_pretrained(",
+            f"base = {cls}.from_pretrained(",
             f"    {', '.join([*where, f'dtype={dtype}'])},",
             ")",
             f"model = PeftModel.from_pretrained(base, {repo or 'path/to/this/adapter'!r}).eval()",

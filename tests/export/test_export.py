@@ -128,6 +128,7 @@ def test_another_family_names_llama_cpps_command(tmp_path: Path) -> None:
     # Ollama may convert the folder itself.
     found = export(run, "--to", "ollama")
     assert found.exit_code == 0 and "leaves the conversion to Ollama" in found.output
+    assert "write `FROM ./model.gguf` in" in found.output.replace("\n", " ")
     assert f"--outfile {run}/export/ollama/model.gguf" in found.output and ".tmp-" not in found.output
     assert f"FROM {run}/merged\n" in (run / "export" / "ollama" / "Modelfile").read_text()
 

@@ -11,10 +11,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qdpo.export import targets
 from qdpo.export.gguf import model as gguf_model
 from qdpo.export.gguf.adapter import write_gguf_adapter
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.plain_peft import write_normal
+from qdpo.export.targets import Order
 from qdpo.export.trained import trained_run
 from qdpo.model.base.text_model import text_model
 from qdpo.model.base.weight_names import folder_names
@@ -156,6 +158,27 @@ def test_the_card_loads_the_adapter_onto_the_class_of_its_names(tmp_path: Path) 
     assert (text_logits(names["model"].float()) - wanted).abs().max() <= 1e-3
     merged = card_text(trained_run(run.path).finished, is_merged=True)
     assert "Gemma3ForConditionalGeneration.from_pretrained" in merged
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_the_card_of_an_exported_adapter_loads_the_class_that_servers_load(tmp_path: Path, family: str) -> None:
+    base = save_folder(whole_model(family), tmp_path / "base", "outer" if family == "gemma3" else "inner")
+    run, wanted = trained(base, tmp_path / "run")
+    (run.adapter / "README.md").write_text("the card of the class that was trained", encoding="utf-8")
+    out = tmp_path / "peft"
+    targets.export_peft(
+        Order(
+            trained=trained_run(run.path), out=out, quant=None, merged=None, lora=False, name="tuned", force=False,
+            say=lambda line: None,
+        )
+    )  # fmt: skip
+    code = (out / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/its/base", str(base)).replace("path/to/this/adapter", str(out)), names)
+    assert type(names["base"]) is folder_names(base).served
+    assert (text_logits(names["model"].float()) - wanted).abs().max() <= 1e-3
+    assert "--to peft" not in code and "key_mapping" not in code
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -96,6 +96,23 @@ def test_a_model_is_known_by_the_names_that_people_use(path: str, name: str | No
     assert known.known_name(path) == name
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen3.5-9", "Qwen/Qwen3.5-9B"),
+        ("Qwen/Qwen35-9B", "Qwen/Qwen3.5-9B"),
+        ("gogle/gemma-4-E4B-it", "google/gemma-4-E4B-it"),
+        ("qwen3.5-9b", "Qwen/Qwen3.5-9B"),
+        ("Qwen3.5-9", "Qwen/Qwen3.5-9B"),
+        ("someone/else", None),
+        ("Qwen/Qwen3.5-122B-A10B", None),
+        ("", None),
+    ],
+)
+def test_a_mistyped_name_has_a_suggestion(path: str, name: str | None) -> None:
+    assert next(iter(known.near_names(path)), None) == name
+
+
 def test_a_converted_copy_is_not_in_the_makers_format() -> None:
     assert known.facts("openai/gpt-oss-20b").quantised == "MXFP4"
     assert known.facts("mistralai/Ministral-3-8B-Instruct-2512").quantised == "FP8"

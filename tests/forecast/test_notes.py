@@ -26,7 +26,7 @@ def test_a_time_that_needs_kernels_says_so(
     monkeypatch.setattr(notes, "is_installed", lambda package: package == "fla")
     said = notes.notes(AdapterConfig(), shape(shared=shared), timed=timed)
     assert bool(said) == is_said
-    assert all("not installed here: causal-conv1d, mamba-ssm)" in line for line in said)
+    assert all("(not installed here: causal-conv1d, mamba-ssm)" in line for line in said)
 
 
 def test_other_targets_are_said_to_be_forecast_as_the_default() -> None:
