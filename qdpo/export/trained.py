@@ -39,9 +39,13 @@ class TrainedRun:
         return self.run.path / "export"
 
     def base(self, announce: Say) -> Path:
-        """The base's folder on this machine. Raises: ConfigError if it is missing and cannot be obtained again."""
+        """The base's folder on this machine.
+
+        Raises: ConfigError if it has changed, or is missing and cannot be obtained again.
+        """
         base = self.record.base
         if Path(base.folder).is_dir():
+            self.finished.check_base_files(Path(base.folder))
             return Path(base.folder)
         self.finished.check_base()
         revision = base.commit or self.finished.config().model.revision

@@ -67,6 +67,7 @@ def reopen(folder: Path, arguments: list[str], watcher: Watcher, *, may_change: 
     place = fetch.locate_base(
         str(config.model.path), revision=revision, cache_dir=cache_folder(config), announce=watcher.say
     )
+    finished.check_base_files(place.folder)
     check_part(model_config(place.folder), finished.run.adapter)
     return Reopened(finished=finished, config=config, device=device, place=place)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from qdpo.errors import ConfigError, VerificationError
 from qdpo.run import disk, places, seal
 from qdpo.run.folder import RunDir
+from qdpo.run.identity import check_files
 from qdpo.run.record import Environment, Result, RunRecord, file_record, read_environment, read_record, read_result
 from qdpo.settings import layered
 from qdpo.settings.schema import RunConfig
@@ -59,6 +60,10 @@ class FinishedRun(KnownRun):
                 f"The base of {self.run.path} is not there: it was trained over the folder {base.folder} (from "
                 "model.path). Put the folder back, or a link to the place where it is now."
             )
+
+    def check_base_files(self, folder: Path) -> None:
+        """Raises: ConfigError if `folder` is the trained base's and one of its files is missing or has changed."""
+        check_files({name: file for name, file in self.record.files.items() if Path(name).parent == folder}, self.run)
 
 
 def is_finished(run: RunDir) -> bool:

@@ -63,8 +63,8 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
         else:
             continue
         raise ConfigError(
-            f"{name} has changed since the run {run.path} was started: {problem}. Put the file back to continue, or "
-            "start again with `--fresh`."
+            f"{name} has changed since the run {run.path} was started: {problem}. Put the file back to go on, or "
+            "train again with `--fresh`."
         )
 
 

@@ -13,7 +13,7 @@ from qdpo.export.gguf.sentencepiece import LEGACY, SPACE
 from qdpo.export.gguf.vocabulary import PROBES
 from qdpo.export.trained import TrainedRun, trained_run
 from qdpo.run.folder import RunDir
-from qdpo.run.record import FileRecord
+from qdpo.run.record import FileRecord, file_record
 from tests.conftest import CHATML, tiny_tokenizer
 from tests.model.families import SIZE, build
 from tests.run.made import write_records
@@ -96,8 +96,8 @@ def make_run(folder: Path, base: Path, *, merged: bool = False, **adapter: Any) 
     if merged:
         save_merged(folder / "merged", base, folder / "adapter")
     pairs = folder.parent / "pairs.jsonl"
-    any_file = FileRecord(bytes=0, mtime_ns=0, sha256="")
-    files = {str(base / "config.json"): any_file, str(pairs): any_file}
+    data = FileRecord(bytes=0, mtime_ns=0, sha256="")
+    files = {str(base / "config.json"): file_record(base / "config.json"), str(pairs): data}
     words = [f"data.path={pairs}", f"cache.dir={folder.parent / 'cache'}"]
     write_records(RunDir(folder), base, words, files=files, data=str(pairs))
     return trained_run(folder)

@@ -193,6 +193,18 @@ def test_an_export_that_fails_midway_leaves_nothing(run: Path, monkeypatch: pyte
     assert not [path for path in (run / "export").rglob("*") if path.is_file()]
 
 
+def test_a_base_that_has_changed_is_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", hf.LlamaConfig(**SHAPE))
+    make_run(tmp_path / "run", base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}), encoding="utf-8")
+    for to in ("peft", "gguf-adapter"):
+        found = export(tmp_path / "run", "--to", to)
+        assert isinstance(found.exception, ConfigError), found.output
+        assert "config.json has changed since the run" in str(found.exception)
+    assert not (tmp_path / "run" / "export").exists()
+
+
 def test_a_refusal_is_a_message_and_an_exit_code(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "merged")
     for words, message in ((["--to", "onnx"], "Choose one of"), (["--to", "gguf"], "Run `qdpo merge")):

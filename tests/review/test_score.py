@@ -1,6 +1,7 @@
 """`qdpo eval` on pairs that the run was trained on: named and counted, in the table and in JSON."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from qdpo.data.tokens.sieve import TokenPair
+from qdpo.errors import ConfigError
 from qdpo.report.screen.live import print_evaluation
 from qdpo.review.score import TrainedBefore, rescore, trained_before
 from qdpo.run.record import Result
@@ -42,3 +44,14 @@ def test_an_eval_names_what_was_trained(
     assert json.loads(capsys.readouterr().out)["trained_pairs"] == 32
     own = rescore(tmp_path / "runs" / "run", [], Quiet())
     assert own.trained == TrainedBefore(0, 0)
+
+
+def test_a_base_that_has_changed_is_named(
+    tmp_path: Path, tiny_base: Path, train: Callable[..., tuple[Result, Quiet]]
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    train(train__steps="1", model__path=str(base))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.json has changed since the run"):
+        rescore(tmp_path / "runs" / "run", [], Quiet())

@@ -20,7 +20,6 @@ from qdpo.model.base.text_model import model_config, skeleton
 from qdpo.model.base.weight_names import FolderNames, float32_parameters, folder_names
 from qdpo.model.device import DTYPES
 from qdpo.model.policy.lora_fit import check_part
-from qdpo.run import identity
 from qdpo.run.finished import FinishedRun
 from qdpo.run.folder import RunDir
 from qdpo.run.record import FourBitMark, RunRecord
@@ -123,8 +122,7 @@ def _locate(finished: FinishedRun, settings: RunConfig, say: Callable[[str], Non
         cache_dir=finished.cache,
         announce=say,
     )
-    own = {name: file for name, file in finished.record.files.items() if Path(name).parent == place.folder}
-    identity.check_files(own, finished.run)
+    finished.check_base_files(place.folder)
     return place.folder
 
 
