@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.model.base import quant
@@ -62,6 +63,15 @@ def test_a_wrong_fast_part_is_not_installed(part: str, monkeypatch: pytest.Monke
     _, _, installed = both("llama")
     kind = {"linear": "adapter linear", "norm": "norm", "mlp": "gated MLP"}[part]
     assert kind not in installed.fast and "differs by 0.00" in str(installed)
+
+
+def test_norms_of_one_class_with_and_without_a_weight() -> None:
+    """As of Gemma 4's keys and values; the one without is met first."""
+    norms = [Gemma4RMSNorm(install.ANY_WIDTH, with_scale=scaled) for scaled in (False, True, False, True)]
+    for one in norms[1::2]:
+        nn.init.normal_(one.weight).requires_grad_(False)
+    chosen: dict[Any, norm.NormForm] = {}
+    assert [install._fast_norm(one, CPU, torch.float32, chosen)[1] for one in norms] == [None] * 4
 
 
 def test_an_activation_of_several_numbers_stays_plain() -> None:

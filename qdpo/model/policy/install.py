@@ -121,7 +121,7 @@ def _fast_norm(
 
         return forward
 
-    kind = (type(module), width, heads, group, eps, is_gated, getattr(module, "activation", None))
+    kind = (type(module), weight is None, width, heads, group, eps, is_gated, getattr(module, "activation", None))
     inputs = [random_input(width, dtype, device, seed=seed, heads=heads) for seed in range(1 + is_gated)]
     known = [chosen[kind]] if kind in chosen else norm.forms(has_weight=weight is not None, has_gate=is_gated)
     nearest: tuple[float, norm.NormForm] | None = None
