@@ -132,6 +132,16 @@ def test_values_of_another_width_keep_no_scores() -> None:
     assert found[512] == 2 * found[256]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_a_multimodal_class_that_is_built_whole_is_traced() -> None:
+    """Its text config does not say whether the tables are tied."""
+    text = {name: value for name, value in content("qwen3_vl_text").items() if name != "tie_word_embeddings"}
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e4}
+    plain = {"model_type": "qwen3_vl", "text_config": {**text, "rope_parameters": rope}, "tie_word_embeddings": True}
+    _config, shape = traced_shape(plain)
+    assert shape.tied and shape.shared and shape.tables == shape.table_weights
+
+
 def test_formula_and_trace_agree() -> None:
     """Of a family that has both; the formula is checked against the step by itself."""
     plain = content("qwen3")

@@ -80,9 +80,11 @@ def _check_experts(config: dict[str, Any], owner: str) -> None:
     text = config.get("text_config")
     for one, at in ((config, ""), (text, "text_config.")):
         name = experts_field(one) if isinstance(one, dict) else None
-        for key in CHOSEN if name is not None else ():
+        if name is None or not isinstance(one, dict):
+            continue
+        for key in CHOSEN:
             chosen = one.get(key)
-            if _is_whole(chosen) and not 1 <= chosen <= one[name]:
+            if isinstance(chosen, int) and not isinstance(chosen, bool) and not 1 <= chosen <= one[name]:
                 raise ConfigError(
                     f"{owner}: {at}{key} in config.json is {chosen}, and {at}{name} {one[name]}: a token is for at "
                     f"least one expert, and for no more than there are. {SOURCE}"

@@ -82,7 +82,7 @@ def _trace(text: TextModel, key: str) -> TracedShape:
         shared=rig.policy.shared,
         hidden=int(config.hidden_size),
         vocabulary=int(whole.get_output_embeddings().weight.shape[0]),
-        tied=bool(config.tie_word_embeddings),
+        tied=bool(getattr(text.config, "tie_word_embeddings", False)),
         tables=sum(table.numel() for table in tables),
         outside=outside,
         before=kept[0],
