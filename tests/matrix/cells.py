@@ -176,7 +176,7 @@ def gguf(ended: Ended, merged: Cell, converted: Ended | None) -> Cell:
     if converted is None:
         return Cell(None, "llama.cpp", "by its converter, which was not tried")
     if converted.found is None:
-        return _no(f"llama.cpp's converter: {converted.why}")
+        return Cell(None, "llama.cpp", _short(f"its converter does not take the tiny model: {converted.why}"))
     return Cell(True, f"llama.cpp: {converted.found['tensors']}")
 
 
