@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -411,8 +412,13 @@ def test_a_broken_folder_is_refused_by_name(case: str, copy: Path, tmp_path: Pat
     assert [word for word in words if word not in message] == [], message
 
 
-def test_known_types_with_code_pass(copy: Path, tmp_path: Path) -> None:
-    edit_json(copy / "config.json", auto_map={"AutoConfig": "config.Mine"})
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+def test_four_bit_and_known_types_with_code_pass(quantization: object, copy: Path, tmp_path: Path) -> None:
+    edit_json(copy / "config.json", quantization_config=quantization, auto_map={"AutoConfig": "config.Mine"})
+    if quantization:
+        scales = {"model.layers.0.mlp.up_proj.weight.absmax": torch.ones(1)}
+        file = copy / "model.safetensors"
+        save_file(load_file(file) | scales, file, {"format": "pt"})
     assert locate(copy, tmp_path)[0].folder == copy
 
 
