@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdpo.errors import ConfigError
 from qdpo.families.family import FAMILIES, Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -33,6 +34,17 @@ class Positions:
     """Tokens of prompt and answer."""
     has_table: bool
     """True if the model fails beyond them; rotary models go on, but were not trained there."""
+
+
+def json_object(path: Path, advice: str) -> dict[str, object]:
+    """The object in a JSON file of model.path. Raises: ConfigError, ending with `advice`, if it holds none."""
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} (from model.path) is not JSON: {error}. {advice}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} (from model.path) holds no JSON object. {advice}")
+    return content
 
 
 def field(config: Any, name: str) -> Any:

@@ -1,6 +1,5 @@
 """The shape of a model, which determines memory and time: from a config.json or by a model's name. No torch."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from qdpo.errors import ConfigError
 from qdpo.families import known, traced
-from qdpo.families.config_fields import experts_field, is_tied, positions
+from qdpo.families.config_fields import experts_field, is_tied, json_object, positions
 from qdpo.families.family import FAMILIES, WITH_FORECAST, Family, LayerForm
 from qdpo.families.known import ModelFacts
 from qdpo.families.traced import TracedShape
@@ -152,10 +151,10 @@ def of_model(
 
     Raises: ConfigError, with a remedy, if nothing on this machine describes the model.
     """
-    config, content = _config_file(path, revision), config_here(path, revision)
+    config = _config_file(path, revision)
     name = None if Path(path).expanduser().exists() else known.known_name(path)
     if config is not None:
-        shape = from_config(content, str(config), like=like, trace=trace)
+        shape = from_config(_content(config), str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
         return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"
@@ -177,12 +176,7 @@ def config_here(path: str, revision: str | None) -> Any:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} (from model.path) is not JSON: {error}. {SOURCE}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} (from model.path) holds no JSON object. {SOURCE}")
+    content = json_object(file, SOURCE)
     if not isinstance(content.get("text_config", {}), dict | None):
         raise ConfigError(
             f"{file} (from model.path): text_config is {content['text_config']!r:.60}, not an object. {SOURCE}"

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from qdpo.errors import ConfigError
 from qdpo.families.config_fields import experts_field
@@ -84,14 +84,14 @@ def _check_experts(config: dict[str, Any], owner: str) -> None:
             continue
         for key in CHOSEN:
             chosen = one.get(key)
-            if isinstance(chosen, int) and not isinstance(chosen, bool) and not 1 <= chosen <= one[name]:
+            if _is_whole(chosen) and not 1 <= chosen <= one[name]:
                 raise ConfigError(
                     f"{owner}: {at}{key} in config.json is {chosen}, and {at}{name} {one[name]}: a token is for at "
                     f"least one expert, and for no more than there are. {SOURCE}"
                 )
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -3,12 +3,12 @@
 A folder passes when transformers can build the model from it without pickle, remote code or a second checkpoint.
 """
 
-import json
 from collections.abc import Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qdpo.errors import ConfigError
+from qdpo.families.config_fields import json_object
 from qdpo.families.stored_form import stored_form
 from qdpo.model.base.headers import AGAIN
 
@@ -205,10 +205,4 @@ def read_json(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if size > LONGEST_JSON:
         raise ConfigError(f"{path} (from model.path) has {size:,} bytes; {LONGEST_JSON:,} are the most. {AGAIN}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} (from model.path) is not JSON: {error}. {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} (from model.path) holds no JSON object. {AGAIN}")
-    return content
+    return json_object(path, AGAIN)
