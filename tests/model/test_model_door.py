@@ -171,6 +171,12 @@ def test_tensors_of_the_text_model_that_its_config_does_not_describe_are_refused
         open_model(with_tensors(good, tmp_path / "base", stray))
 
 
+def test_a_tensor_under_two_names_is_refused(good, tmp_path):
+    other = "layers.0.input_layernorm.weight"
+    with pytest.raises(ConfigError, match=f"1 tensors of the text model twice, such as '{other}' and 'model.{other}'"):
+        check_folder(with_tensors(good, tmp_path / "base", other))
+
+
 def test_a_config_of_fewer_layers_is_refused(good, tmp_path):
     with pytest.raises(ConfigError, match=r"have no place in it, such as model\.layers\.1\."):
         open_model(with_tensors(good, tmp_path / "base", num_hidden_layers=1))
@@ -200,6 +206,12 @@ def test_plain_weights_that_are_called_4_bit_are_refused(good, tmp_path):
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(ConfigError, match="says bitsandbytes, but no tensor of the files is stored so"):
         open_model(with_tensors(good, tmp_path / "base", quantization_config=settings))
+
+
+def test_a_model_that_fills_in_tokens_is_refused():
+    config = hf.BertConfig(architectures=["BertForMaskedLM"], num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="BertForMaskedLM fills in tokens between others"):
+        text_model_of(config)
 
 
 def test_a_model_whose_attention_looks_ahead_is_refused():

@@ -1,6 +1,7 @@
 """Holds a folder's tensors to its architecture: first by their shapes, without memory, then as they were loaded."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
             return  # refused later, by the verb that wants such a model
         text = text_model.found_in(folder, stored)
         model = text_model.skeleton(text)
+    check_twice(folder, stored, text.decoder)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     stored_bytes = sum(tensor.end - tensor.start for tensor in stored.values())
     if wanted > ELEMENTS_PER_BYTE * ROOM * stored_bytes + SMALL:
@@ -68,6 +70,19 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
                 f"config.json describes {list(parameter.shape)}. Weights and config.json are of different models, or "
                 f"damaged. {SOURCE}"
             )
+
+
+def check_twice(folder: Path, stored: Collection[str], decoder: str) -> None:
+    """Raises: ConfigError if the files hold a tensor of the decoder with and without the decoder's path before it.
+
+    transformers takes both names for the same tensor, and which of them wins is not said.
+    """
+    twice = sorted(name for name in stored if f"{decoder}.{name}" in stored)
+    if twice:
+        raise ConfigError(
+            f"The weights in {folder} (from model.path) hold {len(twice)} tensors of the text model twice, such as "
+            f"{twice[0]!r} and {f'{decoder}.{twice[0]}'!r}, so which is meant is unknown. {SOURCE}"
+        )
 
 
 def check_strays(folder: Path, about: dict[str, Any], decoder: nn.Module, path: str) -> None:

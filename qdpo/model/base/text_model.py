@@ -231,6 +231,8 @@ def _obstacle(config: Any, cls: Any, whole: Any) -> str | None:
     """The reason why a checkpoint predicts no text from text alone by either class, or None."""
     if config.is_encoder_decoder or _text_part(config).is_encoder_decoder:
         return "it is an encoder and a decoder"
+    if any(str(name).endswith("ForMaskedLM") for name in config.architectures or ()):
+        return f"{config.architectures[0]} fills in tokens between others"
     if (setting := _looks_ahead(_text_part(config))) is not None:
         return f"by {setting} in its config.json its attention sees the tokens that are to be predicted"
     if cls is not None:
