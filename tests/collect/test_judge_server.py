@@ -358,8 +358,9 @@ def test_ctrl_c_leaves_at_once_and_does_not_wait_for_the_server(serve: Any, tmp_
     candidates(tmp_path, 6)
     words = ["judge", "candidates.jsonl", "--by", f"openai:{server.url}", "--judge-model", "m", "--out", "pairs.jsonl"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qdpo", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
-    )
+        [sys.executable, "-m", "qdpo", *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell ignores in its background jobs
+    )  # fmt: skip
     while len(server.asked) < 4:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
