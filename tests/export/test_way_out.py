@@ -48,7 +48,9 @@ def test_a_checkpoint_of_the_hub_is_trained_merged_and_exported(tmp_path: Path, 
     )  # fmt: skip
     assert f"ships as: {WAYS[family]}" in watcher.text
     run = RunDir(tmp_path / "runs" / "run")
-    report, found = merge_proved(run, run.merged, MergeOptions(), Quiet())
+    # A Gemma 4 this narrow, in bf16, is near the proof's bound of 99 % of tokens on either side; fp32 rounds nothing.
+    options = MergeOptions(dtype="fp32" if family == "gemma4" else None)
+    report, found = merge_proved(run, run.merged, options, Quiet())
     assert report.dequantized == report.proved > 0 and found[0].fault is None
     assert (run.merged / "preprocessor_config.json").read_bytes() == (base / "preprocessor_config.json").read_bytes()
     served: Any = getattr(hf, type(whole_model(family)).__name__)
