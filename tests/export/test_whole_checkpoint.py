@@ -24,7 +24,7 @@ from qdpo.report.card import card_text
 from qdpo.run.folder import RunDir
 from tests.conftest import Quiet, tiny_tokenizer
 from tests.export.runs import SETTINGS, adapt
-from tests.model.multimodal import CONFIGS, part, save_folder, text_logits, whole_model
+from tests.model.multimodal import CONFIGS, LOOKING_AHEAD, part, save_folder, text_logits, whole_model
 from tests.run.made import write_records
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "in_proj_qkv", "w1")
@@ -33,7 +33,7 @@ DENSE = ("gate_proj", "up_proj", "down_proj")
 UNLIKE = {"aya_vision", "cohere2_vision", "llama4"}
 GGUF = hf.GgufConfig(dequantize=True)
 # gemma3n's tower comes from timm; llava's is refused at the door.
-FAMILIES = sorted(CONFIGS.keys() - {"gemma3n", "llava"})
+FAMILIES = sorted(CONFIGS.keys() - {"gemma3n", "llava", LOOKING_AHEAD})
 QUICK = {"gemma3", "gemma4", "qwen3_5_moe", "qwen3_vl"}
 
 

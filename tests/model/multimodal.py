@@ -169,6 +169,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """Families in which the text model is a part."""
 
 
+# Its language model attends to later tokens of text, too, so nothing can be learned from what it predicts.
+LOOKING_AHEAD = "paligemma"
+
+
 def whole_model(name: str, *, seed: int = 3, **changes: Any) -> Any:
     """The whole model of a family in float32, with weights that show a mistake; `changes` are to its config."""
     config = CONFIGS[name]()
