@@ -59,10 +59,7 @@ def test_an_eager_mask_holds_soft_caps_and_sinks(family: str) -> None:
         ("bloom-alibi", "separate, eager", "no position ids"),
         ("falcon-alibi", "separate, sdpa", "ALiBi"),
         ("gpt-neo-local", "separate, eager", "local"),
-        ("falcon-h1-mamba", "separate, sdpa", "hybrid"),
-        ("qwen3-next", "separate, sdpa", "linear_attention"),
         ("llama4", "separate, sdpa", "chunked_attention"),
-        ("olmo-hybrid", "separate, sdpa", "linear_attention"),
         ("mamba", "separate, eager", "no position ids"),
     ],
 )

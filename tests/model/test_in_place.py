@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import qdpo.model.fast
-from qdpo.model.fast import linear, mlp, norm
+from qdpo.model.fast import attention, linear, mlp, norm, row_scan
 from qdpo.model.fast.activation import ACTIVATIONS, Activation
 from qdpo.model.fast.logps import Head, response_logps
 from qdpo.model.fast.scored_attention import scored_attention
+from qdpo.model.trace import rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOKENS, WIDTH, INNER = 6, 8, 12
@@ -76,6 +77,20 @@ def logps(dtype: torch.dtype) -> Call:
     ), [drawn(TOKENS, WIDTH, dtype=dtype)]  # fmt: skip
 
 
+def scanned(dtype: torch.dtype) -> Call:
+    """A running sum that begins with a state: the simplest scan, in a row of two pairs."""
+
+    def running(x: Tensor, initial_state: Tensor | None, output_final_state: bool) -> tuple[Tensor, Tensor]:
+        sums = x.square().cumsum(1) + (0 if initial_state is None else initial_state[:, None])
+        return sums, sums[:, -1]
+
+    names = row_scan.ScanNames("initial_state", "output_final_state", always=True)
+    spans = attention.PairSpans([rows.EvenSpan(0, 1, 1, 1), rows.EvenSpan(3, 1, 1, 1)])
+    return lambda x: row_scan.loop(row_scan.Scan(running, names, {"x": x}), spans), [
+        drawn(1, TOKENS, WIDTH, dtype=dtype)
+    ]
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     **{
         f"_Norm {place}": lambda dtype, form=form: normed(dtype, form)
@@ -96,6 +111,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "_Scored cap": lambda dtype: attended(dtype, 2.0),
     "_Scored sink": lambda dtype: attended(dtype, None),
     "_ResponseLogps": logps,
+    "_Block": scanned,
 }
 
 

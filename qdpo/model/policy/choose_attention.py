@@ -1,17 +1,17 @@
 """Selects the fastest attention path that is exact on the loaded model, and reports why faster paths were refused."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import logging
 
 from qdpo.errors import ConfigError, VerificationError
-from qdpo.families.config_fields import FULL, SLIDING, attention_softcap, layer_windows
+from qdpo.families.config_fields import attention_softcap
 from qdpo.model.fast import attention
 from qdpo.model.fast.attention import PairSpans
-from qdpo.model.policy import probe
+from qdpo.model.policy import probe, recurrent_rows
 from qdpo.model.policy.adapter import Policy, RowLayout
 from qdpo.model.policy.row import RowTensors
 
@@ -40,7 +40,12 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
     truth_N = _truth(policy, row)
     candidates = CANDIDATES if wanted == "auto" else [c for c in CANDIDATES if c == ("separate", wanted)]
     refused: list[str] = []
-    if wanted == "auto" and (why := sharing_obstacle(policy, longest)) is not None:
+    if wanted == "auto":
+        stateful = recurrent_rows.install(policy.backbone, policy.head.weight_VD.dtype, policy.device)
+        why = sharing_obstacle(policy, longest, stateful)
+    else:
+        why = None
+    if why is not None:
         candidates = [candidate for candidate in CANDIDATES if candidate[0] == "separate"]
         refused.append(why)
     for layout, name in candidates:
@@ -59,6 +64,8 @@ def choose_path(policy: Policy, row: RowTensors, wanted: str, *, longest: int, s
 def choose_unseen(policy: Policy) -> None:
     """Sets the path that the architecture allows, for a model without weights, on which nothing can be checked."""
     attention.register()
+    dtype = policy.head.weight_VD.dtype
+    recurrent_rows.install(policy.backbone, dtype, policy.device, weightless=True)
     policy.layout = "spans"
     if sharing_obstacle(policy, 0) is None and switch_attention(policy, attention.NAME):
         return
@@ -106,18 +113,20 @@ def is_beyond_sdpa(policy: Policy) -> bool:
     return softcap is not None or any(name.endswith("sinks") for name, _ in policy.backbone.named_parameters())
 
 
-def sharing_obstacle(policy: Policy, longest: int) -> str | None:
-    """The reason why the architecture forbids shared rows that a short row in bf16 would not show, or None."""
+def sharing_obstacle(policy: Policy, longest: int, stateful: Mapping[str, str] | None = None) -> str | None:
+    """The reason why the architecture forbids shared rows that a short row in bf16 would not show, or None.
+
+    `stateful` are kinds of recurrent layers that compute no rows, each with its reason.
+    """
     config = policy.backbone.config.get_text_config()
     if getattr(config, "alibi", False):
         return "its attention is biased by distance in the row (ALiBi)"
     if "position_ids" not in inspect.signature(policy.backbone.forward).parameters:
         return "the model takes no position ids (ALiBi, or a state instead of attention)"
-    kinds = [kind for kind in layer_windows(config) if kind not in (FULL, SLIDING, "attention")]
     if "local" in getattr(config, "attention_layers", []):
-        kinds.append("local attention")
-    if kinds:
-        return f"the model has layers of {' and '.join(kinds)}"
+        return "the model has layers of local attention"
+    if (why := recurrent_rows.obstacle(policy.backbone, stateful or {})) is not None:
+        return why
     for rope in _rope_parameters(config):
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         if rope.get("rope_type") in LENGTH_DEPENDENT and longest > original:

@@ -54,10 +54,10 @@ def difference(
             layer.b_NR.data.copy_(was)
     if results[0][0].dtype != results[1][0].dtype:
         return f"its output is {results[0][0].dtype}"
-    return max(_apart(expected, found) for expected, found in zip(*results, strict=True))
+    return max(apart(expected, found) for expected, found in zip(*results, strict=True))
 
 
-def _apart(expected: Tensor, found: Tensor) -> float:
+def apart(expected: Tensor, found: Tensor) -> float:
     """Norm of the difference over the norm of the expected; infinite where that is not finite."""
     error = ((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
