@@ -1,5 +1,6 @@
 """Prepares the pairs of a run in its folder: read, recognise, render, tokenise once, split, report."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ def prepare_data(
         held_out_pairs=len(held_out), dropped=dropped, held_out_source=other_name, held_out_revision=other_revision,
         ends=[token for token, _count in ends.most_common()],
     )  # fmt: skip
+    if config.template_options:
+        switches = ", ".join(f"{name}={json.dumps(value)}" for name, value in config.template_options.items())
+        say(f"chat template: rendered with {switches} (data.template_options), here and in every export")
     say(f"pairs: {len(train)} to train, {len(held_out)} held out")
     files = [Path(name) for entry in sources for name in entry.files]
     return PreparedData(train=train, held_out=held_out, about=about, files=files, notes=notes)

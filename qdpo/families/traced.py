@@ -20,7 +20,7 @@ RANK = 16
 # Bytes of the compute type in the traces.
 ELEMENT = 2
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
-VERSION = 3
+VERSION = 4
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
 # Sizes of the traces: tokens of a row, or of a sequence where answers are computed one by one (whole chunks of any

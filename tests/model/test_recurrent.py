@@ -1,6 +1,7 @@
 """Recurrent layers over rows of pairs: both answers continue from their prompt's state, and see nothing else."""
 
 import inspect
+import weakref
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ from qdpo.model.policy.recompute import Layers
 from qdpo.model.policy.row import RowTensors
 from qdpo.train.step.feed import row_tensors
 from tests.matrix.configs import LINEAR, TEXT, TINY, config_of, text_config
-from tests.model.families import CPU, Scored, differentiated, make_policy, tiny_row
+from tests.model.families import CPU, Scored, differentiated, make_policy, scores, tiny_row
 
 EXACT = (
     "qwen3_5 (text)", "qwen3_5_moe (text)", "qwen3_next", "olmo_hybrid", "kimi_linear", "bailing_hybrid", "lfm2",
@@ -110,21 +111,19 @@ def test_any_spans(name: str, sizes: list[tuple[int, int, int]]) -> None:
 def _without_state(scan: Any, spans: PairSpans) -> Tensor:
     """Every answer begins with a state of zero."""
     run = scan.run
-    object.__setattr__(scan, "run", lambda parts, _state, **more: run(parts, None, **more))
+    scan.run = lambda parts, _state, **more: run(parts, None, **more)
     return right_loop(scan, spans)
 
 
 def _one_sequence(scan: Any, _spans: PairSpans) -> Tensor:
     """The whole row is one sequence: the rejected answer sees the chosen one, a pair the pair before it."""
-    return scan.run([scan.given[name] for name in scan.over_tokens], None)[0]
+    return scan.run(scan.parts.values(), None)[0]
 
 
 def _no_gradient(scan: Any, spans: PairSpans) -> Tensor:
     """The answers teach their prompt nothing through its state."""
     run = scan.run
-    object.__setattr__(
-        scan, "run", lambda parts, state, **more: run(parts, None if state is None else state.detach(), **more)
-    )
+    scan.run = lambda parts, state, **more: run(parts, None if state is None else state.detach(), **more)
     return right_loop(scan, spans)
 
 
@@ -273,6 +272,25 @@ def test_what_a_block_keeps_does_not_grow_with_its_chunks() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
         layer.forward(x, pair_spans=PairSpans(row.spans))
     assert saved and max(saved) <= 4  # matrices of chunks have five dimensions
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recomputed_layer_holds_its_input_alone(name: str) -> None:
+    """Nothing that a scan was given lives on behind the checkpoint, where no hook would see it."""
+    policy, _ = policy_of(name, kept_layers=0)
+    row = row_of((600, 8, 8))
+    held: list[weakref.ref[Tensor]] = []
+    right = row_scan.convolution
+
+    def watched(*args: Any, **others: Any) -> Tensor:
+        found = right(*args, **others)
+        held.append(weakref.ref(found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_scan, "convolution", watched)
+        logp = scores(policy, row, "spans")
+    assert held and logp.requires_grad and not any(one() is not None for one in held)
 
 
 def test_the_probe_of_a_pair_shorter_than_the_convolution_is_exact() -> None:

@@ -1,14 +1,14 @@
 """The convolution and the scan of a recurrent layer over a row of pairs: each answer continues from its prompt.
 
 Three ways to scan: a loop over the pairs, for plain PyTorch; for kernels, all prompts in one call and all answers in a
-second, as sequences of one row (`cu_seqlens`) or as a batch. Plain PyTorch keeps ten or more float32 tensors a token, so
-the loop runs in blocks of `BLOCK` tokens: a block keeps its input and its first state, and its backward pass computes the
-rest again. What a scan needs beyond its input is then what one block needs.
+second, as sequences of one row (`cu_seqlens`) or as a batch. Plain PyTorch keeps ten or more float32 tensors a token,
+so the loop runs in blocks of `BLOCK` tokens: a block keeps its input and its first state, and its backward pass
+computes the rest again. What a scan needs beyond its input is then what one block needs.
 
 Letters: C channels of the convolution · K its taps · S sequences · T tokens of the row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -59,23 +59,29 @@ def convolution(
     return torch.cat(torch.split(found, counts, 2)[1::2], 2)
 
 
-@dataclass(frozen=True)
 class Scan:
-    """A scan with its arguments: those with a dimension of tokens, and the others."""
+    """A scan with its arguments: `parts` are the tensors (1, T, …) of a row, by name; others serve every token."""
+
+    def __init__(self, plain: Callable[..., Any], names: ScanNames, given: dict[str, Any]):
+        tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 2}
+        row = next(iter(tensors.values())).shape[:2]
+        self.parts = {name: value for name, value in tensors.items() if value.shape[:2] == row}
+        others = {name: value for name, value in given.items() if name not in self.parts}
+        self.run = _Run(plain, names, tuple(self.parts), others)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A call of a scan for some tokens; it holds no tensor of the row, so that a recomputed layer keeps none."""
 
     plain: Callable[..., Any]
     names: ScanNames
-    given: dict[str, Any]
+    order: tuple[str, ...]
+    others: dict[str, Any]
 
-    @property
-    def over_tokens(self) -> list[str]:
-        tensors = {name: value for name, value in self.given.items() if isinstance(value, Tensor) and value.dim() > 2}
-        batch = next(iter(tensors.values())).shape[:2]
-        return [name for name, value in tensors.items() if value.shape[:2] == batch]
-
-    def run(self, parts: Sequence[Tensor], state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
-        """Output and final state for these parts of the arguments over tokens, in the order of their names."""
-        given = {**self.given, **dict(zip(self.over_tokens, parts, strict=True)), **more}
+    def __call__(self, parts: Iterable[Tensor], state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
+        """Output and final state for the arguments of some tokens, in the order of their names."""
+        given = {**self.others, **dict(zip(self.order, parts, strict=True)), **more}
         result = self.plain(**given, **{self.names.initial: state, self.names.final: True})
         output: Tensor = result[0]
         final: Tensor = result[1]
@@ -85,21 +91,21 @@ class Scan:
 def loop(scan: Scan, spans: PairSpans) -> Tensor:
     """One sequence after another, in blocks of tokens."""
     lengths = [length for span in spans for length in (span.prompt, span.chosen, span.rejected)]
-    columns = [torch.split(scan.given[name], lengths, 1) for name in scan.over_tokens]
+    columns = [torch.split(part, lengths, 1) for part in scan.parts.values()]
     outputs, state = [], None
     for place, parts in enumerate(zip(*columns, strict=True)):
         if place % 3 == 0:
-            output, state = _in_blocks(scan, parts, None)
+            output, state = _in_blocks(scan.run, parts, None)
         else:
-            output, _ = _in_blocks(scan, parts, state)
+            output, _ = _in_blocks(scan.run, parts, state)
         outputs.append(output)
     return torch.cat(outputs, 1)
 
 
-def _in_blocks(scan: Scan, parts: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _in_blocks(run: _Run, parts: Sequence[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
     outputs = []
     for block in zip(*(torch.split(part, BLOCK, 1) for part in parts), strict=True):
-        output, state = _Block.apply(scan, state, *block)  # type: ignore[no-untyped-call]
+        output, state = _Block.apply(run, state, *block)  # type: ignore[no-untyped-call]
         outputs.append(output)
     assert state is not None
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
@@ -109,17 +115,17 @@ class _Block(torch.autograd.Function):
     """A scan over some tokens that keeps its input and its first state, and computes all else again when asked."""
 
     @staticmethod
-    def forward(ctx: Any, scan: Scan, state: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.scan = scan
+    def forward(ctx: Any, run: _Run, state: Tensor | None, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(state, *parts)
-        return scan.run(parts, state)
+        return run(parts, state)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         held: list[Any] = [None if one is None else one.detach().requires_grad_() for one in ctx.saved_tensors]
         with torch.enable_grad():
-            results = ctx.scan.run(held[1:], held[0])
+            results = ctx.run(held[1:], held[0])
         asked = [(one, slope) for one, slope in zip(results, gradients, strict=True) if slope is not None]
         wanted = [one for one, needs in zip(held, ctx.needs_input_grad[1:], strict=True) if needs]
         outputs, slopes = zip(*asked, strict=True)
@@ -132,7 +138,7 @@ def batch(scan: Scan, spans: PairSpans) -> Tensor:
 
     Prompts get zeros before them, which leave a state of zero as it is, answers behind them.
     """
-    rows = [scan.given[name] for name in scan.over_tokens]
+    rows = list(scan.parts.values())
     prompts = [(span.start, span.prompt) for span in spans]
     ends = [(span.start + span.prompt, span.chosen) for span in spans]
     ends += [(span.start + span.prompt + span.chosen, span.rejected) for span in spans]
@@ -158,7 +164,7 @@ def _stacked(row: Tensor, places: Sequence[tuple[int, int]], *, first: bool) -> 
 
 def varlen(scan: Scan, spans: PairSpans) -> Tensor:
     """All prompts in one call, then all answers with their prompts' states: for kernels that take `cu_seqlens`."""
-    device = scan.given[scan.over_tokens[0]].device
+    device = next(iter(scan.parts.values())).device
     prompt_S = [span.prompt for span in spans]
     answer_S = [length for span in spans for length in (span.chosen, span.rejected)]
     places = list(_thirds(spans))
@@ -166,7 +172,7 @@ def varlen(scan: Scan, spans: PairSpans) -> Tensor:
     answer_T = to_device(
         torch.cat([one for pair in zip(places[1::3], places[2::3], strict=True) for one in pair]), device
     )
-    rows = [scan.given[name] for name in scan.over_tokens]
+    rows = list(scan.parts.values())
     before, state = scan.run(
         [row.index_select(1, prompt_T) for row in rows], None, cu_seqlens=_bounds(prompt_S, device)
     )

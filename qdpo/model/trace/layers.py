@@ -23,6 +23,7 @@ from qdpo.model.base.foreign import reading
 from qdpo.model.base.text_model import TextModel, config_of_json, decoder_of, text_model_of
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import Head
+from qdpo.model.fast.recurrent import RowForward
 from qdpo.model.policy import adapter, choose_attention, install, recompute
 from qdpo.model.policy.adapter import Policy
 from qdpo.model.policy.forward import response_hidden
@@ -164,6 +165,7 @@ class _Rig:
         choose_attention.choose_unseen(self.policy)
         with no_fake():
             install.install(peft, DEVICE, weightless=True)
+        self._has_states = any(isinstance(one.forward, RowForward) for one in self.policy.backbone.modules())
         self._layers = recompute.Layers(decoder_of(causal), layers=chosen)
         self._number = len(chosen)
         self._marks: list[tuple[str, float, float]] = []
@@ -221,6 +223,8 @@ class _Rig:
         """The traces before the layers, of each kind of layer, and behind them."""
         self._layers.keep(kept)
         sizes = traced.TOKENS if self.policy.shared else traced.SEQUENCES
+        if self.policy.shared and self._has_states:
+            sizes = traced.TOKENS[:-1]  # a scan grows evenly, and is slow to trace
         shares = traced.SHARES if self.policy.shared else traced.SHARES[:1]
         pairs = traced.PAIRS if self.policy.shared and self._length_matters() else traced.PAIRS[:1]
         found: dict[tuple[int, float, int], list[Moments]] = {}
@@ -245,8 +249,9 @@ class _Rig:
 
     def _length_matters(self) -> bool:
         one, more = (self._row(2048, 1024, pairs) for pairs in traced.PAIRS)
+        same = 2 * SAME if self._has_states else SAME  # every answer's first state is one more
         return any(
-            abs(a - b) > SAME * max(a, b)
+            abs(a - b) > same * max(a, b)
             for first, second in zip(one, more, strict=True)
             for a, b in zip(vars(first).values(), vars(second).values(), strict=True)
         )
