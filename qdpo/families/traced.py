@@ -151,6 +151,8 @@ class TracedShape:
     """The place in `kinds` of each layer."""
     shared: bool
     """A prompt is computed once for both of its answers; else each answer has its own copy, a sequence at a time."""
+    states: bool
+    """Layers carry a state from token to token, or are not attention in another way: packages of kernels exist."""
     hidden: int
     vocabulary: int
     tied: bool
@@ -258,7 +260,9 @@ def from_json(plain: Mapping[str, Any]) -> TracedShape:
         )
         for kind in plain["kinds"]
     )  # fmt: skip
-    rest = {name: plain[name] for name in ("key", "shared", "hidden", "vocabulary", "tied", "tables", "positions")}
+    rest = {
+        name: plain[name] for name in ("key", "shared", "states", "hidden", "vocabulary", "tied", "tables", "positions")
+    }
     return TracedShape(
         kinds=kinds, order=tuple(plain["order"]), outside=_weights(plain["outside"]),
         before=_unpacked(plain["before"]), after=_unpacked(plain["after"]),

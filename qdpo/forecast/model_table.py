@@ -58,9 +58,9 @@ def with_experts() -> list[str]:
 
 
 def with_kernels() -> list[str]:
-    """Those of MODELS whose estimate of time counts on packages of GPU kernels: rows that share no prompt."""
+    """Those of MODELS whose estimate of time counts on packages of GPU kernels: hybrids."""
     shapes = ((name, _shape(name)) for name in MODELS)
-    return [name for name, shape in shapes if isinstance(shape, TracedShape) and not shape.shared]
+    return [name for name, shape in shapes if isinstance(shape, TracedShape) and shape.states]
 
 
 def _shape(name: str) -> AnyShape | None:

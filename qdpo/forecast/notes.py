@@ -16,13 +16,13 @@ def notes(adapter: AdapterConfig, shape: AnyShape, *, timed: bool) -> list[str]:
             f"adapter.targets={','.join(adapter.targets)}: adapter, optimizer and kept layers are forecast as for "
             f"{','.join(ALL_LINEAR)}, which is more where fewer layers are adapted"
         )
-    if timed and isinstance(shape, TracedShape) and not shape.shared:
+    if timed and isinstance(shape, TracedShape) and shape.states:
         found.append(_slower())
     return found
 
 
 def _slower() -> str:
-    """Rows that cannot share a prompt mean layers other than attention, with kernels of their own."""
+    """Layers that carry a state from token to token have kernels of their own."""
     missing = [about.name for package, about in KERNELS.items() if not is_installed(package)]
     here = f"not installed here: {', '.join(missing)}" if missing else "all are installed here"
     return (

@@ -16,6 +16,7 @@ from qdpo.forecast import memory, timing
 from qdpo.forecast.memory import MemorySettings, RowSize
 from qdpo.measure import trace
 from qdpo.model.fast import attention
+from qdpo.model.policy import choose_attention
 from qdpo.model.trace import layers, store
 from qdpo.model.trace.layers import read_config, trace_layers
 from qdpo.model.trace.live import LiveBytes, as_on_cuda
@@ -79,7 +80,14 @@ def test_layers_of_two_kinds_make_the_traced_step() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-def test_answers_that_cannot_share_a_prompt_are_counted_one_by_one() -> None:
+def test_layers_with_states_make_the_traced_step() -> None:
+    shape = check(content("lfm2", layer_types=["conv", "full_attention"] * 2), RUNS[1:2])
+    assert shape.shared and shape.states
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_answers_that_cannot_share_a_prompt_are_counted_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_attention, "sharing_obstacle", lambda *_: "of this test")
     shape = check(content("lfm2", layer_types=["conv", "full_attention"] * 2), RUNS[1:2])
     assert not shape.shared
     run, row = RUNS[1]
@@ -217,7 +225,7 @@ def test_a_trace_is_made_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
 def shape_of(key: str) -> TracedShape:
     nothing = Traces(tuple(((Moments(0.0, 0.0, 0.0),),) for _ in TOKENS))
     return TracedShape(
-        key=key, kinds=(), order=(), shared=True, hidden=1, vocabulary=1, tied=True, tables=1,
+        key=key, kinds=(), order=(), shared=True, states=False, hidden=1, vocabulary=1, tied=True, tables=1,
         outside=traced.Weights(), before=nothing, after=nothing, after_recomputed=nothing,
     )  # fmt: skip
 

@@ -21,8 +21,9 @@ from qdpo.model.fast import row_scan
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.row_scan import BATCH, LOOP, VARLEN, Scan, ScanNames
 
-# The most of a chunk, within which a plain scan keeps a matrix of every token by every other.
-CHUNK = 64
+# The most of a chunk, within which a plain scan keeps a number for every token by every other; and of a scan whose
+# decay differs by channel, which keeps a vector for them.
+CHUNK, CHUNK_OF_VECTORS = 64, 16
 _SCANS = (
     ScanNames("initial_state", "output_final_state", always=True),
     ScanNames("initial_states", "return_final_states", always=False),
@@ -131,7 +132,9 @@ class RowForward:
                 given.pop(name, None)
             size = given.get("chunk_size", chunk)
             if cap and isinstance(size, int):
-                given["chunk_size"] = min(size, CHUNK)
+                decay = given.get("g")
+                by_channel = isinstance(decay, Tensor) and decay.dim() > 3
+                given["chunk_size"] = min(size, CHUNK_OF_VECTORS if by_channel else CHUNK)
             found = row_scan.WAYS[self.way](Scan(plain, names, given), self._row_spans)
             return (found, None) if names.always else found
 

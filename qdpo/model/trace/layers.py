@@ -81,6 +81,7 @@ def _trace(text: TextModel, key: str) -> TracedShape:
         ),
         order=tuple(places.index(place) for place in alike),
         shared=rig.policy.shared,
+        states=rig.has_states or not rig.policy.shared,
         hidden=int(config.hidden_size),
         vocabulary=int(whole.get_output_embeddings().weight.shape[0]),
         tied=bool(getattr(text.config, "tie_word_embeddings", False)),
@@ -165,7 +166,7 @@ class _Rig:
         choose_attention.choose_unseen(self.policy)
         with no_fake():
             install.install(peft, DEVICE, weightless=True)
-        self._has_states = any(isinstance(one.forward, RowForward) for one in self.policy.backbone.modules())
+        self.has_states = any(isinstance(one.forward, RowForward) for one in self.policy.backbone.modules())
         self._layers = recompute.Layers(decoder_of(causal), layers=chosen)
         self._number = len(chosen)
         self._marks: list[tuple[str, float, float]] = []
@@ -223,7 +224,7 @@ class _Rig:
         """The traces before the layers, of each kind of layer, and behind them."""
         self._layers.keep(kept)
         sizes = traced.TOKENS if self.policy.shared else traced.SEQUENCES
-        if self.policy.shared and self._has_states:
+        if self.policy.shared and self.has_states:
             sizes = traced.TOKENS[:-1]  # a scan grows evenly, and is slow to trace
         shares = traced.SHARES if self.policy.shared else traced.SHARES[:1]
         pairs = traced.PAIRS if self.policy.shared and self._length_matters() else traced.PAIRS[:1]
@@ -249,7 +250,7 @@ class _Rig:
 
     def _length_matters(self) -> bool:
         one, more = (self._row(2048, 1024, pairs) for pairs in traced.PAIRS)
-        same = 2 * SAME if self._has_states else SAME  # every answer's first state is one more
+        same = 2 * SAME if self.has_states else SAME  # every answer's first state is one more
         return any(
             abs(a - b) > same * max(a, b)
             for first, second in zip(one, more, strict=True)
