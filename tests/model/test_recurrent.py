@@ -17,6 +17,7 @@ from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
 from qdpo.model.fast import recurrent, row_scan
 from qdpo.model.fast.attention import PairSpans
+from qdpo.model.generate.generate import complete
 from qdpo.model.policy import probe, recurrent_rows
 from qdpo.model.policy.adapter import Policy
 from qdpo.model.policy.choose_attention import choose_path
@@ -299,3 +300,35 @@ def test_the_probe_of_a_pair_shorter_than_the_convolution_is_exact() -> None:
     truth = probe.separate_logps(policy, row)
     policy.layout = "spans"
     assert probe.fault(policy, row, truth, PairSpans(row.spans)) is None
+
+
+class _Ends:
+    """What `complete` reads of a tokenizer."""
+
+    eos_token_id, pad_token_id = 2, 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_generation_uses_the_models_own_cache(name: str) -> None:
+    """Prompts of several lengths in one padded batch, adapter on and off: as token by token without a cache."""
+    policy, _ = policy_of(name, kept_layers="all")
+    prompts = [[5, 9, 17], [40, 3, 88, 21, 60, 77, 13], [9]]
+
+    def uncached(prompt: list[int]) -> list[int]:
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                logits = policy.peft(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            if ids[-1] == _Ends.eos_token_id:
+                break
+        return ids[len(prompt) :]
+
+    def answers() -> list[list[int]]:
+        found = complete(policy.peft, _Ends(), prompts, max_new_tokens=6)
+        assert found == [uncached(prompt) for prompt in prompts]
+        return found
+
+    with_adapter = answers()
+    with policy.reference():
+        assert answers() != with_adapter
