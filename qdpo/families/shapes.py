@@ -10,6 +10,7 @@ from qdpo.families import known, traced
 from qdpo.families.config_fields import experts_field, is_tied, json_object, positions
 from qdpo.families.family import FAMILIES, WITH_FORECAST, Family, LayerForm
 from qdpo.families.known import ModelFacts
+from qdpo.families.stored_form import stored_form
 from qdpo.families.traced import TracedShape
 
 SOURCE = "Copy config.json from the model's source."
@@ -154,7 +155,9 @@ def of_model(
     config = _config_file(path, revision)
     name = None if Path(path).expanduser().exists() else known.known_name(path)
     if config is not None:
-        shape = from_config(_content(config), str(config), like=like, trace=trace)
+        content = _content(config)
+        stored_form(content, str(config), path)  # a plan for weights that a run refuses would be of no use
+        shape = from_config(content, str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
         return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"

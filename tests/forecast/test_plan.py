@@ -19,6 +19,7 @@ from qdpo.families.shapes import known_shape
 from qdpo.families.traced import TracedShape
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
+from qdpo.model.trace.store import finder
 from qdpo.run import identity
 from qdpo.settings import layered
 from tests.conftest import qdpo, tiny_rows, write_jsonl
@@ -43,6 +44,26 @@ def long_rows() -> list[dict[str, str]]:
         {"prompt": f"{n:0{100 + n * 23 % 2300}}", "chosen": "c" * (400 + n * 170 % 11_600), "rejected": "r" * (n + 400)}
         for n in range(200)
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised with gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised with awq"),
+        ({"model_type": "foo"}, "is of model_type 'foo', which transformers"),
+        ({"model_type": "foo", "auto_map": {"AutoModel": "foo.Foo"}}, "needs custom Python code"),
+        ({"model_type": None}, "model_type in config.json is None, not a name"),
+    ],
+)
+def test_what_a_run_refuses_by_its_config_is_not_planned(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    content = known.config_of("Qwen/Qwen2.5-7B-Instruct")
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(ConfigError, match=said):
+        words = (f"model.path={folder}", "data.path=bundled:demo-train.jsonl")
+        plan(*words, trace=finder(tmp_path / "cache", lambda line: None), gpu_gib=24)
 
 
 def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -> None:
