@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from qdpo.cli.main import app
 from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
-from qdpo.families import known
+from qdpo.families import known, traced
 from qdpo.families.shapes import known_shape
 from qdpo.families.traced import TracedShape
 from qdpo.forecast.memory import GIB
@@ -64,6 +66,21 @@ def test_what_a_run_refuses_by_its_config_is_not_planned(changes: dict[str, Any]
     with pytest.raises(ConfigError, match=said):
         words = (f"model.path={folder}", "data.path=bundled:demo-train.jsonl")
         plan(*words, trace=finder(tmp_path / "cache", lambda line: None), gpu_gib=24)
+
+
+def test_fit_lists_a_model_whose_trace_a_plan_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace that ships is taken away and kept in the cache instead, as `plan` keeps one that does not ship."""
+    name = "openai/gpt-oss-20b"
+    key = traced.key_of(known.config_of(name))
+    kept = traced.shipped(key)
+    assert kept is not None
+    monkeypatch.setattr(traced, "shipped", lambda key: None)
+    monkeypatch.setenv("QDPO_CACHE", str(tmp_path / "cache"))
+    before = json.loads(CliRunner().invoke(app, ["fit", "--gpu-gib", "80", "--json"]).output)
+    (tmp_path / "cache" / "forecast").mkdir(parents=True)
+    (tmp_path / "cache" / "forecast" / f"{key}.json").write_text(traced.to_text(kept))
+    after = json.loads(CliRunner().invoke(app, ["fit", "--gpu-gib", "80", "--json"]).output)
+    assert [one["model"] for one in after if one not in before] == [name]
 
 
 def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdpo.errors import DiskError
+from qdpo.errors import ConfigError, DiskError
 from qdpo.families import traced
 from qdpo.families.shapes import FindTrace
 from qdpo.families.traced import TracedShape
@@ -19,6 +19,18 @@ def finder(cache: Path, say: Say) -> FindTrace:
 
     def find(config: Mapping[str, Any], source: str) -> TracedShape:
         return _find(config, source, cache / PLACE, say)
+
+    return find
+
+
+def kept_finder(cache: Path) -> FindTrace:
+    """A function that finds the traces that earlier plans and runs kept; it makes none, and raises ConfigError."""
+
+    def find(config: Mapping[str, Any], source: str) -> TracedShape:
+        found = _stored(traced.key_of(config), cache / PLACE)
+        if found is None:
+            raise ConfigError(f"No trace of {source} is kept in {cache / PLACE}. `qdpo plan` makes it.")
+        return found
 
     return find
 
