@@ -25,14 +25,14 @@ def finder(cache: Path, say: Say) -> FindTrace:
 
 def kept_finder(cache: Path) -> FindTrace:
     """A function that finds the traces that earlier plans and runs kept; it makes none, and raises ConfigError."""
+    return lambda config, source: _kept(config, source, cache / PLACE)
 
-    def find(config: Mapping[str, Any], source: str) -> TracedShape:
-        found = _stored(traced.key_of(config), cache / PLACE)
-        if found is None:
-            raise ConfigError(f"No trace of {source} is kept in {cache / PLACE}. `qdpo plan` makes it.")
-        return found
 
-    return find
+def _kept(config: Mapping[str, Any], source: str, place: Path) -> TracedShape:
+    found = _stored(traced.key_of(config), place)
+    if found is None:
+        raise ConfigError(f"No trace of {source} is kept in {place}. `qdpo plan` makes it.")
+    return found
 
 
 def _find(config: Mapping[str, Any], source: str, place: Path, say: Say) -> TracedShape:
