@@ -157,6 +157,7 @@ def of_model(
     if config is not None:
         content = _content(config)
         stored_form(content, str(config), path)  # a plan for weights that a run refuses would be of no use
+        _check_text_type(content, config)
         shape = from_config(content, str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
@@ -185,6 +186,17 @@ def _content(file: Path) -> dict[str, Any]:
             f"{file} (from model.path): text_config is {content['text_config']!r:.60}, not an object. {SOURCE}"
         )
     return content
+
+
+def _check_text_type(content: Mapping[str, Any], file: Path) -> None:
+    """Refuses a text part under another family's name than transformers builds, where that is known without it."""
+    outer, text = content.get("model_type"), content.get("text_config") or {}
+    built = f"{outer}_text"
+    if built in known.text_types() and text.get("model_type", built) != built:
+        raise ConfigError(
+            f"{file} (from model.path): model_type of text_config is {text['model_type']!r:.60}, but transformers "
+            f"builds {built!r} for a {outer} model. {SOURCE}"
+        )
 
 
 def _config_file(path: str, revision: str | None) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from qdpo.cli.main import app
@@ -66,6 +67,22 @@ def test_what_a_run_refuses_by_its_config_is_not_planned(changes: dict[str, Any]
     with pytest.raises(ConfigError, match=said):
         words = (f"model.path={folder}", "data.path=bundled:demo-train.jsonl")
         plan(*words, trace=finder(tmp_path / "cache", lambda line: None), gpu_gib=24)
+
+
+@pytest.mark.parametrize("name", ["google/gemma-4-E4B-it", "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B"])
+def test_a_text_part_under_another_family_s_name_is_not_planned(name: str, tmp_path: Path) -> None:
+    content = known.config_of(name)
+    content["text_config"]["model_type"] = "llama"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"text_config is 'llama', but transformers builds '\w+_text'"):
+        plan(f"model.path={tmp_path}", "data.path=bundled:demo-train.jsonl", gpu_gib=24)
+
+
+def test_text_types_that_are_known_are_those_that_transformers_builds() -> None:
+    outer = {one.removesuffix("_text") for one in known.text_types() if one.endswith("_text")}
+    assert {"gemma3", "gemma4", "qwen3_5"} <= outer
+    for one in outer:
+        assert CONFIG_MAPPING[one].sub_configs["text_config"].model_type == f"{one}_text"
 
 
 def test_fit_lists_a_model_whose_trace_a_plan_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
