@@ -52,6 +52,13 @@ class Order:
 
 def export_peft(order: Order) -> None:
     """The normalised adapter."""
+    default = order.trained.exports / "peft"
+    if order.out is None and default.exists() and not order.force:
+        raise ConfigError(
+            f"{default} exists already, from an earlier `--to peft` or `--to vllm --lora`, which write the same "
+            f"adapter there. Use that folder, write it again with `--force`, or write another: `qdpo export "
+            f"{order.trained.run.path} FOLDER --to peft`."
+        )
     out = order.place("peft")
     written = _write_normal(order, order.trained.base(order.say), out)
     order.say(

@@ -105,6 +105,13 @@ def config_of(name: str) -> dict[str, Any]:
     return copy.deepcopy(_entry(name)["config"])
 
 
+@functools.cache
+def text_types() -> frozenset[str]:
+    """Every model_type of a text part among the models that ship."""
+    texts = (entry["config"].get("text_config") or {} for entry in _entries().values())
+    return frozenset(str(text["model_type"]) for text in texts if "model_type" in text)
+
+
 def facts(name: str) -> ModelFacts:
     """Facts about a model that its config.json does not hold.
 

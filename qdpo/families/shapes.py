@@ -10,6 +10,7 @@ from qdpo.families import known, traced
 from qdpo.families.config_fields import experts_field, is_tied, json_object, positions
 from qdpo.families.family import FAMILIES, WITH_FORECAST, Family, LayerForm
 from qdpo.families.known import ModelFacts
+from qdpo.families.stored_form import stored_form
 from qdpo.families.traced import TracedShape
 
 SOURCE = "Copy config.json from the model's source."
@@ -154,7 +155,10 @@ def of_model(
     config = _config_file(path, revision)
     name = None if Path(path).expanduser().exists() else known.known_name(path)
     if config is not None:
-        shape = from_config(_content(config), str(config), like=like, trace=trace)
+        content = _content(config)
+        stored_form(content, str(config), path)  # a plan for weights that a run refuses would be of no use
+        _check_text_type(content, config)
+        shape = from_config(content, str(config), like=like, trace=trace)
         return shape if name is None else _within_context(shape, known.facts(name)), str(config)
     if name is not None:
         return known_shape(name, like=like, trace=trace), f"the config.json of {name} that ships with qdpo"
@@ -182,6 +186,17 @@ def _content(file: Path) -> dict[str, Any]:
             f"{file} (from model.path): text_config is {content['text_config']!r:.60}, not an object. {SOURCE}"
         )
     return content
+
+
+def _check_text_type(content: Mapping[str, Any], file: Path) -> None:
+    """Refuses a text part under another family's name than transformers builds, where that is known without it."""
+    outer, text = content.get("model_type"), content.get("text_config") or {}
+    built = f"{outer}_text"
+    if built in known.text_types() and text.get("model_type", built) != built:
+        raise ConfigError(
+            f"{file} (from model.path): model_type of text_config is {text['model_type']!r:.60}, but transformers "
+            f"builds {built!r} for a {outer} model. {SOURCE}"
+        )
 
 
 def _config_file(path: str, revision: str | None) -> Path | None:

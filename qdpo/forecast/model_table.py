@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from qdpo.errors import ConfigError
-from qdpo.families.shapes import AnyShape, known_shape
+from qdpo.families.shapes import AnyShape, FindTrace, known_shape
 from qdpo.families.traced import TracedShape
 from qdpo.forecast import choose, memory, timing
 from qdpo.forecast.choose import Given, Lengths
@@ -39,33 +39,35 @@ class Fit:
     """An estimate: reference pass included."""
 
 
-def fit_table(limit: float, *, card: str, longest: int, mean: float, rank: int = 16) -> list[Fit]:
+def fit_table(
+    limit: float, *, card: str, longest: int, mean: float, rank: int = 16, trace: FindTrace | None = None
+) -> list[Fit]:
     """A line for each of MODELS that has a forecast, under `limit` bytes; `longest` and `mean` are tokens of pairs."""
-    shapes = {name: shape for name in MODELS if (shape := _shape(name)) is not None}
+    shapes = {name: shape for name in MODELS if (shape := _shape(name, trace)) is not None}
     return [_fit(name, shape, limit, card, longest, mean, rank) for name, shape in shapes.items()]
 
 
-def without_forecast() -> list[str]:
+def without_forecast(trace: FindTrace | None = None) -> list[str]:
     """Those of MODELS that have no forecast yet, and so no line."""
-    return [name for name in MODELS if _shape(name) is None]
+    return [name for name in MODELS if _shape(name, trace) is None]
 
 
-def with_experts() -> list[str]:
+def with_experts(trace: FindTrace | None = None) -> list[str]:
     """Those of MODELS whose experts stay in 16 bits, which makes them large on a card."""
     run = MemorySettings()
-    shapes = ((name, _shape(name)) for name in MODELS)
+    shapes = ((name, _shape(name, trace)) for name in MODELS)
     return [name for name, shape in shapes if shape is not None and choose.has_experts(shape, run)]
 
 
-def with_kernels() -> list[str]:
+def with_kernels(trace: FindTrace | None = None) -> list[str]:
     """Those of MODELS whose estimate of time counts on packages of GPU kernels: hybrids."""
-    shapes = ((name, _shape(name)) for name in MODELS)
+    shapes = ((name, _shape(name, trace)) for name in MODELS)
     return [name for name, shape in shapes if isinstance(shape, TracedShape) and shape.states]
 
 
-def _shape(name: str) -> AnyShape | None:
+def _shape(name: str, trace: FindTrace | None) -> AnyShape | None:
     try:
-        return known_shape(name)
+        return known_shape(name, trace=trace)
     except ConfigError:
         return None
 

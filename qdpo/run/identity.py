@@ -18,6 +18,9 @@ from qdpo.settings import layered
 from qdpo.settings.layered import Resolved, Value, Values, in_open_table
 from qdpo.settings.schema import NEUTRAL, NOT_TRAJECTORY, RunConfig
 
+# Bytes of a file that is read although its time is the same: archives, images and mounts may give all files one time.
+READ_ANYWAY = 64 * 2**20
+
 
 def trajectory_settings(resolved: Resolved) -> Values:
     """The settings that change the numbers of a run, as given."""
@@ -58,7 +61,7 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
             problem = "it is not a file"
         elif path.stat().st_size != then.bytes:
             problem = f"it has {path.stat().st_size} bytes instead of {then.bytes}"
-        elif path.stat().st_mtime_ns != then.mtime_ns and file_record(path).sha256 != then.sha256:
+        elif _may_differ(path, then) and file_record(path).sha256 != then.sha256:
             problem = "its contents differ"
         else:
             continue
@@ -66,6 +69,11 @@ def check_files(files: Mapping[str, FileRecord], run: RunDir) -> None:
             f"{name} has changed since the run {run.path} was started: {problem}. Put the file back to go on, or "
             "train again with `--fresh`."
         )
+
+
+def _may_differ(path: Path, then: FileRecord) -> bool:
+    """A large file of the same time is not read; weights have a checksum of their own, as loaded."""
+    return then.bytes <= READ_ANYWAY or path.stat().st_mtime_ns != then.mtime_ns
 
 
 def config_toml(resolved: Resolved, found: FoundValues | None = None) -> str:

@@ -24,8 +24,8 @@ from qdpo.settings.toml_file import read_toml
 Value = str | int | float | bool | None | list[str] | list[float]
 Values = dict[str, Value]
 
-# Settings that are dropped when a later layer sets the key: those that describe one source or one loss, and the other
-# way to give the length of the run.
+# Settings that are dropped when a later layer sets the key: those that describe one source or one loss, the size of a
+# new adapter, and the other way to give the length of the run.
 BELONG_TO = {
     "data.path": (
         "data.revision",
@@ -38,6 +38,7 @@ BELONG_TO = {
         "data.format",
     ),  # fmt: skip
     "model.path": ("model.revision",),
+    "adapter.start": ("adapter.rank", "adapter.alpha", "adapter.targets", "adapter.rslora"),
     "loss.name": ("loss.",),
     "train.steps": ("train.hours",),
     "train.hours": ("train.steps",),
@@ -210,7 +211,7 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        for source in BELONG_TO.keys() & layer.keys():
+        for source in BELONG_TO.keys() & {name for name, value in layer.items() if str(value).lower() != "none"}:
             for name in [name for name in values if name.startswith(BELONG_TO[source])]:
                 del values[name], origins[name]
         for name, value in layer.items():

@@ -91,6 +91,10 @@ def test_vllm_commands(run: Path) -> None:
     assert json.loads((run / "export" / "peft" / "adapter_config.json").read_text())["use_rslora"] is False
     again = export(run, "--to", "vllm", "--lora")  # a command that is printed can be printed twice
     assert again.output.splitlines()[-1] == found.output.splitlines()[-1]
+    refused = str(export(run, "--to", "peft").exception)
+    assert f"{run}/export/peft exists already" in refused and "`--to vllm --lora`" in refused
+    assert f"`qdpo export {run} FOLDER --to peft`" in refused and "`--force`" in refused
+    assert export(run, "--to", "peft", "--force").exit_code == 0
 
 
 def test_layers_under_other_names_are_not_served_silently(run: Path, tmp_path: Path) -> None:

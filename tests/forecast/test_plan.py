@@ -11,14 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import CONFIG_MAPPING
+from typer.testing import CliRunner
 
+from qdpo.cli.main import app
 from qdpo.data.tokens.sieve import TokenPair, save_pairs
 from qdpo.errors import ConfigError
-from qdpo.families import known
+from qdpo.families import known, traced
 from qdpo.families.shapes import known_shape
 from qdpo.families.traced import TracedShape
 from qdpo.forecast.memory import GIB
 from qdpo.forecast.plan import Plan, make_plan
+from qdpo.model.trace.store import finder
 from qdpo.run import identity
 from qdpo.settings import layered
 from tests.conftest import qdpo, tiny_rows, write_jsonl
@@ -43,6 +47,57 @@ def long_rows() -> list[dict[str, str]]:
         {"prompt": f"{n:0{100 + n * 23 % 2300}}", "chosen": "c" * (400 + n * 170 % 11_600), "rejected": "r" * (n + 400)}
         for n in range(200)
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised with gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantised with awq"),
+        ({"model_type": "foo"}, "is of model_type 'foo', which transformers"),
+        ({"model_type": "foo", "auto_map": {"AutoModel": "foo.Foo"}}, "needs custom Python code"),
+        ({"model_type": None}, "model_type in config.json is None, not a name"),
+    ],
+)
+def test_what_a_run_refuses_by_its_config_is_not_planned(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    content = known.config_of("Qwen/Qwen2.5-7B-Instruct")
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+    with pytest.raises(ConfigError, match=said):
+        words = (f"model.path={folder}", "data.path=bundled:demo-train.jsonl")
+        plan(*words, trace=finder(tmp_path / "cache", lambda line: None), gpu_gib=24)
+
+
+@pytest.mark.parametrize("name", ["google/gemma-4-E4B-it", "google/gemma-3-4b-it", "Qwen/Qwen3.5-4B"])
+def test_a_text_part_under_another_family_s_name_is_not_planned(name: str, tmp_path: Path) -> None:
+    content = known.config_of(name)
+    content["text_config"]["model_type"] = "llama"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"text_config is 'llama', but transformers builds '\w+_text'"):
+        plan(f"model.path={tmp_path}", "data.path=bundled:demo-train.jsonl", gpu_gib=24)
+
+
+def test_text_types_that_are_known_are_those_that_transformers_builds() -> None:
+    outer = {one.removesuffix("_text") for one in known.text_types() if one.endswith("_text")}
+    assert {"gemma3", "gemma4", "qwen3_5"} <= outer
+    for one in outer:
+        assert CONFIG_MAPPING[one].sub_configs["text_config"].model_type == f"{one}_text"
+
+
+def test_fit_lists_a_model_whose_trace_a_plan_has_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace that ships is taken away and kept in the cache instead, as `plan` keeps one that does not ship."""
+    name = "openai/gpt-oss-20b"
+    key = traced.key_of(known.config_of(name))
+    kept = traced.shipped(key)
+    assert kept is not None
+    monkeypatch.setattr(traced, "shipped", lambda key: None)
+    monkeypatch.setenv("QDPO_CACHE", str(tmp_path / "cache"))
+    before = json.loads(CliRunner().invoke(app, ["fit", "--gpu-gib", "80", "--json"]).output)
+    (tmp_path / "cache" / "forecast").mkdir(parents=True)
+    (tmp_path / "cache" / "forecast" / f"{key}.json").write_text(traced.to_text(kept))
+    after = json.loads(CliRunner().invoke(app, ["fit", "--gpu-gib", "80", "--json"]).output)
+    assert [one["model"] for one in after if one not in before] == [name]
 
 
 def test_it_says_that_a_preset_fits_and_why_and_loads_no_torch(tmp_path: Path) -> None:

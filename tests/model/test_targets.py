@@ -274,3 +274,8 @@ def test_the_line_on_screen() -> None:
         "router (4)"
     )
     assert adapter.adapted(text_config(TEXT["llama"], TINY, **IDS))["model.layers.0.mlp.down_proj"] == (128, 64)
+
+
+def test_all_linear_stands_alone() -> None:
+    with pytest.raises(ConfigError, match=r"adapter.targets=all-linear\+q_proj: all-linear stands alone"):
+        adapter.choose_targets(skeleton("llama"), ["all-linear", "q_proj"])

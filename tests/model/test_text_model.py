@@ -178,6 +178,14 @@ def test_a_text_part_without_a_model_type_is_what_transformers_takes_it_for(tmp_
     assert torch.equal(text_logits(load(folder)), text_logits(whole))
 
 
+def test_a_text_part_under_the_name_of_another_family_is_refused() -> None:
+    content = CONFIGS["gemma4"]().to_dict()
+    text_model.check_text_model(content, "owner/name")
+    content["text_config"]["model_type"] = "llama"
+    with pytest.raises(ConfigError, match=r"model_type of text_config .*'llama'.*'gemma4_text'"):
+        text_model.check_text_model(content, "owner/name")
+
+
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
 def test_shards_and_a_folder_of_the_language_part_alone(name: str, tmp_path: Path) -> None:
     whole = whole_model(name)

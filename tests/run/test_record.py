@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import pytest
 
 from qdpo.errors import ConfigError, DiskError
 from qdpo.report.screen.runs import run_lines
-from qdpo.run import disk
+from qdpo.run import disk, identity
 from qdpo.run.finished import FinishedRun, any_run, finished_run
 from qdpo.run.folder import RunDir
-from qdpo.run.record import VERSION, FileRecord, FourBitMark, read_record, write_record
+from qdpo.run.record import VERSION, FileRecord, FourBitMark, file_record, read_record, write_record
 from tests.conftest import qdpo
 from tests.run.made import rewrite_json, write_records
 
@@ -132,3 +133,15 @@ def test_every_verb_says_the_same_of_a_run_that_is_not_finished(run: RunDir, tmp
     answer = qdpo(*(word.format(run=run.path) for word in DOORS[verb]), cwd=tmp_path, HF_TOKEN="hf_none")
     assert answer.returncode == 2, answer.stderr
     assert f"The run {run.path} is not finished: it has no result.json yet (nothing is saved yet)" in answer.stderr
+
+
+def test_a_file_of_the_same_size_and_time_is_still_read(tmp_path: Path) -> None:
+    """Images, archives and some mounts give every file one time, so a value of config.json can change without it."""
+    file = tmp_path / "config.json"
+    file.write_text('{"rms_norm_eps": 1e-6}')
+    then = file_record(file)
+    identity.check_files({str(file): then}, RunDir(tmp_path / "run"))
+    file.write_text('{"rms_norm_eps": 1e-3}')
+    os.utime(file, ns=(then.mtime_ns, then.mtime_ns))
+    with pytest.raises(ConfigError, match=r"config\.json has changed .*: its contents differ"):
+        identity.check_files({str(file): then}, RunDir(tmp_path / "run"))

@@ -68,6 +68,13 @@ def test_the_resolved_settings_are_toml_that_resolves_to_the_same(tmp_path: Path
     assert layered.resolve([str(file)]).config == first.config
 
 
+def test_a_start_adapter_drops_the_size_of_the_presets_new_one() -> None:
+    resolved = layered.resolve(["preset=7b-12gb", "adapter.start=folder"])
+    assert resolved.config.adapter.start == "folder"
+    assert not {"adapter.rank", "adapter.alpha"} & resolved.origins.keys()
+    assert layered.resolve(["preset=32b-24gb", "adapter.start=none"]).config.adapter.rank == 8
+
+
 def test_other_data_drops_what_belonged_to_the_presets_data() -> None:
     resolved = layered.resolve(["preset=7b-24gb", "data.path=mine.jsonl", "data.limit=7"])
     assert resolved.config.data.split is None and resolved.config.data.eval_split is None

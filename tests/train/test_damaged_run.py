@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qdpo.data.tokens.store import load_pairs
-from qdpo.errors import DataError, DiskError
+from qdpo.errors import ConfigError, DataError, DiskError
 from qdpo.run import disk, seal
 from qdpo.run.folder import RunDir
 from qdpo.run.record import read_record
@@ -182,3 +182,19 @@ def test_samples_that_a_full_disk_refuses_are_not_lost(
     resume()
     (line,) = [json.loads(line) for line in stopped.samples.read_text().splitlines()]
     assert [each["step"] for each in line["during"]] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "added_tokens.json"])
+def test_a_file_that_is_new_to_the_base_s_tokenizer_stops_the_run(
+    stopped: RunDir, resume: Callable[..., str], tiny_base: Path, name: str
+) -> None:
+    """The pairs are prepared already, so the adapter would be saved with a template that it was not trained on."""
+    new = tiny_base / name
+    assert not new.exists()
+    new.write_text("{}")
+    try:
+        with pytest.raises(ConfigError, match=rf"{name} is new since the run .* was started.*--fresh"):
+            resume()
+    finally:
+        new.unlink()
+    resume()

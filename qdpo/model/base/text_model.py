@@ -94,6 +94,13 @@ def text_model_of(config: Any) -> TextModel:
     """
     plain = _without_quantization(config)
     text = _text_part(plain)
+    if text is not plain and text.model_type != type(text).model_type:
+        # transformers keeps the name and builds its own family, so every later choice by the name would be wrong.
+        raise ConfigError(
+            f"The model_type of text_config in config.json (from model.path) is {text.model_type!r:.60}, but "
+            f"transformers builds {type(text).model_type!r} for a {config.model_type} model. Copy config.json from the "
+            "model's source."
+        )
     cls, whole = _causal_class(text), None if text is plain else _whole_class(plain)
     if (cause := _obstacle(plain, cls, whole)) is not None:
         raise ConfigError(

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from qdpo.families import traced
 from qdpo.families.traced import LayerKind, Moments, TracedShape, Traces
+from qdpo.model.base.folder import check_config
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.text_model import TextModel, config_of_json, decoder_of, text_model_of
 from qdpo.model.fast.attention import PairSpans
@@ -44,6 +45,7 @@ WHOLE, FEW = 1024, 16
 
 def read_config(config: Mapping[str, Any], source: str) -> Any:
     """The transformers config of a config.json's content. Raises: ConfigError if transformers does not know it."""
+    check_config(dict(config), source, source)
     with reading(f"transformers cannot read the config of {source}", "A newer transformers may know it."):
         return config_of_json(config)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qdpo.errors import DiskError
+from qdpo.errors import ConfigError, DiskError
 from qdpo.families import traced
 from qdpo.families.shapes import FindTrace
 from qdpo.families.traced import TracedShape
@@ -21,6 +21,18 @@ def finder(cache: Path, say: Say) -> FindTrace:
         return _find(config, source, cache / PLACE, say)
 
     return find
+
+
+def kept_finder(cache: Path) -> FindTrace:
+    """A function that finds the traces that earlier plans and runs kept; it makes none, and raises ConfigError."""
+    return lambda config, source: _kept(config, source, cache / PLACE)
+
+
+def _kept(config: Mapping[str, Any], source: str, place: Path) -> TracedShape:
+    found = _stored(traced.key_of(config), place)
+    if found is None:
+        raise ConfigError(f"No trace of {source} is kept in {place}. `qdpo plan` makes it.")
+    return found
 
 
 def _find(config: Mapping[str, Any], source: str, place: Path, say: Say) -> TracedShape:

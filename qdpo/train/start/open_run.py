@@ -49,7 +49,7 @@ from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
 from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
-from qdpo.train.start.tokenizer import take_start, trained_ends
+from qdpo.train.start.tokenizer import check_no_new_files, take_start, trained_ends
 from qdpo.train.start.ways_out import WaysOut
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
@@ -95,6 +95,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     config, say, started = resolved.config, watcher.say, time.monotonic()
     if disk.is_there(run.record):
         identity.check_unchanged(run, resolved)
+        check_no_new_files(run, read_record(run))
         say(f"continuing {run.path}")
     check_package(config.track.to)
     if config.adapter.start is not None:
@@ -103,8 +104,8 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     if config.train.deterministic and device.type == "cuda":
         use_deterministic_kernels()
     cache_dir = cache_folder(config)
-    pinned = read_record(run).base.commit if disk.is_there(run.record) else None
     first = not disk.is_there(run.record)
+    pinned = None if first else read_record(run).base.commit
     ways = WaysOut(config.adapter.start, say if first else lambda line: None)
     folder = fetch.locate_base(
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
@@ -265,9 +266,8 @@ def _first_start(
     prepare.check_ids(pairs, shape.get_text_config().vocab_size, tokenizer)
     _check_space(run, cache, pairs)
     files = [*data.files, *(record.model_files(folder.folder) if folder.commit is None else [])]
-    if config.adapter.start is not None:
-        names = (adapter.WEIGHTS, adapter.CONFIG)
-        files += [*(Path(config.adapter.start) / name for name in names), *tokenizer_files(Path(config.adapter.start))]
+    if (start := config.adapter.start) is not None:
+        files += [Path(start) / adapter.WEIGHTS, Path(start) / adapter.CONFIG, *tokenizer_files(Path(start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
     memory = auto_memory.choose_memory(
         config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say

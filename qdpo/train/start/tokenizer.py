@@ -79,6 +79,23 @@ def take_start(tokenizer: Any, start: str | None, template: str, say: Say) -> No
         tokenizer.eos_token = brought.eos
 
 
+def check_no_new_files(run: RunDir, record: RunRecord) -> None:
+    """Refuses a file that a local base's tokenizer reads now and that was not there when the run began.
+
+    The pairs are prepared, so samples and the saved adapter would have another template or vocabulary than they.
+    Raises: ConfigError.
+    """
+    folder = Path(record.base.folder)
+    if record.base.commit is not None:
+        return
+    for path in tokenizer_files.tokenizer_files(folder):
+        if path.parent == folder and str(path.absolute()) not in record.files:
+            raise ConfigError(
+                f"{path} is new since the run {run.path} was started, and the tokenizer reads it. Take it away to go "
+                "on, or train again with `--fresh`."
+            )
+
+
 def _check_vocabulary(tokenizer: Any, folder: Path, *, given: str | None, say: Say) -> None:
     known = tokenizer.get_vocab()
     theirs = tokenizer_files.vocabulary_of(folder)
