@@ -185,7 +185,7 @@ def differentiated(policy: Policy, row: RowTensors, layout: RowLayout | None = N
     """Log-probs, and the adapter's gradients of a weighted sum of them."""
     logp = scores(policy, row, layout)
     policy.peft.zero_grad()
-    (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+    (logp * torch.linspace(-1, 1, len(logp), device=logp.device)).sum().backward()
     return logp.detach(), {
         name: p.grad.clone() for name, p in policy.adapter_parameters().items() if p.grad is not None
     }

@@ -41,7 +41,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 KINDS = ("qwen3_5 (text)", "kimi_linear", "lfm2", "nemotron_h")
 
 
-def _config(name: str) -> Any:
+def config_named(name: str) -> Any:
     if name in TEXT:
         return text_config(TEXT[name], TINY, **IDS)
     return config_of(name, TINY, OTHERS[name], **IDS)
@@ -50,7 +50,7 @@ def _config(name: str) -> Any:
 def policy_of(name: str, *, kept_layers: int | str = 1) -> tuple[Policy, str]:
     """A tiny policy after the choice of its path, with the line that was said."""
     torch.manual_seed(3)
-    policy, said = make_policy(_config(name), attention_name=None, kept_layers="all"), []
+    policy, said = make_policy(config_named(name), attention_name=None, kept_layers="all"), []
     choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
     Layers(policy.backbone).keep(kept_layers)
     return policy, " ".join(said)
