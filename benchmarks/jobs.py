@@ -30,7 +30,7 @@ class Start:
 
     def __init__(self, options: argparse.Namespace, trl_python: str, work: Path, *, steps: int, start_b: float) -> None:
         self.work, self._trl_python = work, trl_python
-        self.base = save_tiny_base(work / "base") if options.tiny else _demo_base()
+        self.base = save_tiny_base(work / "base", hybrid=options.hybrid) if options.tiny else _demo_base()
         candidates = read_candidates(options.data, load_tokenizer(self.base), max_tokens=MAX_TOKENS)
         same = self._same_in_both(candidates)
         self.differing = len(same) - sum(same)

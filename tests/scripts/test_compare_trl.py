@@ -23,9 +23,10 @@ def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     return finished
 
 
-def test_trl_and_qdpo_take_the_same_steps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["--tiny", "--hybrid"])
+def test_trl_and_qdpo_take_the_same_steps(model: str, tmp_path: Path) -> None:
     """The script's own limit is 1e-3; in fp32 a tiny model stays far below."""
-    finished = script("compare_trl", "--tiny", "--write", str(tmp_path / "found.json"))
+    finished = script("compare_trl", model, "--write", str(tmp_path / "found.json"))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["token_ids_differ"] == 0 and len(found["qdpo"]) == len(found["TRL"]) == 20
