@@ -128,6 +128,8 @@ class RowForward:
             given = signature.bind(*args, **kwargs).arguments
             rest = given.pop("kwargs", {})
             given = {**given, **rest}
+            # A kernel has other names for what is given by position.
+            first = tuple(signature.parameters)[: len(args)]
             for name in (names.initial, names.final, "cu_seqlens"):
                 given.pop(name, None)
             size = given.get("chunk_size", chunk)
@@ -135,7 +137,7 @@ class RowForward:
                 decay = given.get("g")
                 by_channel = isinstance(decay, Tensor) and decay.dim() > 3
                 given["chunk_size"] = min(size, CHUNK_OF_VECTORS if by_channel else CHUNK)
-            found = row_scan.WAYS[self.way](Scan(plain, names, given), self._row_spans)
+            found = row_scan.WAYS[self.way](Scan(plain, names, given, first), self._row_spans)
             return (found, None) if names.always else found
 
         return scan

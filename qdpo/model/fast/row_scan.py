@@ -60,14 +60,17 @@ def convolution(
 
 
 class Scan:
-    """A scan with its arguments: `parts` are the tensors (1, T, …) of a row, by name; others serve every token."""
+    """A scan with its arguments: `parts` are the tensors (1, T, …) of a row, by name; others serve every token.
 
-    def __init__(self, plain: Callable[..., Any], names: ScanNames, given: dict[str, Any]):
+    `first` are the names of those that are passed by position.
+    """
+
+    def __init__(self, plain: Callable[..., Any], names: ScanNames, given: dict[str, Any], first: tuple[str, ...] = ()):
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 2}
         row = next(iter(tensors.values())).shape[:2]
         self.parts = {name: value for name, value in tensors.items() if value.shape[:2] == row}
         others = {name: value for name, value in given.items() if name not in self.parts}
-        self.run = _Run(plain, names, tuple(self.parts), others)
+        self.run = _Run(plain, names, tuple(self.parts), others, first)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ class _Run:
     names: ScanNames
     order: tuple[str, ...]
     others: dict[str, Any]
+    first: tuple[str, ...]
 
     def __call__(self, parts: Iterable[Tensor], state: Tensor | None, **more: Any) -> tuple[Tensor, Tensor]:
         """Output and final state for the arguments of some tokens, in the order of their names."""
         given = {**self.others, **dict(zip(self.order, parts, strict=True)), **more}
-        result = self.plain(**given, **{self.names.initial: state, self.names.final: True})
+        by_place = [given.pop(name) for name in self.first]
+        result = self.plain(*by_place, **given, **{self.names.initial: state, self.names.final: True})
         output: Tensor = result[0]
         final: Tensor = result[1]
         return output, final
