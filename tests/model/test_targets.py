@@ -277,5 +277,5 @@ def test_the_line_on_screen() -> None:
 
 
 def test_all_linear_stands_alone() -> None:
-    with pytest.raises(ConfigError, match=r"adapter.targets=all-linear\+q_proj: all-linear stands alone"):
+    with pytest.raises(ConfigError, match=r"adapter.targets=all-linear\+q_proj: all-linear must be the only name"):
         adapter.choose_targets(skeleton("llama"), ["all-linear", "q_proj"])

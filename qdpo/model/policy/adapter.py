@@ -114,7 +114,7 @@ def choose_targets(base: Any, targets: list[str], decoder: str | None = None) ->
         raise ConfigError("adapter.targets names lm_head, but the head must stay frozen. Remove it from the list.")
     if ALL_LINEAR in targets and len(set(targets)) > 1:
         raise ConfigError(
-            f"adapter.targets={'+'.join(targets)}: {ALL_LINEAR} stands alone. Remove it, or the names of layers."
+            f"adapter.targets={'+'.join(targets)}: {ALL_LINEAR} must be the only name. Remove it, or the others."
         )
     if targets != [ALL_LINEAR]:
         lora_fit.check_names(base, targets, "adapter.targets")
