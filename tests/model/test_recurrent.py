@@ -219,7 +219,7 @@ def delta_rule(
 
 
 @pytest.mark.parametrize("way", [row_scan.VARLEN, row_scan.BATCH], ids=["varlen", "batch"])
-def test_two_calls_a_layer_equal_the_loop(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_calls_a_layer_equal_the_loop(way: str) -> None:
     """A kernel computes all prompts and then all answers; here in PyTorch, with the kernel's own arguments."""
     policy, _ = policy_of("qwen3_5 (text)", kept_layers="all")
     row = row_of((70, 5, 7), (2, 20, 12), (1, 1, 1), (9, 3, 30))
