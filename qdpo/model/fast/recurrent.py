@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qdpo.model.fast import row_scan
@@ -92,10 +93,15 @@ class RowForward:
         )
         row.__kwdefaults__ = code.__kwdefaults__
         self._row = row.__get__(module)
+        # As attention in a compiled layer: every row's spans would compile it again.
+        self._in_row = torch.compiler.disable(self._compute_row)  # type: ignore[no-untyped-call]
 
     def __call__(self, *args: Any, pair_spans: PairSpans | None = None, **kwargs: Any) -> Any:
         if pair_spans is None:
             return self._plain(*args, **kwargs)
+        return self._in_row(pair_spans, *args, **kwargs)
+
+    def _compute_row(self, pair_spans: PairSpans, *args: Any, **kwargs: Any) -> Any:
         pair_spans.paths.add(self.way)
         self._spans = pair_spans
         try:
