@@ -236,5 +236,5 @@ def test_a_shape_is_read_as_it_was_written() -> None:
 
 
 def test_a_config_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="transformers cannot read the config of here"):
+    with pytest.raises(ConfigError, match="model_type .nobody., which transformers .* does not know"):
         shapes.from_config({"model_type": "nobody"}, "here", trace=store.finder(tmp_path, lambda line: None))
