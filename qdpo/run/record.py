@@ -102,6 +102,8 @@ class FourBitMark(Part):
 
     sha256: str
     offset: float | None
+    experts: list[str] | None = None
+    """Of a stack of experts: the digest of each one's matrix. Its `sha256` is over these."""
     more: dict[str, object] = field(default_factory=dict)
 
 

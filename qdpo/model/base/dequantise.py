@@ -4,7 +4,7 @@ Shapes: E experts or other matrices of a stack · N rows · K columns · R, C bl
 32 codes · B bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -67,8 +67,17 @@ class Dequantised:
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype`, each product rounded once; None for a type that holds them."""
         found = torch.empty(self.shape, dtype=dtype or EXACT[self.method])
-        for matrix, part in enumerate(found.view(-1, *self.shape[-2:])):
-            self._fill(part, matrix)
+        for number, part in enumerate(found.view(-1, *self.shape[-2:])):
+            self._fill(part, number)
+        return self._checked(found, dtype)
+
+    def matrix(self, number: int, dtype: torch.dtype | None = None) -> Tensor:
+        """One of the matrices of a stack, by its number; otherwise as `whole`."""
+        found = torch.empty(self.shape[-2:], dtype=dtype or EXACT[self.method])
+        self._fill(found, number)
+        return self._checked(found, dtype)
+
+    def _checked(self, found: Tensor, dtype: torch.dtype | None) -> Tensor:
         if not is_finite(found):
             raise ConfigError(
                 f"{self.codes.path} (from model.path): the weight {self.codes.name!r} has values that "
@@ -199,10 +208,10 @@ class Lazily:
             return self._tensor.whole(self._dtype) if isinstance(self._tensor, Dequantised) else self._tensor.whole()
 
 
-def state_dict_of(folder: Path, dtype: torch.dtype) -> dict[str, Lazily]:
+def state_dict_of(folder: Path, dtype: torch.dtype, without: Collection[str] = ()) -> dict[str, Lazily]:
     """The folder's plain tensors for `from_pretrained(None, state_dict=…)`: packed ones in `dtype`, others as stored.
 
-    transformers loads one weight after another and quantises it before it takes the next, so the memory is that of the
-    largest weight.
+    Those named in `without` are left out. transformers loads one weight after another and quantises it before it takes
+    the next, so the memory is that of the largest weight.
     """
-    return {name: Lazily(one, dtype) for name, one in plain_tensors(folder).items()}
+    return {name: Lazily(one, dtype) for name, one in plain_tensors(folder).items() if name not in without}

@@ -17,6 +17,7 @@ from qdpo.families.stored_form import settings_of, stored_form
 from qdpo.model.base import quant
 from qdpo.model.base.dequantise import state_dict_of
 from qdpo.model.base.expected import check_loaded, check_strays
+from qdpo.model.base.experts import FourBitExperts
 from qdpo.model.base.finite import check_files_finite, check_finite
 from qdpo.model.base.folder import read_json, weight_files
 from qdpo.model.base.foreign import reading
@@ -50,11 +51,20 @@ def load_base(
     text = text_model(folder)
     if device.type == "cuda" and quantization != "none":
         check_files_finite(folder, weight_files(folder))
+    experts = None
+    if "quantization_config" in arguments:
+        experts = FourBitExperts.of(folder, text, quant.FourBit(quantization, double_quant, compute))
+    if experts is not None:
+        arguments["state_dict"] = state_dict_of(folder, compute, without=experts.files)
+    cls = text.cls if experts is None else experts.without(text.cls)
     with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part):
         model, about = loaded(
-            text.cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
+            cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
             attn_implementation=attention_name, **arguments,
         )  # fmt: skip
+        if experts is not None:
+            about["missing_keys"] = set(about["missing_keys"]) - experts.sources.keys()
+            experts.put_into(model, text.cls, device, announce)
     check_loaded(folder, about)
     check_strays(folder, about, model.get_submodule(text.decoder), text.decoder)
     check_finite(model, folder)

@@ -137,7 +137,7 @@ def weights_checksum(model: nn.Module) -> str:
     bare = ((name.replace(".base_layer", ""), one) for name, one in stored_tensors(model) if ".lora_" not in name)
     for name, tensor in sorted(bare, key=lambda item: item[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(_bytes(tensor))
+        total.update(raw_bytes(tensor))
     return total.hexdigest()
 
 
@@ -152,9 +152,9 @@ def mark(packed: Tensor, state: Any) -> FourBitMark:
     That mean is a sum whose rounding depends on the number of threads (torch 2.13), and the scales depend on it:
     another machine can reproduce the bytes only if the mean is stored.
     """
-    total = hashlib.sha256(_bytes(packed))
+    total = hashlib.sha256(raw_bytes(packed))
     for scales in [state.absmax] + ([state.state2.absmax] if state.nested else []):
-        total.update(_bytes(scales))
+        total.update(raw_bytes(scales))
     return FourBitMark(sha256=total.hexdigest(), offset=state.offset.item() if state.nested else None)
 
 
@@ -175,7 +175,7 @@ def round_trip(
     `offset` is that of the mark to match; None for a new mark.
     """
     dense = weight_NK.to(device, form.dtype).contiguous()
-    packed, absmax = _quantised(dense, form.kind)
+    packed, absmax = packed_of(dense, form.kind)
     nested, mean = None, None
     if form.double_quant:
         mean = absmax.mean() if offset is None else absmax.new_tensor(offset)
@@ -187,7 +187,7 @@ def round_trip(
     return bnb.functional.dequantize_4bit(packed, state).cpu(), mark(packed, state)
 
 
-def _quantised(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def packed_of(dense: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Packed 4-bit values and one scale per block, identical to bitsandbytes' for the whole tensor.
 
     Blocks are independent, so on the CPU tiles of whole blocks are spread over the cores. Splitting each operation over
@@ -229,7 +229,20 @@ def four_bit_names(model: nn.Module, form: FourBit) -> set[str]:
     return {name for name, _layer in four_bit_layers(model)}
 
 
-def _bytes(tensor: Tensor) -> Any:
+def in_eight_bits(scales: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Scales in 8 bits (uint8), and a float32 scale for each block of them."""
+    packed, state = bnb.functional.quantize_blockwise(scales, blocksize=block)
+    return packed, state.absmax
+
+
+def scale_code(device: torch.device) -> Tensor:
+    """The 256 values that 8 bits stand for in `in_eight_bits`."""
+    code: Tensor = bnb.functional.create_dynamic_map().to(device)
+    return code
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes in memory, flat, for a digest."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

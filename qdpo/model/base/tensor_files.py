@@ -48,6 +48,11 @@ class Stored:
     def whole(self) -> Tensor:
         return self.part(0, prod(self.shape)).view(self.shape)
 
+    def matrix(self, number: int) -> Tensor:
+        """One of the matrices of a stack, by its number."""
+        size = prod(self.shape[1:])
+        return self.part(number * size, size).view(self.shape[1:])
+
     def part(self, first: int, count: int) -> Tensor:
         """`count` elements from the one numbered `first`, flat.
 

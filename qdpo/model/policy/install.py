@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdpo.model.base.expert_files import is_experts
 from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast import linear, mlp, norm
 from qdpo.model.fast.activation import ACTIVATIONS, Activation
+from qdpo.model.fast.experts import experts_of, experts_output
 from qdpo.model.policy.compare import Forward, difference, random_input, verdict
 from qdpo.model.policy.twin import small_mlp
 
@@ -64,6 +66,10 @@ def install(peft: Any, device: torch.device, *, weightless: bool = False) -> Ins
     for _name, module in modules:
         if _is_norm(module):
             _settle(found, module, "norm", _fast_norm(module, device, dtype, norms))
+    sets: dict[tuple[Any, ...], str | None] = {}
+    for _name, module in modules:
+        if is_experts(module):
+            _settle(found, module, "experts", _fast_experts(module, device, dtype, sets, weightless=weightless))
     for _name, module in modules:
         if (parts := _mlp_parts(module)) is not None:
             _settle(found, module, f"{parts.kind} MLP", _fast_mlp(module, parts, device, acts, weightless=weightless))
@@ -139,6 +145,39 @@ def _fast_norm(
     if (why := verdict(nearest[0], dtype)) is None:
         chosen[kind] = nearest[1]
     return fast(nearest[1]), why
+
+
+def _fast_experts(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    verdicts: dict[tuple[Any, ...], str | None],
+    *,
+    weightless: bool,
+) -> Made:
+    """A forward of a layer's experts that keeps their input alone; `verdicts` has that of its kind."""
+
+    def fast(x: Tensor, place: Tensor, share: Tensor) -> Tensor:
+        return experts_output(x, place, share, experts_of(module))
+
+    experts = experts_of(module)
+    kind = (type(module), tuple(experts.first.shape), tuple(experts.last.shape))
+    if kind not in verdicts:
+        width = experts.last.shape[1 + experts.is_transposed]
+        x = random_input(width, dtype, device)[0].detach().requires_grad_()
+        scores = torch.rand(len(x), experts.number, generator=torch.Generator().manual_seed(3)).to(device)
+        share, place = scores.topk(min(2, experts.number))
+        share = share.to(dtype).requires_grad_()
+        plain = module.forward
+        verdicts[kind] = (
+            None
+            if weightless
+            else verdict(
+                difference(lambda x, share: plain(x, place, share), lambda x, share: fast(x, place, share), [x, share]),
+                dtype,
+            )
+        )
+    return fast, verdicts[kind]
 
 
 def _mlp_parts(module: nn.Module) -> mlp.MlpParts | None:

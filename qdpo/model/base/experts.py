@@ -1,0 +1,117 @@
+"""Loads the experts of a model into 4 bits, a matrix at a time, in the place of the stacks that transformers builds."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdpo.errors import ConfigError
+from qdpo.model.base import quant
+from qdpo.model.base.dequantise import Dequantised, plain_tensors
+from qdpo.model.base.expert_files import ExpertSource, expert_sources, read_part, stacks_of
+from qdpo.model.base.expert_stack import FourBitStack
+from qdpo.model.base.finite import is_finite
+from qdpo.model.base.tensor_files import Stored
+from qdpo.model.base.text_model import TextModel, skeleton
+from qdpo.run.record import FourBitMark
+from qdpo.run.watcher import Say
+
+# transformers' own code for experts, which takes one expert after another, and so one matrix.
+ONE_BY_ONE = "eager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourBitExperts:
+    """The stacks of experts of a folder that are to be held in 4 bits."""
+
+    folder: Path
+    form: quant.FourBit
+    stored: dict[str, Stored | Dequantised]
+    sources: dict[str, ExpertSource]
+    """By the name of the stack."""
+    left: dict[str, torch.Size]
+    """Stacks that stay as they are."""
+
+    @classmethod
+    def of(cls, folder: Path, text: TextModel, form: quant.FourBit) -> "FourBitExperts | None":
+        """The stacks of a checked folder; None if it has none that can be held in 4 bits."""
+        model = skeleton(text)
+        wanted = stacks_of(model)
+        if not wanted:
+            return None
+        stored = plain_tensors(folder)
+        found = expert_sources(model, stored, text.key_mapping)
+        sources = {name: one for name, one in found.items() if one.shape[1:].numel() % quant.BLOCK == 0}
+        if not sources:
+            return None
+        left = {name: shape for name, shape in wanted.items() if name not in sources}
+        return cls(folder=folder, form=form, stored=stored, sources=sources, left=left)
+
+    @property
+    def files(self) -> set[str]:
+        """The tensors of the files that the stacks are made of."""
+        return {name for source in self.sources.values() for name in source.files}
+
+    def without(self, cls: Any) -> Any:
+        """A class of the same models whose stacks are empty, so that transformers makes and fills none."""
+        return _without_stacks(cls, self.sources)
+
+    def put_into(self, model: Any, cls: Any, device: torch.device, announce: Say) -> None:
+        """Fills the 4-bit stacks of a model that was loaded without, and makes it one of `cls` again.
+
+        Raises: ConfigError for a weight that is not finite.
+        """
+        model.__class__ = cls
+        for name, source in self.sources.items():
+            path, _, stack = name.rpartition(".")
+            module: Any = model.get_submodule(path)
+            filled = FourBitStack(source.shape, self.form, device)
+            for expert in range(source.shape[0]):
+                matrix = source.matrix(expert, self._read)
+                if not is_finite(matrix):
+                    raise ConfigError(
+                        f"{self.folder} (from model.path): {', '.join(source.of(expert).values())} holds NaN or "
+                        "infinite values, so nothing can be calculated with this model. Copy or download it again."
+                    )
+                filled.put(expert, matrix)
+            del module._parameters[stack]
+            module.add_module(stack, filled)
+        take_one_by_one(model)
+        numbers = sum(source.shape.numel() for source in self.sources.values())
+        announce(f"experts: {numbers / 1e9:.2f} billion numbers in {self.form.kind}, quantised expert by expert")
+        if self.left:
+            numbers = sum(shape.numel() for shape in self.left.values())
+            announce(
+                f"experts: {len(self.left)} stacks stay in 16 bits ({2 * numbers / 2**30:.1f} GiB), such as "
+                f"{next(iter(self.left))}"
+            )
+
+    def _read(self, name: str, expert: int | None) -> Tensor:
+        return read_part(self.stored[name], expert, self.form.dtype)
+
+
+def take_one_by_one(model: Any) -> None:
+    """Lets transformers' own code take one expert after another; others want a whole stack in 16 bits."""
+    for module in model.modules():
+        if any(isinstance(child, FourBitStack) for child in module.children()):
+            module.config._experts_implementation = ONE_BY_ONE
+
+
+def _without_stacks(cls: Any, stacks: Collection[str]) -> Any:
+    def __init__(self: Any, config: Any) -> None:
+        cls.__init__(self, config)
+        for name in stacks:
+            path, _, stack = name.rpartition(".")
+            module = self.get_submodule(path)
+            module._parameters[stack] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    fields = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), fields)
+
+
+def stack_marks(model: nn.Module) -> dict[str, FourBitMark]:
+    """The mark of every 4-bit stack of experts, by its module: see `layer_marks` of model/base/quant."""
+    return {name: module.marks() for name, module in model.named_modules() if isinstance(module, FourBitStack)}
