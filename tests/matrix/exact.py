@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ def weights_in_four_bits(folder: Path) -> dict[str, Any]:
     found = Weights(kind=type(model).__name__)
     tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     for name, parameter in model.named_parameters():
-        is_four_bit = isinstance(parameter, Params4bit)
+        is_four_bit = parameter.dtype == torch.uint8  # a linear layer's, or a stack of experts
         numbers = parameter.numel() * (2 if is_four_bit else 1)
         if id(parameter) in tables or (parameter.dim() > 1 and "embed" in name):
             continue

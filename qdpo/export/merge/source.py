@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from qdpo.errors import ConfigError
+from qdpo.errors import ConfigError, VerificationError
 from qdpo.export.merge.lora import LoraLayer, read_lora
 from qdpo.families.config_fields import family_of
 from qdpo.families.stored_form import StoredForm, stored_form
 from qdpo.model.base import fetch, quant
 from qdpo.model.base.dequantise import Dequantised, plain_tensors
+from qdpo.model.base.expert_files import ExpertSource, expert_sources
 from qdpo.model.base.quant import FourBit
 from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.text_model import model_config, skeleton
@@ -41,6 +43,8 @@ class MergeSource:
     """By the weight's name in the base's files, like the fields below."""
     marks: dict[str, FourBitMark | None]
     """Every weight that was 4-bit in the run; None if the run recorded no mark."""
+    experts: dict[str, tuple[ExpertSource, FourBitMark]]
+    """The stack of experts that each tensor belongs to, where the run had it in 4 bits, and its mark."""
     untouched: frozenset[str]
     """Tensors that are copied byte for byte: of other parts of the checkpoint, or kept in float32 by the model."""
     others: tuple[str, ...]
@@ -76,6 +80,16 @@ class MergeSource:
                     return tuple(json.loads(bytes(stored.whole().tolist()))["shape"])
         return self.tensors[key].shape
 
+    def prove(self, key: str, made: str, recorded: str) -> None:
+        """Raises: VerificationError if the digest of a 4-bit weight is not the one that the run recorded."""
+        if made != recorded:
+            raise VerificationError(
+                f"The 4-bit form of {key} made here is not the one that {self.run.path} was trained on (sha256 "
+                f"{made[:12]}…, recorded {recorded[:12]}…). CPUs and CUDA devices may quantise differently: merge on "
+                f"the device of the run ({self.trained_on}). Otherwise the base in {self.folder} has changed: put it "
+                "back."
+            )
+
     def companions(self, key: str) -> dict[str, Stored | Dequantised]:
         """The tensors stored with a 4-bit weight, by the ends of their names."""
         start = f"{key}."
@@ -101,11 +115,14 @@ def open_source(finished: FinishedRun, say: Callable[[str], None]) -> MergeSourc
     if settings.model.quantization != "none" and (stored_as is None or stored_as.is_dequantised):
         form = FourBit(settings.model.quantization, settings.model.double_quant, compute)
     marks = _marks(record, names, packed, form, model, say)
+    stacks = {name: one for name, one in marks.items() if one is not None and one.experts is not None}
+    marks = {name: one for name, one in marks.items() if name not in stacks}
     keys = names.in_files({*marks, *deltas})
     source = MergeSource(
         run=run, folder=place, config=config, compute=compute, tensors=tensors,
         deltas={keys[name]: delta for name, delta in deltas.items()},
         marks={keys[name]: one for name, one in marks.items()},
+        experts=_experts(names, model, tensors, stacks),
         untouched=_untouched(model, names, compute), others=names.trained.others, packed=packed,
         form=form, trained_on=finished.environment.device,
         device=_device(finished.environment.device, say) if form else torch.device("cpu"),
@@ -143,6 +160,24 @@ def _marks(
         return {}
     say("note: only the comparison can prove the 4-bit weights equal (this run recorded no checksums of them)")
     return dict.fromkeys(quant.four_bit_names(model, form))
+
+
+def _experts(
+    names: FolderNames, model: Any, tensors: dict[str, Stored | Dequantised], marks: dict[str, FourBitMark]
+) -> dict[str, tuple[ExpertSource, FourBitMark]]:
+    """By tensor of the files. Raises: ConfigError for a stack that the files do not hold, or of other experts."""
+    sources = expert_sources(model, tensors, names.text.key_mapping) if marks else {}
+    found: dict[str, tuple[ExpertSource, FourBitMark]] = {}
+    for name, one in marks.items():
+        source = sources.get(name)
+        if source is None or len(one.experts or ()) != source.shape[0]:
+            raise ConfigError(
+                f"The run had the experts {name} in 4 bits, {len(one.experts or ())} of them, and the files in "
+                f"{names.folder} do not hold them so. The run belongs to another base, or transformers "
+                f"{transformers.__version__} reads these files otherwise than the one that the run was made with."
+            )
+        found |= dict.fromkeys(source.files, (source, one))
+    return found
 
 
 def _device(trained_on: str, say: Callable[[str], None]) -> torch.device:

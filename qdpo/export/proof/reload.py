@@ -72,7 +72,8 @@ def in_float32(model: nn.Module, dense: Callable[[Any], Tensor]) -> None:
             _replace(module, partial(_widened, module, module.forward))
         else:
             for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
+                if parameter.is_floating_point():  # packed experts are bytes
+                    parameter.data = parameter.data.float()
 
 
 def _replace(module: Any, forward: Callable[[Tensor], Tensor]) -> None:

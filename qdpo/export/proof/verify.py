@@ -29,6 +29,7 @@ from qdpo.export.proof import reload
 from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, side, tiles
 from qdpo.export.proof.text_class import text_class
 from qdpo.model.base import quant
+from qdpo.model.base.expert_stack import FourBitStack
 from qdpo.model.base.load import load_base, model_config
 from qdpo.model.base.text_model import decoder_of
 from qdpo.model.device import release_memory
@@ -119,6 +120,9 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     if starts:
         peft.load_adapter(str(config.adapter.start), START, local_files_only=True)
     reload.in_float32(peft, lambda layer: quant.dense_weight(layer, torch.float32))
+    for module in peft.modules():
+        if isinstance(module, FourBitStack):
+            module.dtype = torch.float32
     head = Head.of(peft.get_base_model())
     head = dataclasses.replace(head, weight_VD=head.weight_VD.float())
     passes = _Passes(peft, head, answers(pairs_used), device, watcher)

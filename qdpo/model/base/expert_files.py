@@ -70,6 +70,13 @@ class ExpertSource:
         """The tensors that hold the matrix of one expert, by pattern."""
         return {pattern: every[0 if self.is_stacked else expert] for pattern, every in self.names.items()}
 
+    def experts_in(self, name: str) -> range:
+        """The experts whose numbers a tensor of the files holds."""
+        if self.is_stacked:
+            return range(self.shape[0])
+        place = next(every.index(name) for every in self.names.values() if name in every)
+        return range(place, place + 1)
+
     def matrix(self, expert: int, read: Callable[[str, int | None], Tensor]) -> Tensor:
         """The matrix (N, K) of one expert.
 

@@ -40,6 +40,7 @@ class FourBitStack(nn.Module):
             raise ValueError(f"a matrix of {size} numbers is not made of whole blocks of {quant.BLOCK}")
         blocks = size // quant.BLOCK
         self.shape, self.form = shape, form
+        self.dtype = form.dtype  # of a matrix by its index
         packed = torch.empty(experts, size // 2, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         scale_type = torch.uint8 if form.double_quant else torch.float32
@@ -48,11 +49,6 @@ class FourBitStack(nn.Module):
             self.register_buffer("absmax_EC", torch.empty(experts, -(-blocks // SCALES), device=device))
             self.register_buffer("mean_E", torch.empty(experts, device=device))
             self.register_buffer("code", quant.scale_code(device))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the dense matrices."""
-        return self.form.dtype
 
     def put(self, expert: int, matrix: Tensor) -> None:
         """Quantises the matrix (N, K) of one expert."""
@@ -75,9 +71,9 @@ class FourBitStack(nn.Module):
         return dense.to(dtype)
 
     def __getitem__(self, expert: Any) -> Tensor:
-        """The dense matrix of one expert, (N, K)."""
+        """The dense matrix of one expert, (N, K), in `dtype`."""
         place = int(expert)
-        return self.dense(place, place + 1, self.form.dtype)[0]
+        return self.dense(place, place + 1, self.dtype)[0]
 
     def marks(self) -> FourBitMark:
         """The stack's mark, with the digest of each expert."""

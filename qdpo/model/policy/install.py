@@ -71,7 +71,7 @@ def install(peft: Any, device: torch.device, *, weightless: bool = False) -> Ins
         if is_experts(module):
             _settle(found, module, "experts", _fast_experts(module, device, dtype, sets, weightless=weightless))
     for _name, module in modules:
-        if (parts := _mlp_parts(module)) is not None:
+        if (parts := _mlp_parts(module)) is not None and not is_experts(module):
             _settle(found, module, f"{parts.kind} MLP", _fast_mlp(module, parts, device, acts, weightless=weightless))
     return found
 

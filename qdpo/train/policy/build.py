@@ -14,6 +14,7 @@ from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError, OutOfMemoryError, VerificationError
 from qdpo.families.forward_values import forward_digest
 from qdpo.model.base import quant
+from qdpo.model.base.experts import stack_marks
 from qdpo.model.base.load import embeddings_to_host, load_base
 from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast.logps import Head
@@ -80,7 +81,7 @@ def make_policy(
 
     A new adapter gets the recorded `layers`, or those that adapter.targets means; in a run `of_0_1` as PEFT reads it.
     """
-    weights, marks = quant.weights_checksum(model), quant.layer_marks(model)
+    weights, marks = quant.weights_checksum(model), quant.layer_marks(model) | stack_marks(model)
     if config.memory.embeddings == "host":
         embeddings_to_host(model)
     model = _attach(config, model, layers, of_0_1=of_0_1)
