@@ -63,6 +63,15 @@ class Shape:
         return self.linear_weights
 
     @property
+    def expert_weights(self) -> int:
+        """Numbers of experts in 4 bits: models with a formula have none."""
+        return 0
+
+    def met_weights(self, _tokens: float) -> float:
+        """Numbers of the experts that a row meets."""
+        return 0.0
+
+    @property
     def table_weights(self) -> int:
         """Weights of the embedding table; the head has as many, unless the two are tied."""
         return self.vocabulary * self.hidden

@@ -20,7 +20,7 @@ RANK = 16
 # Bytes of the compute type in the traces.
 ELEMENT = 2
 # Traces that were made by another version are not used: raise it when a trace counts or decides something anew.
-VERSION = 4
+VERSION = 5
 # Traces of the models that people use, each under the digests of its config.json and of transformers' reading of it.
 SHIPPED = Path(__file__).with_name("traces.json")
 # Sizes of the traces: tokens of a row, or of a sequence where answers are computed one by one (whole chunks of any
@@ -113,14 +113,32 @@ def _bends(points: Sequence[Moments], sizes: Sequence[int], tokens: float) -> li
     return found
 
 
+@dataclass(frozen=True)
+class ExpertStack:
+    """Matrices of a layer's experts that are stored in 4 bits."""
+
+    experts: int
+    numbers: int
+    """Of each matrix."""
+    chosen: int
+    """Experts that a token meets."""
+
+    def met(self, tokens: float) -> float:
+        """Experts that are met by any of so many tokens, if each token takes them at random."""
+        missed: float = (1 - min(self.chosen / self.experts, 1.0)) ** tokens
+        return self.experts * (1 - missed)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """The weights of a layer, or of everything outside the layers except the tables."""
 
     four_bit: tuple[int, ...] = ()
     """Numbers of each matrix that is stored in 4 bits."""
+    stacks: tuple[ExpertStack, ...] = ()
+    """Experts in 4 bits."""
     dense: int = 0
-    """Numbers that stay in the compute type: norms, convolutions, routers, experts."""
+    """Numbers that stay in the compute type: norms, convolutions, routers, experts of other forms."""
     experts: int = 0
     """Those of `dense` that belong to experts."""
     adapted: int = 0
@@ -189,8 +207,22 @@ class TracedShape:
 
     @cached_property
     def linear_weights(self) -> int:
-        """All weights except the tables."""
+        """All weights except the tables and experts in 4 bits."""
         return sum(sum(one.four_bit) + one.dense for one in self.weights)
+
+    @cached_property
+    def stacks(self) -> tuple[ExpertStack, ...]:
+        """The experts in 4 bits of all layers."""
+        return tuple(stack for one in self.weights for stack in one.stacks)
+
+    @cached_property
+    def expert_weights(self) -> int:
+        """All numbers of experts in 4 bits."""
+        return sum(stack.experts * stack.numbers for stack in self.stacks)
+
+    def met_weights(self, tokens: float) -> float:
+        """Numbers of the experts that a row of so many tokens meets."""
+        return sum(stack.met(tokens) * stack.numbers for stack in self.stacks)
 
     @cached_property
     def product_weights(self) -> float:
@@ -248,7 +280,8 @@ def _unpacked(packed: Mapping[str, Any]) -> Traces:
 
 
 def _weights(plain: Mapping[str, Any]) -> Weights:
-    return Weights(**{**plain, "four_bit": tuple(plain["four_bit"])})
+    stacks = tuple(ExpertStack(**one) for one in plain["stacks"])
+    return Weights(**{**plain, "four_bit": tuple(plain["four_bit"]), "stacks": stacks})
 
 
 def from_json(plain: Mapping[str, Any]) -> TracedShape:

@@ -220,11 +220,12 @@ def smallest_fixed_part(shape: AnyShape, run: MemorySettings) -> float:
 
 
 def _experts(shape: AnyShape, run: MemorySettings) -> float:
-    return sum(size for cause, size in memory.fixed(shape, run).items() if cause.startswith("experts"))
+    causes = memory.fixed(shape, run).items()
+    return sum(size for cause, size in causes if cause.startswith("experts") and cause != "experts in 4 bits")
 
 
 def has_experts(shape: AnyShape, run: MemorySettings) -> bool:
-    """A mixture of experts, which are not stored in 4 bits."""
+    """A mixture of experts that are not stored in 4 bits."""
     return _experts(shape, run) > 0
 
 

@@ -17,12 +17,16 @@ def fixed(shape: TracedShape, run: MemorySettings) -> dict[str, float]:
     """Bytes on the device before a step, by cause."""
     e = run.element
     experts = sum(one.experts for one in shape.weights)
+    in_four_bits = sum(stack.experts * nf4_bytes(stack.numbers, run.double_quant) for stack in shape.stacks)
+    if not run.quantised:
+        experts, in_four_bits = experts + shape.expert_weights, 0.0
     matrices = [size for one in shape.weights for size in one.four_bit]
-    dense = e * (sum(one.dense for one in shape.weights) - experts)
+    dense = e * sum(one.dense - one.experts for one in shape.weights)
     stored = sum(nf4_bytes(size, run.double_quant) if run.quantised else float(e * size) for size in matrices)
     hosted = shape.table_weights if run.host_embeddings and not shape.tied else 0
     return {
         "4-bit base" if run.quantised else "base": stored + dense,
+        **({"experts in 4 bits": in_four_bits} if in_four_bits else {}),
         **({f"experts in {8 * e} bits": float(e * experts)} if experts else {}),
         "embeddings and head": float(e * (shape.tables - hosted)),
         **trained_bytes(run.rank * sum(one.adapted for one in shape.weights), run),

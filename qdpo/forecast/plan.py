@@ -263,12 +263,12 @@ def _stored_bytes(path: str) -> float:
 
 def _disk(config: RunConfig, shape: AnyShape, run: MemorySettings, known: Known) -> dict[str, float]:
     """Bytes on disk: downloaded once, and written by the run."""
-    tables = memory.table_numbers(shape)
     numbers = memory.adapter_numbers(shape, run.rank)
     pairs = known.pairs or 0
     each = 4 + memory.STATE_BYTES[run.optimizer]
+    weights = _stored_bytes(str(config.model.path)) * (shape.linear_weights + shape.expert_weights)
     return {
-        "model download": _stored_bytes(str(config.model.path)) * shape.linear_weights + 2.0 * tables,
+        "model download": weights + 2.0 * memory.table_numbers(shape),
         "checkpoints and adapter": numbers * (each * (config.train.keep_checkpoints + 1) + 4.0),
         "token ids and reference cache": pairs * known.lengths.mean * 8.0,
     }

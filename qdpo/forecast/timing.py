@@ -64,7 +64,8 @@ def row_seconds(shape: AnyShape, run: MemorySettings, row: RowSize, card: Card, 
     products = (2.0 * shape.product_weights * tokens * passes + head) / (card.tflops * 1e12 * EFFICIENCY)
     moved = 1.0 * ELEMENTWISE * shape.hidden * run.element * tokens * shape.layers
     if run.quantised:
-        moved += 2.5 * shape.linear_weights * sequences
+        # Experts are made dense in memory: half a byte read, 2 written, and read again by the product.
+        moved += 2.5 * shape.linear_weights * sequences + 4.5 * shape.met_weights(tokens / sequences) * sequences
     device = products + moved * passes / (card.bandwidth * 1e9)
     launch = sequences * shape.layers * (LAUNCH_KEPT * kept + LAUNCH_RECOMPUTED * (1 - kept)) / (3 if scoring else 1)
     slower = (OFFLOAD if run.offload and kept < 1 else 1.0) * (HOST_EMBEDDINGS if run.host_embeddings else 1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qdpo.model.fast
-from qdpo.model.fast import attention, linear, mlp, norm, row_scan
+from qdpo.model.fast import attention, experts, linear, mlp, norm, row_scan
 from qdpo.model.fast.activation import ACTIVATIONS, Activation
 from qdpo.model.fast.logps import Head, response_logps
 from qdpo.model.fast.scored_attention import scored_attention
@@ -91,6 +91,25 @@ def scanned(dtype: torch.dtype) -> Call:
     ]
 
 
+def of_experts(dtype: torch.dtype) -> Call:
+    """Three experts, of which one sees every token and one sees none."""
+    first, last = (torch.randn(3, *shape).to(dtype) for shape in ((2 * INNER, WIDTH), (WIDTH, INNER)))
+    module = Gate()
+    parts = experts.Experts(module, experts.PlainStack(first), experts.PlainStack(last))
+    place = torch.tensor([[1, 0]] * TOKENS)
+    return lambda x, share: experts.experts_output(x, place, share, parts), [
+        drawn(TOKENS, WIDTH, dtype=dtype), drawn(TOKENS, 2, dtype=dtype)
+    ]  # fmt: skip
+
+
+class Gate(nn.Module):
+    """The activation between the products of experts, as in transformers."""
+
+    def _apply_gate(self, first: Tensor) -> Tensor:
+        gate, up = first.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     **{
         f"_Norm {place}": lambda dtype, form=form: normed(dtype, form)
@@ -112,6 +131,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "_Scored sink": lambda dtype: attended(dtype, None),
     "_ResponseLogps": logps,
     "_Block": scanned,
+    "_Experts": of_experts,
 }
 
 

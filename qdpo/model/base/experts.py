@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
@@ -77,9 +78,8 @@ class FourBitExperts:
                         "infinite values, so nothing can be calculated with this model. Copy or download it again."
                     )
                 filled.put(expert, matrix)
-            del module._parameters[stack]
-            module.add_module(stack, filled)
-        take_one_by_one(model)
+            _replace(module, stack, filled)
+        _take_one_by_one(model)
         numbers = sum(source.shape.numel() for source in self.sources.values())
         announce(f"experts: {numbers / 1e9:.2f} billion numbers in {self.form.kind}, quantised expert by expert")
         if self.left:
@@ -93,7 +93,24 @@ class FourBitExperts:
         return read_part(self.stored[name], expert, self.form.dtype)
 
 
-def take_one_by_one(model: Any) -> None:
+def put_random(model: Any, form: quant.FourBit, device: torch.device) -> None:
+    """4-bit stacks with random numbers in place of those of a model, which may be on meta; without any if fake."""
+    for name, shape in stacks_of(model).items():
+        path, _, stack = name.rpartition(".")
+        if shape[1:].numel() % quant.BLOCK == 0:
+            made = FourBitStack(shape, form, device)
+            for expert in range(0 if isinstance(made.weight, FakeTensor) else shape[0]):
+                made.put(expert, torch.randn(shape[1:], dtype=form.dtype, device=device).mul_(shape[2] ** -0.5))
+            _replace(model.get_submodule(path), stack, made)
+    _take_one_by_one(model)
+
+
+def _replace(module: Any, stack: str, made: FourBitStack) -> None:
+    del module._parameters[stack]
+    module.add_module(stack, made)
+
+
+def _take_one_by_one(model: Any) -> None:
     """Lets transformers' own code take one expert after another; others want a whole stack in 16 bits."""
     for module in model.modules():
         if any(isinstance(child, FourBitStack) for child in module.children()):

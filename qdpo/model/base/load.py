@@ -57,7 +57,7 @@ def load_base(
     if experts is not None:
         arguments["state_dict"] = state_dict_of(folder, compute, without=experts.files)
     cls = text.cls if experts is None else experts.without(text.cls)
-    with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part):
+    with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part or experts is not None):
         model, about = loaded(
             cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
             attn_implementation=attention_name, **arguments,
@@ -81,7 +81,7 @@ def load_base(
 
 @contextmanager
 def _unreported(skips: bool) -> Iterator[None]:
-    """Without transformers' list of the tensors of other parts, which are skipped on purpose."""
+    """Without transformers' list of the tensors of other parts and of experts, which are skipped on purpose."""
     before = logging.get_verbosity()
     logging.set_verbosity_error() if skips else None
     try:

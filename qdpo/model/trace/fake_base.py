@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from qdpo.model.base import quant
+from qdpo.model.base import experts, quant
 from qdpo.model.base.text_model import TextModel, text_model_of
 from qdpo.model.fast import attention
 
@@ -43,6 +43,7 @@ def filled_base(model: Any, *, quantization: str, double_quant: bool, dtype: tor
                 parent, _, child = name.rpartition(".")
                 four_bit = quant.random_four_bit(layer, quantization, double_quant, dtype, device)
                 setattr(model.get_submodule(parent), child, four_bit)
+        experts.put_random(model, quant.FourBit(quantization, double_quant, dtype), device)
         model.is_loaded_in_4bit = True
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from qdpo.model.fast import attention, mlp, norm, products, scored_attention
+from qdpo.model.fast import attention, experts, mlp, norm, products, scored_attention
 from qdpo.model.policy import recompute
 
 
@@ -153,6 +153,7 @@ def as_on_cuda() -> Iterator[None]:
         (attention, "scaled_dot_product_attention", _attention_on_cuda),
         (functional, "scaled_dot_product_attention", _attention_on_cuda),
         (products, "mm_fp32", _mm_fp32_on_cuda),
+        (experts, "runs_as_on_cuda", lambda: True),
         (masking_utils, "find_packed_sequence_indices", lambda *_positions: None),
     )
     before = [getattr(module, name) for module, name, _change in changes]
