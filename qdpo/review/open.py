@@ -79,6 +79,7 @@ def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher:
     loaded = load_policy(
         config, opened.place.folder, device=opened.device, dtype=record.found.dtype, probe_with=probe_with,
         say=watcher.say, layers=record.found.adapted, of_0_1=record.found.adapted is None,
+        dense_experts=record.has_dense_experts,
     )  # fmt: skip
     watcher.finish()
     if loaded.weights != record.weights:

@@ -195,6 +195,13 @@ class RunRecord(Part):
     version: int = 1
     more: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def has_dense_experts(self) -> bool:
+        """True if the run was started with any stacked experts in 16 bits: before 0.2, or by adapter.start."""
+        if self.four_bit is None:
+            return self.weights is not None
+        return not any(mark.experts for mark in self.four_bit.values())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environment(Part):

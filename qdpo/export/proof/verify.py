@@ -112,9 +112,11 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     for folder in [run.adapter, *([Path(str(config.adapter.start))] if starts else [])]:
         check_fit(model_config(chosen.opened.place.folder), folder)
     watcher.begin("loading the trained model", 1, "model")
+    record = chosen.opened.finished.record
     model = load_base(
         chosen.opened.place.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
-        dtype=chosen.opened.finished.record.found.dtype, device=device, attention_name=None, announce=watcher.say,
+        dtype=record.found.dtype, device=device, attention_name=None, announce=watcher.say,
+        dense_experts=record.has_dense_experts,
     )  # fmt: skip
     peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
     if starts:

@@ -38,12 +38,13 @@ def load_base(
     device: torch.device,
     attention_name: str | None,
     announce: Say,
+    dense_experts: bool = False,
 ) -> Any:
     """Loads the frozen base onto its device, in evaluation mode, with no parameter trainable.
 
     Of a multimodal checkpoint its text model alone is loaded.
     `attention_name` is `sdpa` or `eager`, None for transformers' own choice; `choose_path` of model/policy switches it
-    later. A folder that is already 4-bit keeps its own settings.
+    later. A folder that is already 4-bit keeps its own settings. `dense_experts`: stacked experts are not quantised.
     Raises: ConfigError for a model that transformers cannot load, or cannot load with that attention.
     """
     compute = DTYPES[dtype]
@@ -52,12 +53,15 @@ def load_base(
     if device.type == "cuda" and quantization != "none":
         check_files_finite(folder, weight_files(folder))
     experts = None
-    if "quantization_config" in arguments:
+    if "quantization_config" in arguments and not dense_experts:
         experts = FourBitExperts.of(folder, text, quant.FourBit(quantization, double_quant, compute))
     if experts is not None:
         arguments["state_dict"] = state_dict_of(folder, compute, without=experts.files)
     cls = text.cls if experts is None else experts.without(text.cls)
-    with reading(f"transformers cannot load the model in {folder}", AGAIN), _unreported(text.is_part or experts is not None):
+    with (
+        reading(f"transformers cannot load the model in {folder}", AGAIN),
+        _unreported(text.is_part or experts is not None),
+    ):
         model, about = loaded(
             cls, folder, config=_as_stored(text, folder), key_mapping=text.key_mapping or None,
             attn_implementation=attention_name, **arguments,

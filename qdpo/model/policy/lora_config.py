@@ -248,3 +248,9 @@ def _check_pairs(file: Path, kept: dict[str, Any]) -> None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def adapts_experts(folder: Path) -> bool:
+    """True if an adapter changes stacked experts. Raises: ConfigError as `check_adapter_folder` does."""
+    named = check_adapter_folder(folder).get("target_parameters") or []
+    return any(not str(one).endswith(".weight") for one in named)

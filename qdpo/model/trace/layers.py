@@ -68,10 +68,11 @@ def _trace(text: TextModel, key: str) -> TracedShape:
     inside = {id(parameter) for parameter in [*layers.parameters(), *tables, whole.get_output_embeddings().weight]}
     outside = kinds.weights_of(whole, targets, without=inside)
     names = [_name(layers[place], config, place) for place in places]
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda(), short_loops():
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as count, as_on_cuda():
         rig = _Rig(bare_base(text, DTYPE), places, count)
-        chunks = rig.chunks()
-        recomputed, kept = rig.traces(0, chunks), rig.traces("all", chunks)
+        with short_loops():
+            chunks = rig.chunks()
+            recomputed, kept = rig.traces(0, chunks), rig.traces("all", chunks)
         products = rig.products()
     return TracedShape(
         key=key,

@@ -169,7 +169,9 @@ def as_on_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def short_loops() -> Iterator[None]:
     """Of loops over equal slices only the first two and the last turn: the others take the same memory, one by one."""
-    places: tuple[tuple[Any, str], ...] = (norm, "slices"), (mlp, "slices"), (scored_attention, "blocks")
+    places: tuple[tuple[Any, str], ...] = (
+        (norm, "slices"), (mlp, "slices"), (scored_attention, "blocks"), (experts.Sorted, "blocks"),
+    )  # fmt: skip
     before = [getattr(module, name) for module, name in places]
     for (module, name), loop in zip(places, before, strict=True):
         setattr(module, name, _shortened(loop))

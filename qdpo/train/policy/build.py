@@ -20,6 +20,7 @@ from qdpo.model.base.text_model import decoder_of
 from qdpo.model.fast.logps import Head
 from qdpo.model.policy import adapter, choose_attention, install, kernels, probe, recompute
 from qdpo.model.policy.adapter import Policy
+from qdpo.model.policy.lora_config import adapts_experts
 from qdpo.run.record import FourBitMark, file_record
 from qdpo.run.watcher import Say
 from qdpo.settings.schema import RunConfig
@@ -58,9 +59,13 @@ def load_policy(
     say: Say,
     layers: Sequence[str] | None = None,
     of_0_1: bool = False,
+    dense_experts: bool = False,
 ) -> Loaded:
-    """Loads the base from `folder` and builds the policy from it; for `layers` and `of_0_1` see `make_policy`."""
-    model = base_of(config, folder, device, dtype, say)
+    """Loads the base from `folder` and builds the policy from it; for `layers` and `of_0_1` see `make_policy`.
+
+    `dense_experts`: as a run before 0.2 had them.
+    """
+    model = base_of(config, folder, device, dtype, say, dense_experts=dense_experts)
     return make_policy(
         config, model, device=device, dtype=dtype, probe_with=probe_with, say=say, layers=layers, of_0_1=of_0_1
     )
@@ -117,9 +122,15 @@ def kept_layers(config: RunConfig) -> int | str:
     return 0 if config.memory.kept_layers == "auto" else config.memory.kept_layers
 
 
-def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say) -> Any:
+def base_of(
+    config: RunConfig, folder: Path, device: torch.device, dtype: str, say: Say, *, dense_experts: bool = False
+) -> Any:
     """The frozen base that the model.* settings describe. Raises: ConfigError; OutOfMemoryError if it does not fit."""
-    settings = config.model
+    settings, start = config.model, config.adapter.start
+    if start is not None and settings.quantization != "none" and adapts_experts(Path(start)):
+        if not dense_experts:
+            say(f"experts: they stay in 16 bits, since the adapter in {start} adapts them; forecasts count 4 bits")
+        dense_experts = True
     try:
         return load_base(
             folder,
@@ -129,6 +140,7 @@ def base_of(config: RunConfig, folder: Path, device: torch.device, dtype: str, s
             device=device,
             attention_name=None if settings.attention == "auto" else settings.attention,
             announce=say,
+            dense_experts=dense_experts,
         )
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemoryError(

@@ -139,7 +139,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
         config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
-        layers=found.adapted, of_0_1=found.adapted is None,
+        layers=found.adapted, of_0_1=found.adapted is None, dense_experts=read_record(run).has_dense_experts,
     )  # fmt: skip
     watcher.finish()
     _check_weights(run, folder, loaded, text)
