@@ -1,17 +1,14 @@
 """From settings to a loaded, checked policy and prepared pairs: a new run folder, or the one to continue."""
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qdpo import __version__
 from qdpo.data import prepare, stored
 from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
@@ -30,7 +27,6 @@ from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
 from qdpo.run.record import (
     BaseRecord,
-    Environment,
     FoundValues,
     RunRecord,
     read_environment,
@@ -48,14 +44,13 @@ from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
+from qdpo.train.start.environment import environment
 from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
 from qdpo.train.start.tokenizer import check_no_new_files, take_start, trained_ends
 from qdpo.train.start.ways_out import WaysOut
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,16 +310,3 @@ def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
     tokens = sum(pair.tokens for pair in pairs)
     disk.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
     disk.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
-
-
-def environment(device: torch.device) -> Environment:
-    """Versions and device, for the record."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return Environment(
-        # A clone that is not installed has no metadata.
-        packages={"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
-        python=platform.python_version(),
-        platform=platform.platform(),
-        device=f"{device.type}: {name}",
-        threads=torch.get_num_threads(),
-    )
