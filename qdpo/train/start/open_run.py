@@ -39,7 +39,7 @@ from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
-from qdpo.train.keep.stop import StopRequest
+from qdpo.train.keep.stop import StoppableWatcher, StopRequest
 from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
@@ -106,6 +106,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: _refuse_before_download(config, found, device, say), look=ways.look,
     )  # fmt: skip
+    stop.check("before the data was prepared")
     text = text_model(folder.folder)
     if text.is_part:
         say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
@@ -119,9 +120,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
-        _first_start(resolved, config, run, folder, device, tokenizer, watcher, layers)
+        _first_start(resolved, config, run, folder, device, tokenizer, watcher, stop, layers)
     train, held_out = stored.load_or_prepare(
-        run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
+        run, config.data, tokenizer, seed=config.train.seed, watcher=_while_preparing(watcher, stop), scratch=cache_dir
     )
     for part in (train, held_out):
         prepare.check_ids(part, shape.get_text_config().vocab_size, tokenizer)
@@ -131,12 +132,14 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     found = read_record(run).found
     config = auto_memory.settled(config, found.memory)
+    stop.check("before the model was loaded")
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
         config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
         layers=found.adapted, of_0_1=found.adapted is None,
     )  # fmt: skip
     watcher.finish()
+    stop.check("after the model was loaded")
     _check_weights(run, folder, loaded, text)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     names = {"name": loaded.reference_name, "older": loaded.older_name}
@@ -240,6 +243,7 @@ def _first_start(
     device: torch.device,
     tokenizer: Any,
     watcher: Watcher,
+    stop: StopRequest,
     layers: list[str] | None,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all.
@@ -254,7 +258,9 @@ def _first_start(
     say, shape = watcher.say, text_model(folder.folder).config
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
-    data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    data = prepare.prepare_data(
+        config.data, tokenizer, seed=config.train.seed, watcher=_while_preparing(watcher, stop), scratch=cache
+    )
     if few := few_held_out(config.data, len(data.train), len(data.held_out)):
         say(few)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
@@ -264,6 +270,7 @@ def _first_start(
     if (start := config.adapter.start) is not None:
         files += [Path(start) / adapter.WEIGHTS, Path(start) / adapter.CONFIG, *tokenizer_files(Path(start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
+    stop.check("before the memory was planned")  # an unknown model is traced for that, which takes a minute
     memory = auto_memory.choose_memory(
         config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say
     )
@@ -290,6 +297,10 @@ def _first_start(
 
     disk.write_folder(run.path, fill)
     say(f"run folder: {run.path}")
+
+
+def _while_preparing(watcher: Watcher, stop: StopRequest) -> StoppableWatcher:
+    return StoppableWatcher(watcher, stop, "while the data was prepared")
 
 
 def _mend(run: RunDir, resolved: Resolved, device: torch.device, say: Callable[[str], None]) -> None:
