@@ -221,13 +221,17 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
                 values[name] = _from_text(name, value, known[name]) if isinstance(value, str) else value
                 origins[name] = origin
             elif name.startswith(tuple(f"{table}." for table in OPEN_TABLES)) and name.count(".") == 2:
-                if isinstance(value, bool | int | float | str):
+                if value == "":  # "none" may be a value of the user's own name
+                    values.pop(name, None)
+                    origins.pop(name, None)
+                elif isinstance(value, bool | int | float | str):
                     values[name] = _plain_value(value)
                     origins[name] = origin
                 else:
                     problems.append(f"{name}={value} (from {origin}) is not a word, a number, true or false.")
             elif name in sections or name in OPEN_TABLES:
-                problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value.")
+                unset = f", or {name}.NAME= to unset one" if name in OPEN_TABLES else ""
+                problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value{unset}.")
             else:
                 problems.append(f"Unknown setting {name!r} (from {origin}). {_nearest_setting(name, list(known))}")
     return values, origins

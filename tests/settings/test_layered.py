@@ -195,6 +195,13 @@ def test_switches_of_a_template_have_names_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "again.toml"
     file.write_text(config_toml(resolved))
     assert layered.resolve([str(file)]).config.data.template_options == switches
+    unset = layered.resolve(
+        ["preset=9b-12gb", "data.template_options.enable_thinking=", "data.template_options.level="]
+    )
+    assert unset.config.data.template_options == {}
+    assert not any("template_options" in name for name in unset.origins)
+    with pytest.raises(ConfigError, match=r"NAME= to unset one"):
+        layered.resolve(["preset=9b-12gb", "data.template_options="])
     for wrong in ("data.template_options=x", "data.template_options.a.b=1"):
         with pytest.raises(ConfigError, match=r"data\.template_options"):
             layered.resolve(["preset=demo", wrong])
