@@ -103,7 +103,7 @@ def convert(
     from qdpo.data.convert import convert_data
     from qdpo.report.screen.live import Terminal
 
-    typer.echo(convert_data(_data(path, settings), out, Terminal(stderr=True), force=force))
+    typer.echo(convert_data(_data(path, settings, out), out, Terminal(stderr=True), force=force))
 
 
 @app.command(context_settings=EXTRA)
@@ -124,7 +124,7 @@ def split(
     from qdpo.data.convert import split_data
     from qdpo.report.screen.live import Terminal
 
-    config = _data(path, settings)
+    config = _data(path, settings, out)
     typer.echo(split_data(config, out, Terminal(stderr=True), fraction=fraction, seed=seed, force=force))
 
 
@@ -151,8 +151,18 @@ def model_side(config: RunConfig, say: Callable[[str], None]) -> "tuple[Any, Ori
     return tokenizer, Origin(name, adapter=file_record(folder / WEIGHTS).sha256)
 
 
-def _data(path: str, settings: list[str] | None) -> RunConfig:
-    given = [setting for setting in settings or [] if not setting.removeprefix("--").startswith("data.")]
-    if given:
-        raise ConfigError(f"{given[0]} has no effect here: no model is involved. Give only data.* settings.")
+def _data(path: str, settings: list[str] | None, out: Path | None = None) -> RunConfig:
+    """The settings of a verb that involves no model. Raises: ConfigError for a word that is none of its arguments."""
+    words = [path, *([str(out)] if out else []), *(settings or [])]
+    for word in words:
+        if word.startswith("-") and not word.startswith("--data."):
+            raise ConfigError(
+                f"There is no option {word!r} here. Files are given without one, in the order of `--help`, and "
+                "settings as data.NAME=value; ./ in front makes a file's name of it."
+            )
+    for word in settings or []:
+        if "=" not in word:
+            raise ConfigError(f"Cannot read {word!r}. Settings are written key=value, as in data.limit=100.")
+        if not word.removeprefix("--").startswith("data."):
+            raise ConfigError(f"{word} has no effect here: no model is involved. Give only data.* settings.")
     return layered.resolve(["model.path=none-needed", *(settings or []), f"data.path={path}"]).config

@@ -106,6 +106,7 @@ def _settings(finished: FinishedRun, arguments: list[str], may_change: tuple[str
     fixed = [name for name in sorted(given) if not name.startswith(may_change)]
     if fixed:
         raise ConfigError(
-            f"{', '.join(fixed)} cannot differ from the trained run. Only {', '.join(may_change)} settings can."
+            f"{', '.join(fixed)} cannot differ from the trained run. Only "
+            f"{', '.join(name + '*' * name.endswith('.') for name in may_change)} can. Leave it out."
         )
     return finished.config(arguments)

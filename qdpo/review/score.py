@@ -17,7 +17,7 @@ from qdpo.model.policy import adapter
 from qdpo.review.open import PLACES, Reopened, load_reopened, reopen
 from qdpo.run.watcher import Watcher
 from qdpo.settings.schema import DataConfig
-from qdpo.train.keep.stop import catch_signals
+from qdpo.train.keep.stop import StoppableWatcher, catch_signals
 from qdpo.train.policy.build import probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
@@ -95,7 +95,8 @@ def rescore(folder: Path, arguments: list[str], watcher: Watcher) -> Rescored:
         adapter.load_adapter_folder(loaded.policy, run.adapter)
         watcher.begin("scoring", len(pairs), "pair")
         rows = pack_rows(pairs, opened.tokens_per_row)
-        evaluation = evaluate(loaded.policy, rows, scorer.for_loss, config.loss, watcher.advance)
+        heeding = StoppableWatcher(watcher, stop, "while scoring")
+        evaluation = evaluate(loaded.policy, rows, scorer.for_loss, config.loss, heeding.advance)
         watcher.finish()
         cache.close()
     return Rescored(str(folder), chosen.source, len(pairs), evaluation, trained)

@@ -288,8 +288,8 @@ def file_record(path: Path) -> FileRecord:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that determine what is loaded."""
-    kinds = {".safetensors", ".json", ".model", ".jinja"}
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.is_file())
+    patterns = ("*.safetensors", "*.json", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 P = TypeVar("P", bound=Part)

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from qdpo.errors import ConfigError
+from qdpo.settings import unknown_name
 from qdpo.settings.bad_value import explain
 from qdpo.settings.loss_rules import RENAMED
 from qdpo.settings.schema import RunConfig, Section, problems_across
@@ -221,15 +222,19 @@ def _merge(layers: list[tuple[str, dict[str, Any]]], problems: list[str]) -> tup
                 values[name] = _from_text(name, value, known[name]) if isinstance(value, str) else value
                 origins[name] = origin
             elif name.startswith(tuple(f"{table}." for table in OPEN_TABLES)) and name.count(".") == 2:
-                if isinstance(value, bool | int | float | str):
+                if value == "":  # "none" may be a value of the user's own name
+                    values.pop(name, None)
+                    origins.pop(name, None)
+                elif isinstance(value, bool | int | float | str):
                     values[name] = _plain_value(value)
                     origins[name] = origin
                 else:
                     problems.append(f"{name}={value} (from {origin}) is not a word, a number, true or false.")
             elif name in sections or name in OPEN_TABLES:
-                problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value.")
+                unset = f", or {name}.NAME= to unset one" if name in OPEN_TABLES else ""
+                problems.append(f"{name} is a group of settings (from {origin}). Write {name}.NAME=value{unset}.")
             else:
-                problems.append(f"Unknown setting {name!r} (from {origin}). {_nearest_setting(name, list(known))}")
+                problems.append(f"Unknown setting {name!r} (from {origin}). {unknown_name.hint(name, list(known))}")
     return values, origins
 
 
@@ -266,13 +271,6 @@ def _rename(values: dict[str, Any]) -> list[str]:
     names = [names] if isinstance(names, str) else list(names)
     values["loss.name"] = [RENAMED.get(name, name) for name in names]
     return [f"loss {name} is called {RENAMED[name]} here" for name in names if name in RENAMED]
-
-
-def _nearest_setting(name: str, known: list[str]) -> str:
-    same_field = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2]]
-    if len(same_field) == 1:
-        return f"Did you mean {same_field[0]!r}?"
-    return nearest(name, known)
 
 
 def _from_text(name: str, text: str, section: type[Section]) -> Any:

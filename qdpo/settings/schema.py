@@ -149,7 +149,7 @@ class DataConfig(Section):
     reasoning: Reasoning = "drop"
     """Thoughts that the chat template cannot write: put them in <think> tags, drop the row, or leave them out."""
     template_options: dict[str, bool | int | float | str] = {}
-    """Switches of the chat template, as in data.template_options.enable_thinking=false; also used by every export."""
+    """Switches of the chat template, as in data.template_options.enable_thinking=false, exports too; NAME= unsets."""
     columns: ColumnsConfig = ColumnsConfig()  # a table of its own in TOML, so it comes last
 
 

@@ -1,6 +1,7 @@
 """Evaluations between steps: scores held-out pairs and samples answers, for their files and the run's metrics."""
 
 import json
+from functools import partial
 from typing import Any
 
 from qdpo.data.tokens.pack import pack_rows
@@ -8,8 +9,9 @@ from qdpo.diagnose.course import Record
 from qdpo.run import disk
 from qdpo.run.lines import is_scored, mend_lines
 from qdpo.run.record import AnswerLengths
-from qdpo.run.watcher import PAIRS
+from qdpo.run.watcher import PAIRS, Watcher
 from qdpo.train.keep.disk_full import Saver
+from qdpo.train.keep.stop import StoppableWatcher
 from qdpo.train.start.open_run import Job
 from qdpo.train.watch.alarm import Alarm
 from qdpo.train.watch.evaluate import Evaluation, evaluate
@@ -32,18 +34,22 @@ class Checkup:
 
     def evaluate(self, step: int) -> Evaluation:
         """Scores the held-out pairs and completes the prompts. A full disk delays the files until `save_for_good`."""
-        job = self._job
-        job.watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
+        job, look = self._job, None
+        watcher: Watcher = job.watcher
+        if step == 0:  # nothing is lost; after a step, its checkpoint waits for its evaluation
+            where = "in the evaluation before step 1"
+            watcher, look = StoppableWatcher(job.watcher, job.stop, where), partial(job.stop.check, where)
+        watcher.begin("evaluating on held-out pairs", len(job.held_out), "pair")
         pairs = list(job.held_out)
         rows = pack_rows(pairs, job.scorer.tokens_per_row)
-        evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, job.watcher.advance)
-        job.watcher.finish()
+        evaluation = evaluate(job.loaded.policy, rows, job.scorer.for_loss, job.config.loss, watcher.advance)
+        watcher.finish()
         place_of = {id(pair): place for place, pair in enumerate(pairs)}
         places = [place_of[id(pair)] for row in rows for pair in row.pairs]
         self._pairs = _with(self._pairs, evaluation, places, step)
         values = dict(evaluation.values)
         if job.config.samples.every_eval or step in (0, self._steps):
-            values |= self._samples.complete(step)
+            values |= self._samples.complete(step, look)
         line: Record = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
         if step not in self._metrics.evaluated:
             self._metrics.write(line)

@@ -64,8 +64,10 @@ def _run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopRequest) -
         try_worst_row(job)
         plan = plan_run(job)
         used = {index for step in range(plan.steps) for index in plan.indices(step, job.config.train, len(job.train))}
+        stop.check("before the reference was scored")
         job.scorer.fill([job.train[index] for index in sorted(used)], job.held_out)
         parameters = list(job.loaded.policy.adapter_parameters().values())
+        stop.check("before training")
         optimizer = make_optimizer(job.found.optimizer, parameters, weight_decay=job.config.train.weight_decay)
         # fp16 gradients underflow without a loss scale; other types need none, and a disabled scaler does nothing.
         scaler = torch.amp.GradScaler(

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
+from qdpo.cli.main import app
 from qdpo.data import prepare
 from qdpo.data.layouts.origin import Origin
 from qdpo.data.report import make_report
@@ -188,3 +190,25 @@ def test_the_verbs_check_show_convert_and_split(tiny_base, tmp_path):
     assert not {json.dumps(row["prompt"]) for row in train} & {json.dumps(row["prompt"]) for row in held}
     refused = qdpo("data", "show", "pairs.jsonl.gz", "model.path=x", cwd=tmp_path)
     assert refused.returncode == 2 and "Give only data.* settings" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["convert", "pairs.jsonl", "--out=plain.jsonl"], "There is no option '--out=plain.jsonl' here"),
+        (["convert", "pairs.jsonl", "--out", "plain.jsonl"], "There is no option '--out' here"),
+        (["split", "pairs.jsonl", "--to=folder"], "There is no option '--to=folder' here"),
+        (["show", "pairs.jsonl", "--rows", "3"], "There is no option '--rows' here"),
+        (["show", "pairs.jsonl", "3"], "Cannot read '3'. Settings are written key=value"),
+        (["show", "pairs.jsonl", "model.path=x"], "model.path=x has no effect here: no model is involved"),
+    ],
+)
+def test_a_word_that_is_no_argument_writes_nothing(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """typer takes an unknown option for the next positional argument: a file named --out=plain.jsonl was written."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "pairs.jsonl", tiny_rows(4))
+    found = CliRunner().invoke(app, ["data", *words])
+    assert isinstance(found.exception, ConfigError) and told in str(found.exception), found.output
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -167,5 +167,7 @@ def test_a_trained_run_from_the_command_line(
     assert (
         "3 prompts of the run's held-out pairs, greedy" in shown and "KL an answer" in shown and "3. tell me" in shown
     )
-    with pytest.raises(ConfigError, match="loss.beta cannot differ"):
+    with pytest.raises(
+        ConfigError, match=r"loss\.beta cannot differ .* Only model\.device, memory\.\*, cache\.dir can\. Leave it out"
+    ):
         compare_run(Path(run), ["loss.beta=3"], Quiet(), prompts=None, count=3, drawing=CompletionParameters(8))

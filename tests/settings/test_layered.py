@@ -16,7 +16,7 @@ from qdpo.errors import ConfigError
 from qdpo.forecast.plan import make_plan
 from qdpo.forecast.preset_table import preset_table
 from qdpo.run.identity import config_toml, run_folder
-from qdpo.settings import layered
+from qdpo.settings import layered, unknown_name
 from tests.conftest import qdpo
 
 ANSWERED = ["model.path=base", "data.path=pairs.jsonl"]
@@ -195,6 +195,13 @@ def test_switches_of_a_template_have_names_of_their_own(tmp_path: Path) -> None:
     file = tmp_path / "again.toml"
     file.write_text(config_toml(resolved))
     assert layered.resolve([str(file)]).config.data.template_options == switches
+    unset = layered.resolve(
+        ["preset=9b-12gb", "data.template_options.enable_thinking=", "data.template_options.level="]
+    )
+    assert unset.config.data.template_options == {}
+    assert not any("template_options" in name for name in unset.origins)
+    with pytest.raises(ConfigError, match=r"NAME= to unset one"):
+        layered.resolve(["preset=9b-12gb", "data.template_options="])
     for wrong in ("data.template_options=x", "data.template_options.a.b=1"):
         with pytest.raises(ConfigError, match=r"data\.template_options"):
             layered.resolve(["preset=demo", wrong])
@@ -252,3 +259,32 @@ def test_a_weight_that_no_list_of_pairs_could_hold_is_refused() -> None:
 def test_text_that_is_no_utf_8_is_refused() -> None:
     with pytest.raises(ConfigError, match="output.name .* not UTF-8"):
         layered.resolve([*ANSWERED, "output.name=a\udcff"])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("train.lr", "The setting for it is 'train.learning_rate'"),
+        ("train.batch_size", "The setting for it is 'train.pairs_per_step'"),
+        ("lora_alpha", "The setting for it is 'adapter.alpha'"),
+        ("loss.type", "The setting for it is 'loss.name'"),
+        ("model.name", "The setting for it is 'model.path'"),
+        ("train.beta", "Did you mean 'loss.beta'"),
+        ("name", "Did you mean 'loss.name' or 'output.name'"),
+        ("train.weight_decays", "Did you mean 'train.weight_decay'"),
+        ("adapter.dropout", "adapter has: rank, alpha, targets, "),
+        ("samples.temperature", "samples has: count, prompts, "),
+        ("qwerty", "--dry-run` lists every setting"),
+    ],
+)
+def test_an_unknown_name_is_not_answered_with_an_unrelated_setting(given: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        layered.resolve(["preset=demo", f"{given}=1"])
+
+
+def test_every_name_of_another_kit_leads_to_a_setting_and_is_none_itself() -> None:
+    names = layered.setting_names()
+    leaves = {name.rpartition(".")[2] for name in names}
+    assert set(unknown_name.ELSEWHERE) <= set(names)
+    assert not set(unknown_name.OURS) & (leaves | set(names))
+    assert len(unknown_name.OURS) == sum(len(words.split()) for words in unknown_name.ELSEWHERE.values())

@@ -167,9 +167,10 @@ def test_a_template_that_knows_no_thoughts_trains_their_text() -> None:
 @pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tokenize"])
 def test_a_switch_that_the_template_does_not_have_is_refused(name: str) -> None:
     config = DataConfig(template_options={name: False})
-    with pytest.raises(
-        ConfigError, match=f"template_options.{name}: .* has no such switch. It reads: .*enable_thinking"
-    ):
+    told = (
+        f"template_options.{name}: .* has no such switch. It reads: .*enable_thinking.*`data.template_options.{name}=`"
+    )
+    with pytest.raises(ConfigError, match=told):
         Renderer.of(tokenizer_of_file(FILES["Qwen3.5-4B"]), config)
 
 

@@ -184,17 +184,20 @@ def test_samples_that_a_full_disk_refuses_are_not_lost(
     assert [each["step"] for each in line["during"]] == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["chat_template.json", "added_tokens.json"])
+@pytest.mark.parametrize("name", ["chat_template.json", "added_tokens.json", "additional_chat_templates/tool.jinja"])
 def test_a_file_that_is_new_to_the_base_s_tokenizer_stops_the_run(
     stopped: RunDir, resume: Callable[..., str], tiny_base: Path, name: str
 ) -> None:
     """The pairs are prepared already, so the adapter would be saved with a template that it was not trained on."""
     new = tiny_base / name
     assert not new.exists()
+    new.parent.mkdir(exist_ok=True)
     new.write_text("{}")
     try:
         with pytest.raises(ConfigError, match=rf"{name} is new since the run .* was started.*--fresh"):
             resume()
     finally:
         new.unlink()
+        if new.parent != tiny_base:
+            new.parent.rmdir()
     resume()

@@ -14,13 +14,16 @@ from safetensors.torch import load_file
 from qdpo.errors import ConfigError, QdpoError, VerificationError
 from qdpo.export.merge.merge import merge_run
 from qdpo.export.trained import trained_run
+from qdpo.model.base.fetch import locate_base
 from qdpo.model.policy import adapter
+from qdpo.model.policy.adapter_source import check_adapter
 from qdpo.review.score import rescore
 from qdpo.run.finished import finished_run
 from qdpo.run.folder import RunDir
 from qdpo.run.record import Result
 from qdpo.train.policy import build
 from tests.conftest import Quiet
+from tests.matrix.members import Member, save_member
 from tests.model.adapters import CONFIG, WEIGHTS, edited, load, logits, make, with_tensors
 
 Train = Callable[..., tuple[Result, Quiet]]
@@ -140,3 +143,26 @@ def test_an_adapter_that_was_changed_after_its_run_is_not_used(
     (run / "adapter" / CONFIG).write_text("{")
     with pytest.raises(ConfigError, match=CONFIG):
         rescore(run, [], Quiet())
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize("layers", ["layers.1.self_attn.q_proj", ""])
+def test_an_adapter_that_cannot_learn_is_refused_by_its_name(
+    train: Train, settings: dict[str, str], tiny_base: Path, tmp_path: Path, layers: str
+) -> None:
+    start = make(tmp_path / "start", tiny_base)
+    tensors = {name: tensor * 0 for name, tensor in load_file(start / WEIGHTS).items() if layers in name}
+    with_tensors(start, **tensors)
+    with pytest.raises(ConfigError, match=rf"adapter\.start=.*start: A and B of {len(tensors) // 2} of its \d+ layers"):
+        train(train__steps="2", adapter__start=str(start))
+    assert not folder_of(settings).exists()
+
+
+def test_an_adapter_with_a_router_is_told_at_the_start(tmp_path: Path) -> None:
+    base, lines = tmp_path / "base", list[str]()
+    save_member(Member("text", "qwen3_moe"), base)
+    start = make(tmp_path / "start", base, target_modules=["q_proj", "gate"])
+    place = locate_base(str(base), revision=None, cache_dir=tmp_path, announce=lines.append)
+    check_adapter(str(start), ["all-linear"], place, lines.append, rank=16)
+    told = "\n".join(lines)
+    assert "adapts what is left alone by default (router)" in told and "cannot be exported for other programs" in told

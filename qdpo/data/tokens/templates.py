@@ -82,9 +82,10 @@ def end_token(tokenizer: "PreTrainedTokenizerBase") -> str:
 def check_options(tokenizer: "PreTrainedTokenizerBase", template: str, options: Options) -> None:
     """Raises: ConfigError for a switch that the chat template does not have, or if rows are rendered without one."""
     if options and not uses_chat_template(tokenizer, template):
+        name = next(iter(options))
         why = "data.template=plain" if template == "plain" else f"{tokenizer.name_or_path!r} has no chat template"
         raise ConfigError(
-            f"data.template_options.{next(iter(options))}: there is no chat template to switch ({why}). Leave it out."
+            f"data.template_options.{name}: there is no chat template to switch ({why}). {_way_out(name)}"
         )
     source = tokenizer.chat_template
     sources = [str(one) for one in (source.values() if isinstance(source, dict) else [source])]
@@ -93,8 +94,12 @@ def check_options(tokenizer: "PreTrainedTokenizerBase", template: str, options: 
             known = sorted(set().union(*map(_switches, sources)) - RESERVED)
             raise ConfigError(
                 f"data.template_options.{name}: the chat template of {tokenizer.name_or_path!r} has no such switch. It "
-                f"reads: {', '.join(known) or 'none'}."
+                f"reads: {', '.join(known) or 'none'}. {_way_out(name)}"
             )
+
+
+def _way_out(name: str) -> str:
+    return f"Give `data.template_options.{name}=`, with nothing after the =, which also unsets a preset's."
 
 
 def _switches(source: str) -> set[str]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from qdpo.errors import DataError
 from qdpo.families.config_fields import positions
@@ -21,11 +21,13 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
     batch: int = 25,
+    look: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """The model's answer to each prompt: token ids up to and including the end token.
 
     Greedy at temperature 0; else sampled from `seed`, so that equal models give equal answers. Prompts are left-padded
-    within a batch of similar lengths. An answer ends where the table of positions does, if the model has one.
+    within a batch of similar lengths. An answer ends where the table of positions does, if the model has one. `look` is
+    called after each token; an exception that it raises ends the generation, and leaves the model usable.
     Raises: DataError for a prompt that leaves no room in that table.
     """
     ends, device = end_tokens(model, tokenizer), device_of(model)
@@ -45,7 +47,10 @@ def complete(
             token_BT[line, width - len(ids) :] = ids.to(device)
             mask_BT[line, width - len(ids) :] = 1
         with torch.no_grad(), contiguous_head_input(model):
-            output_BT = model.generate(input_ids=token_BT, attention_mask=mask_BT, generation_config=config)
+            output_BT = model.generate(
+                input_ids=token_BT, attention_mask=mask_BT, generation_config=config,
+                stopping_criteria=[_Look(look)] if look is not None else None,
+            )  # fmt: skip
         for line, index in enumerate(members):
             answers[index] = until_end(output_BT[line, width:].tolist(), ends)
     return [answers[index] for index in range(len(prompts))]
@@ -91,6 +96,17 @@ def _room(model: Any, prompt: int, wanted: int, *, only_tables: bool = False) ->
             "Shorten the prompt, or begin a new conversation."
         )
     return min(wanted, limit.count - prompt)
+
+
+class _Look(StoppingCriteria):  # type: ignore[misc]
+    """Calls a function after each token, and ends no answer."""
+
+    def __init__(self, look: Callable[[], None]):
+        self._look = look
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_others: Any) -> torch.Tensor:
+        self._look()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

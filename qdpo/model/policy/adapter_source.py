@@ -13,9 +13,9 @@ from qdpo.model.base.folder import read_json
 from qdpo.model.base.load import model_config
 from qdpo.model.policy import lora_fit
 from qdpo.model.policy.adapter import CONFIG, check_adapter_folder, choose_targets
-from qdpo.model.policy.lora_file import module_of, tensor_forms
+from qdpo.model.policy.lora_file import idle_layers, module_of, tensor_forms
 from qdpo.model.policy.peft_names import peft_names
-from qdpo.model.policy.targets import ALL_LINEAR, sentence, unusual
+from qdpo.model.policy.targets import ALL_LINEAR, LoraTargets, sentence, unusual
 from qdpo.run.watcher import Say
 
 # Endings of the same model's name in other forms, as of Unsloth's and others' copies.
@@ -42,9 +42,7 @@ def check_adapter(
             say(note)
         lora_fit.check_fit(model_config(base.folder), folder)
         if first and rank is not None:
-            forms = tensor_forms(folder)
-            layers = list(dict.fromkeys(module_of(name) for name in forms))
-            say(sentence(layers, sum(math.prod(form.shape) for form in forms.values())) + ", as in adapter.start")
+            _say_start(folder, base, say)
         return None
     if not first or (rank is None and targets == [ALL_LINEAR]):
         return None
@@ -57,6 +55,29 @@ def check_adapter(
     for label, why in unusual(bare, chosen).items():
         say(f"warning: adapter.targets={'+'.join(targets)} adapts what is left alone by default ({label}): {why}")
     return list(chosen.adapted)
+
+
+def _say_start(folder: Path, base: BaseFolder, say: Say) -> None:
+    """Says which layers adapter.start adapts, and what follows. Raises: ConfigError if some cannot learn."""
+    forms = tensor_forms(folder)
+    layers = list(dict.fromkeys(module_of(name) for name in forms))
+    say(sentence(layers, sum(math.prod(form.shape) for form in forms.values())) + ", as in adapter.start")
+    if idle := idle_layers(folder):
+        raise ConfigError(
+            f"adapter.start={folder}: A and B of {len(idle)} of its {len(layers)} layers are 0, such as {idle[0]}. No "
+            "gradient reaches such a layer, so it would learn nothing. Leave adapter.start out to begin with a new "
+            "adapter, or give an adapter of which B alone is 0."
+        )
+    bare = lora_fit.skeleton(model_config(base.folder))
+    for label, why in unusual(bare, LoraTargets(dict.fromkeys(layers, (0, 0)))).items():
+        say(f"warning: adapter.start adapts what is left alone by default ({label}): {why}")
+    try:
+        peft_names(bare, layers)
+    except ConfigError:
+        say(
+            "warning: this run's adapter cannot be exported for other programs (`--to peft`): the installed PEFT takes "
+            "the names of these layers for others. It can be merged, or train a new adapter, without adapter.start"
+        )
 
 
 def _compare(named: str | None, base: BaseFolder, folder: Path) -> str | None:

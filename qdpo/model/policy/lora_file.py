@@ -73,6 +73,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def idle_layers(folder: Path) -> list[str]:
+    """The layers of which A and B are both 0: the gradient of each is then 0, for ever. Raises: as `read_tensors`."""
+    tensors = read_tensors(folder)
+    some = {module_of(name) for name, tensor in tensors.items() if tensor.any()}
+    return [module for module in dict.fromkeys(map(module_of, tensors)) if module not in some]
+
+
 def module_of(name: str) -> str:
     """The layer that a tensor of the file belongs to."""
     for suffix in (A_SUFFIX, B_SUFFIX):

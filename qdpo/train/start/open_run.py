@@ -1,17 +1,14 @@
 """From settings to a loaded, checked policy and prepared pairs: a new run folder, or the one to continue."""
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qdpo import __version__
 from qdpo.data import prepare, stored
 from qdpo.data.positions import within_positions
 from qdpo.data.tokens.store import PairStore, TokenPair
@@ -30,7 +27,6 @@ from qdpo.run import disk, identity, places, record
 from qdpo.run.folder import RunDir
 from qdpo.run.record import (
     BaseRecord,
-    Environment,
     FoundValues,
     RunRecord,
     read_environment,
@@ -43,19 +39,18 @@ from qdpo.settings import layered
 from qdpo.settings.layered import Resolved
 from qdpo.settings.loss_rules import couples_pairs, needs_reference
 from qdpo.settings.schema import RunConfig
-from qdpo.train.keep.stop import StopRequest
+from qdpo.train.keep.stop import StoppableWatcher, StopRequest
 from qdpo.train.policy.build import Loaded, load_policy, probe_pairs
 from qdpo.train.policy.reference_cache import ReferenceCache
 from qdpo.train.policy.reference_fill import Scorer
 from qdpo.train.start import auto_memory
+from qdpo.train.start.environment import environment
 from qdpo.train.start.length import Passes, RunLength, few_held_out, measure_speed, plan_steps, within_hours
 from qdpo.train.start.tokenizer import check_no_new_files, take_start, trained_ends
 from qdpo.train.start.ways_out import WaysOut
 from qdpo.train.step.optimizer import choose_optimizer
 from qdpo.train.watch.prompts import SamplePrompt, held_out_prompts, prompts_of_file
 from qdpo.train.watch.tracker import Tracker, check_package
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +106,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
         str(config.model.path), revision=pinned or config.model.revision, cache_dir=cache_dir, announce=say,
         refuse=lambda found: _refuse_before_download(config, found, device, say), look=ways.look,
     )  # fmt: skip
+    stop.check("before the data was prepared")
     text = text_model(folder.folder)
     if text.is_part:
         say(f"model: the text model of {folder.name} ({text.cls.__name__}); its other parts are not loaded")
@@ -124,9 +120,9 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     take_start(tokenizer, config.adapter.start, config.data.template, say)
     prompts = prompts_of_file(config.samples, config.data, tokenizer)
     if not disk.is_there(run.record):
-        _first_start(resolved, config, run, folder, device, tokenizer, watcher, layers)
+        _first_start(resolved, config, run, folder, device, tokenizer, watcher, stop, layers)
     train, held_out = stored.load_or_prepare(
-        run, config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache_dir
+        run, config.data, tokenizer, seed=config.train.seed, watcher=_while_preparing(watcher, stop), scratch=cache_dir
     )
     for part in (train, held_out):
         prepare.check_ids(part, shape.get_text_config().vocab_size, tokenizer)
@@ -136,12 +132,14 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     prompts = held_out_prompts(held_out, config.samples.count) if prompts is None else prompts
     found = read_record(run).found
     config = auto_memory.settled(config, found.memory)
+    stop.check("before the model was loaded")
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
         config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
         layers=found.adapted, of_0_1=found.adapted is None, dense_experts=read_record(run).has_dense_experts,
     )  # fmt: skip
     watcher.finish()
+    stop.check("after the model was loaded")
     _check_weights(run, folder, loaded, text)
     stop_at(loaded.policy.peft, trained_ends(run, read_record(run), tokenizer, config.data))
     names = {"name": loaded.reference_name, "older": loaded.older_name}
@@ -245,6 +243,7 @@ def _first_start(
     device: torch.device,
     tokenizer: Any,
     watcher: Watcher,
+    stop: StopRequest,
     layers: list[str] | None,
 ) -> None:
     """Prepares the data, then writes the run folder with all found values, whole or not at all.
@@ -259,7 +258,9 @@ def _first_start(
     say, shape = watcher.say, text_model(folder.folder).config
     dtype = choose_dtype(config.model.dtype, device, say)
     cache = cache_folder(config)
-    data = prepare.prepare_data(config.data, tokenizer, seed=config.train.seed, watcher=watcher, scratch=cache)
+    data = prepare.prepare_data(
+        config.data, tokenizer, seed=config.train.seed, watcher=_while_preparing(watcher, stop), scratch=cache
+    )
     if few := few_held_out(config.data, len(data.train), len(data.held_out)):
         say(few)
     pairs = [*data.train, *data.held_out]  # an index: the ids stay on disk
@@ -269,6 +270,7 @@ def _first_start(
     if (start := config.adapter.start) is not None:
         files += [Path(start) / adapter.WEIGHTS, Path(start) / adapter.CONFIG, *tokenizer_files(Path(start))]
     optimizer = choose_optimizer(config.train.optimizer, device, say)
+    stop.check("before the memory was planned")  # an unknown model is traced for that, which takes a minute
     memory = auto_memory.choose_memory(
         config, folder.folder, pairs, device=device, dtype=dtype, optimizer=optimizer, say=say
     )
@@ -297,6 +299,10 @@ def _first_start(
     say(f"run folder: {run.path}")
 
 
+def _while_preparing(watcher: Watcher, stop: StopRequest) -> StoppableWatcher:
+    return StoppableWatcher(watcher, stop, "while the data was prepared")
+
+
 def _mend(run: RunDir, resolved: Resolved, device: torch.device, say: Callable[[str], None]) -> None:
     """Writes config.toml and environment.json again if they are missing or damaged, and says so."""
     try:
@@ -315,16 +321,3 @@ def _check_space(run: RunDir, cache: Path, pairs: Sequence[TokenPair]) -> None:
     tokens = sum(pair.tokens for pair in pairs)
     disk.need_space(run.path.parent, 500 * 2**20 + 8 * tokens, "A run (checkpoints, adapter, token ids)")
     disk.need_space(cache, 20 * 2**20 + 8 * tokens, "The reference cache")
-
-
-def environment(device: torch.device) -> Environment:
-    """Versions and device, for the record."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return Environment(
-        # A clone that is not installed has no metadata.
-        packages={"qdpo": __version__, **{name: metadata.version(name) for name in PACKAGES}},
-        python=platform.python_version(),
-        platform=platform.platform(),
-        device=f"{device.type}: {name}",
-        threads=torch.get_num_threads(),
-    )

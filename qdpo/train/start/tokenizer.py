@@ -88,8 +88,9 @@ def check_no_new_files(run: RunDir, record: RunRecord) -> None:
     folder = Path(record.base.folder)
     if record.base.commit is not None:
         return
+    recorded_all = record.data.ends is not None  # 0.1 recorded the files directly in the folder alone
     for path in tokenizer_files.tokenizer_files(folder):
-        if path.parent == folder and str(path.absolute()) not in record.files:
+        if (recorded_all or path.parent == folder) and str(path.absolute()) not in record.files:
             raise ConfigError(
                 f"{path} is new since the run {run.path} was started, and the tokenizer reads it. Take it away to go "
                 "on, or train again with `--fresh`."

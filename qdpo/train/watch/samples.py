@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,16 @@ class Samples:
         elif kept:
             watcher.say(f"samples: {path.name} starts again (the prompts have changed)")
 
-    def complete(self, step: int) -> dict[str, float]:
+    def complete(self, step: int, look: Callable[[], None] | None = None) -> dict[str, float]:
         """Completes the prompts greedily (once per step) and returns the metrics for the evaluation's record.
 
-        At step 0 the adapter is off; only then is `before` written.
+        At step 0 the adapter is off; only then is `before` written. `look` may end it by an exception, at any token.
         """
         if not self._prompts:
             return {}
-        if "before" not in self._lines[0] and not self._answer(0):
+        if "before" not in self._lines[0] and not self._answer(0, look):
             return {}
-        if step > 0 and step not in self._steps() and not self._answer(step):
+        if step > 0 and step not in self._steps() and not self._answer(step, look):
             return {}
         place = 0 if step == 0 else self._steps().index(step) + 1
         first = self._lines[0]
@@ -84,13 +84,13 @@ class Samples:
     def _steps(self) -> list[int]:
         return [each["step"] for each in self._lines[0].get("during", [])]
 
-    def _answer(self, step: int) -> bool:
+    def _answer(self, step: int, look: Callable[[], None] | None) -> bool:
         """Completes all prompts. Reports and returns False if even one prompt at a time needs too much memory."""
         self._watcher.begin("completing sample prompts", len(self._prompts), "answer")
         answers = None
         for batch in (25, 1):
             try:
-                answers = self._complete(batch, off=step == 0)
+                answers = self._complete(batch, look, off=step == 0)
                 break
             except torch.cuda.OutOfMemoryError:
                 release_memory(self._policy.device)
@@ -108,11 +108,12 @@ class Samples:
                 line |= {"after": text, "after_tokens": about["tokens"]}
         return True
 
-    def _complete(self, batch: int, *, off: bool) -> list[list[int]]:
+    def _complete(self, batch: int, look: Callable[[], None] | None, *, off: bool) -> list[list[int]]:
         def answers() -> list[list[int]]:
             return complete(
                 self._policy.peft, self._tokenizer, [prompt.ids for prompt in self._prompts], batch=batch,
                 max_new_tokens=self._config.max_new_tokens, repetition_penalty=self._config.repetition_penalty,
+                look=look,
             )  # fmt: skip
 
         if not off:
