@@ -1,6 +1,8 @@
 """Recurrent layers over rows of pairs: both answers continue from their prompt's state, and see nothing else."""
 
 import inspect
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.nemotron_h import modeling_nemotron_h
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
@@ -256,6 +260,47 @@ def test_mamba_in_two_batches_equals_the_loop() -> None:
         if isinstance(getattr(module, "forward", None), recurrent.RowForward):
             module.forward.way = row_scan.BATCH
     logp, gradient = farthest(differentiated(policy, row, "spans"), expected)
+    assert logp <= 3e-5 and gradient <= 3e-5
+
+
+def test_a_mamba_kernel_that_knows_cu_seqlens_gets_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm from 2.0 on takes `cu_seqlens` for states that it returns, and mixes the sequences all the same."""
+    plain = modeling_nemotron_h.mamba2_chunk_scan.__wrapped__
+
+    def mamba_chunk_scan_combined(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        return_varlen_states: bool = False,
+    ) -> Any:
+        assert z is None and seq_idx is None and not return_varlen_states
+        assert initial_states is None or len(initial_states) == len(x)
+        return plain(
+            x, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states
+        )
+
+    package = types.ModuleType("mamba_ssm")
+    package.mamba_chunk_scan_combined = mamba_chunk_scan_combined  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+    chosen = use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")(plain)
+    monkeypatch.setattr(modeling_nemotron_h, "mamba2_chunk_scan", chosen)
+    assert recurrent.kernel_of(chosen) is mamba_chunk_scan_combined
+    policy, said = policy_of("nemotron_h")
+    assert policy.shared and row_scan.BATCH in said, said
+    row = row_of((70, 5, 7), (2, 20, 12), (1, 1, 1))
+    logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
     assert logp <= 3e-5 and gradient <= 3e-5
 
 
