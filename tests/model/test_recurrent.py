@@ -28,7 +28,7 @@ from qdpo.model.policy.choose_attention import choose_path
 from qdpo.model.policy.recompute import Layers
 from qdpo.model.policy.row import RowTensors
 from qdpo.train.step.feed import row_tensors
-from tests.matrix.configs import LINEAR, TEXT, TINY, config_of, text_config
+from tests.matrix.configs import LINEAR, TEXT, TINY, config_of
 from tests.model.families import CPU, Scored, differentiated, make_policy, scores, tiny_row
 
 EXACT = (
@@ -45,16 +45,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 KINDS = ("qwen3_5 (text)", "kimi_linear", "lfm2", "nemotron_h")
 
 
-def config_named(name: str) -> Any:
+def config_named(name: str, **changes: Any) -> Any:
     if name in TEXT:
-        return text_config(TEXT[name], TINY, **IDS)
-    return config_of(name, TINY, OTHERS[name], **IDS)
+        return config_of(TEXT[name].model_type, TINY, {**TEXT[name].changes(TINY), **changes}, **IDS)
+    return config_of(name, TINY, {**OTHERS[name], **changes}, **IDS)
 
 
-def policy_of(name: str, *, kept_layers: int | str = 1) -> tuple[Policy, str]:
+def policy_of(name: str, *, kept_layers: int | str = 1, **changes: Any) -> tuple[Policy, str]:
     """A tiny policy after the choice of its path, with the line that was said."""
     torch.manual_seed(3)
-    policy, said = make_policy(config_named(name), attention_name=None, kept_layers="all"), []
+    policy, said = make_policy(config_named(name, **changes), attention_name=None, kept_layers="all"), []
     choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
     Layers(policy.backbone).keep(kept_layers)
     return policy, " ".join(said)
@@ -82,6 +82,16 @@ def test_a_row_equals_its_sequences_alone(name: str) -> None:
     policy, said = policy_of(name)
     assert policy.shared and row_scan.LOOP in said, said
     row = row_of((70, 45, 37), (2, 20, 52), (300, 60, 90))
+    logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
+    assert logp <= 3e-5 and gradient <= 3e-5
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3_5 (text)", "linear_attention"), ("lfm2", "conv")])
+def test_a_model_without_attention_is_shared_too(name: str, kind: str) -> None:
+    """No layer asks for a sliding window, and the config names none."""
+    policy, said = policy_of(name, layer_types=[kind] * 4)
+    assert policy.shared and "two SDPA calls" not in said, said
+    row = row_of((70, 45, 37), (2, 20, 52))
     logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
     assert logp <= 3e-5 and gradient <= 3e-5
 
