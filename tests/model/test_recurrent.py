@@ -51,10 +51,13 @@ def config_named(name: str, **changes: Any) -> Any:
     return config_of(name, TINY, {**OTHERS[name], **changes}, **IDS)
 
 
-def policy_of(name: str, *, kept_layers: int | str = 1, **changes: Any) -> tuple[Policy, str]:
+def policy_of(
+    name: str, *, kept_layers: int | str = 1, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Policy, str]:
     """A tiny policy after the choice of its path, with the line that was said."""
     torch.manual_seed(3)
-    policy, said = make_policy(config_named(name, **changes), attention_name=None, kept_layers="all"), []
+    config, said = config_named(name, **changes), []
+    policy = make_policy(config, attention_name=None, kept_layers="all", dtype=dtype)
     choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
     Layers(policy.backbone).keep(kept_layers)
     return policy, " ".join(said)
@@ -184,11 +187,23 @@ def test_a_wrong_row_is_never_chosen(
     assert not policy.shared and "differs by" in said, said
 
 
+@pytest.mark.parametrize("wrong", [_without_state, _no_gradient])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["qwen3_5 (text)", "nemotron_h"])
-def test_a_state_without_gradient_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutate(monkeypatch, "loop", _no_gradient)
-    policy, said = policy_of(name)
+def test_a_state_that_is_lost_is_refused_in_16_bits_too(
+    name: str, dtype: torch.dtype, wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole gradient, what a state carries is less than the rounding of 16 bits."""
+    mutate(monkeypatch, "loop", wrong)
+    policy, said = policy_of(name, dtype=dtype)
     assert not policy.shared and "differs by" in said, said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_are_shared_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    policy, said = policy_of(name, dtype=dtype)
+    assert policy.shared, said
 
 
 @pytest.mark.parametrize(("place", "wrong"), MUTATIONS, ids=[wrong.__name__ for _, wrong in MUTATIONS])
@@ -297,9 +312,7 @@ def test_a_mamba_kernel_that_knows_cu_seqlens_gets_batches(monkeypatch: pytest.M
     ) -> Any:
         assert z is None and seq_idx is None and not return_varlen_states
         assert initial_states is None or len(initial_states) == len(x)
-        return plain(
-            x, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states
-        )
+        return plain(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states)
 
     package = types.ModuleType("mamba_ssm")
     package.mamba_chunk_scan_combined = mamba_chunk_scan_combined  # type: ignore[attr-defined]
