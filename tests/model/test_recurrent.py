@@ -99,6 +99,18 @@ def test_a_model_without_attention_is_shared_too(name: str, kind: str) -> None:
     assert logp <= 3e-5 and gradient <= 3e-5
 
 
+def test_a_layer_whose_forward_was_replaced_is_left_alone() -> None:
+    """As hooks of other libraries do; layers of one kind are checked once, on the first."""
+    torch.manual_seed(3)
+    config, said = config_named("nemotron_h", layer_types=["linear_attention", "full_attention"] * 2), []
+    policy = make_policy(config, attention_name=None)
+    mixer = [one for one in policy.backbone.modules() if recurrent.has_recurrence(type(one))][-1]
+    plain = mixer.forward
+    mixer.forward = lambda hidden_states, **others: plain(hidden_states * 2, **others)
+    choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
+    assert not policy.shared and "has been replaced" in said[0], said
+
+
 @pytest.mark.parametrize(("name", "reason"), [("jamba", "linear_attention"), ("minimax", "linear_attention")])
 def test_layers_of_another_form_are_computed_alone(name: str, reason: str) -> None:
     policy, said = policy_of(name)
