@@ -14,6 +14,8 @@ from qdpo.errors import ConfigError
 from qdpo.families.family import FAMILIES, Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Kinds of layers in which nothing attends.
+WITHOUT_ATTENTION = {"linear_attention", "conv", "mamba", "mlp", "moe"}
 # A value above 1 in any of these means experts, whose weights are not linear layers and stay in 16 bits.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # The names of the number of positions; transformers' objects know them all by the first.

@@ -1,6 +1,8 @@
 """Recurrent layers over rows of pairs: both answers continue from their prompt's state, and see nothing else."""
 
 import inspect
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.nemotron_h import modeling_nemotron_h
 
 from qdpo.data.tokens.pack import PairRow
 from qdpo.data.tokens.sieve import TokenPair
@@ -24,7 +28,7 @@ from qdpo.model.policy.choose_attention import choose_path
 from qdpo.model.policy.recompute import Layers
 from qdpo.model.policy.row import RowTensors
 from qdpo.train.step.feed import row_tensors
-from tests.matrix.configs import LINEAR, TEXT, TINY, config_of, text_config
+from tests.matrix.configs import LINEAR, TEXT, TINY, config_of
 from tests.model.families import CPU, Scored, differentiated, make_policy, scores, tiny_row
 
 EXACT = (
@@ -41,16 +45,19 @@ OTHERS: dict[str, dict[str, Any]] = {
 KINDS = ("qwen3_5 (text)", "kimi_linear", "lfm2", "nemotron_h")
 
 
-def config_named(name: str) -> Any:
+def config_named(name: str, **changes: Any) -> Any:
     if name in TEXT:
-        return text_config(TEXT[name], TINY, **IDS)
-    return config_of(name, TINY, OTHERS[name], **IDS)
+        return config_of(TEXT[name].model_type, TINY, {**TEXT[name].changes(TINY), **changes}, **IDS)
+    return config_of(name, TINY, {**OTHERS[name], **changes}, **IDS)
 
 
-def policy_of(name: str, *, kept_layers: int | str = 1) -> tuple[Policy, str]:
+def policy_of(
+    name: str, *, kept_layers: int | str = 1, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Policy, str]:
     """A tiny policy after the choice of its path, with the line that was said."""
     torch.manual_seed(3)
-    policy, said = make_policy(config_named(name), attention_name=None, kept_layers="all"), []
+    config, said = config_named(name, **changes), []
+    policy = make_policy(config, attention_name=None, kept_layers="all", dtype=dtype)
     choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
     Layers(policy.backbone).keep(kept_layers)
     return policy, " ".join(said)
@@ -80,6 +87,28 @@ def test_a_row_equals_its_sequences_alone(name: str) -> None:
     row = row_of((70, 45, 37), (2, 20, 52), (300, 60, 90))
     logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
     assert logp <= 3e-5 and gradient <= 3e-5
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3_5 (text)", "linear_attention"), ("lfm2", "conv")])
+def test_a_model_without_attention_is_shared_too(name: str, kind: str) -> None:
+    """No layer asks for a sliding window, and the config names none."""
+    policy, said = policy_of(name, layer_types=[kind] * 4)
+    assert policy.shared and "two SDPA calls" not in said, said
+    row = row_of((70, 45, 37), (2, 20, 52))
+    logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
+    assert logp <= 3e-5 and gradient <= 3e-5
+
+
+def test_a_layer_whose_forward_was_replaced_is_left_alone() -> None:
+    """As hooks of other libraries do; layers of one kind are checked once, on the first."""
+    torch.manual_seed(3)
+    config, said = config_named("nemotron_h", layer_types=["linear_attention", "full_attention"] * 2), []
+    policy = make_policy(config, attention_name=None)
+    mixer = [one for one in policy.backbone.modules() if recurrent.has_recurrence(type(one))][-1]
+    plain = mixer.forward
+    mixer.forward = lambda hidden_states, **others: plain(hidden_states * 2, **others)
+    choose_path(policy, tiny_row(), "auto", longest=1024, say=said.append)
+    assert not policy.shared and "has been replaced" in said[0], said
 
 
 @pytest.mark.parametrize(("name", "reason"), [("jamba", "linear_attention"), ("minimax", "linear_attention")])
@@ -170,11 +199,23 @@ def test_a_wrong_row_is_never_chosen(
     assert not policy.shared and "differs by" in said, said
 
 
+@pytest.mark.parametrize("wrong", [_without_state, _no_gradient])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["qwen3_5 (text)", "nemotron_h"])
-def test_a_state_without_gradient_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutate(monkeypatch, "loop", _no_gradient)
-    policy, said = policy_of(name)
+def test_a_state_that_is_lost_is_refused_in_16_bits_too(
+    name: str, dtype: torch.dtype, wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the whole gradient, what a state carries is less than the rounding of 16 bits."""
+    mutate(monkeypatch, "loop", wrong)
+    policy, said = policy_of(name, dtype=dtype)
     assert not policy.shared and "differs by" in said, said
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_are_shared_in_16_bits(name: str, dtype: torch.dtype) -> None:
+    policy, said = policy_of(name, dtype=dtype)
+    assert policy.shared, said
 
 
 @pytest.mark.parametrize(("place", "wrong"), MUTATIONS, ids=[wrong.__name__ for _, wrong in MUTATIONS])
@@ -256,6 +297,45 @@ def test_mamba_in_two_batches_equals_the_loop() -> None:
         if isinstance(getattr(module, "forward", None), recurrent.RowForward):
             module.forward.way = row_scan.BATCH
     logp, gradient = farthest(differentiated(policy, row, "spans"), expected)
+    assert logp <= 3e-5 and gradient <= 3e-5
+
+
+def test_a_mamba_kernel_that_knows_cu_seqlens_gets_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm from 2.0 on takes `cu_seqlens` for states that it returns, and mixes the sequences all the same."""
+    plain = modeling_nemotron_h.mamba2_chunk_scan.__wrapped__
+
+    def mamba_chunk_scan_combined(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        chunk_size: int,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        initial_states: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        dt_softplus: bool = False,
+        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+        return_varlen_states: bool = False,
+    ) -> Any:
+        assert z is None and seq_idx is None and not return_varlen_states
+        assert initial_states is None or len(initial_states) == len(x)
+        return plain(x, dt, A, B, C, chunk_size, D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states)
+
+    package = types.ModuleType("mamba_ssm")
+    package.mamba_chunk_scan_combined = mamba_chunk_scan_combined  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mamba_ssm", package)
+    chosen = use_kernel_func_from_hub_with_fallback("mamba_chunk_scan_combined", "mamba_ssm")(plain)
+    monkeypatch.setattr(modeling_nemotron_h, "mamba2_chunk_scan", chosen)
+    assert recurrent.kernel_of(chosen) is mamba_chunk_scan_combined
+    policy, said = policy_of("nemotron_h")
+    assert policy.shared and row_scan.BATCH in said, said
+    row = row_of((70, 5, 7), (2, 20, 12), (1, 1, 1))
+    logp, gradient = farthest(differentiated(policy, row), differentiated(policy, row, "separate"))
     assert logp <= 3e-5 and gradient <= 3e-5
 
 

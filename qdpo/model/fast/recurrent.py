@@ -26,8 +26,8 @@ from qdpo.model.fast.row_scan import BATCH, LOOP, VARLEN, Scan, ScanNames
 # decay differs by channel, which keeps a vector for them.
 CHUNK, CHUNK_OF_VECTORS = 64, 16
 _SCANS = (
-    ScanNames("initial_state", "output_final_state", always=True),
-    ScanNames("initial_states", "return_final_states", always=False),
+    ScanNames("initial_state", "output_final_state", always=True, varlen=True),
+    ScanNames("initial_states", "return_final_states", always=False, varlen=False),
 )
 
 
@@ -67,8 +67,8 @@ def kernel_of(function: Any) -> Any | None:
 class RowForward:
     """The forward of one recurrent layer, which computes rows of pairs as well.
 
-    `way` is one of LOOP, BATCH and VARLEN; None: LOOP for plain PyTorch, VARLEN for a kernel that takes `cu_seqlens`,
-    and BATCH for any other kernel.
+    `way` is one of LOOP, BATCH and VARLEN; None: LOOP for plain PyTorch, VARLEN for a kernel that divides a row by
+    `cu_seqlens`, and BATCH for any other kernel.
     Raises: ValueError if the layer's code has no convolution and no scan of a known form.
     """
 
@@ -85,7 +85,7 @@ class RowForward:
                 around[name] = self._convolution(function)
                 continue
             kernel = kernel_of(function)
-            takes = kernel is not None and "cu_seqlens" in _parameters(kernel)
+            takes = kernel is not None and names.varlen and "cu_seqlens" in _parameters(kernel)
             self.way = way or (VARLEN if takes else BATCH if kernel is not None else LOOP)
             around[name] = self._scan(function, names, cap=kernel is None)
         row = FunctionType(

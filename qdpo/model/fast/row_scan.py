@@ -36,6 +36,8 @@ class ScanNames:
     final: str
     always: bool
     """It returns a pair (output, state) whether a state is asked for or not."""
+    varlen: bool
+    """Its kernels divide a row by `cu_seqlens`. Mamba's take that name for something else: they mix the sequences."""
 
 
 def convolution(

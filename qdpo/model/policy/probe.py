@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qdpo.errors import VerificationError
-from qdpo.families.config_fields import layer_windows
+from qdpo.families.config_fields import WITHOUT_ATTENTION, layer_windows
 from qdpo.model.fast.attention import PairSpans
 from qdpo.model.fast.logps import plain_logps
 from qdpo.model.policy.adapter import Policy
@@ -51,7 +51,8 @@ def fault(policy: Policy, row: RowTensors, truth_N: Tensor, spans: PairSpans) ->
     tolerance = TOLERANCE[policy.head.weight_VD.dtype]
     if not difference <= tolerance:
         return f"log-probs differ from separate sequences by {difference:.3g} nats a token (bound {tolerance:g})"
-    windows = set(layer_windows(policy.backbone.config.get_text_config()).values())
+    kinds = layer_windows(policy.backbone.config.get_text_config())
+    windows = {window for kind, window in kinds.items() if kind not in WITHOUT_ATTENTION}
     if policy.layout == "spans" and spans.windows != windows:
         return f"layers request sliding windows {_listed(spans.windows)}, but the config names {_listed(windows)}"
     return None
