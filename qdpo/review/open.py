@@ -9,6 +9,7 @@ import torch
 from qdpo.data import stored
 from qdpo.errors import ConfigError
 from qdpo.model.base import fetch
+from qdpo.model.base.experts import left_dense
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import model_config
 from qdpo.model.device import choose_device
@@ -79,7 +80,7 @@ def load_reopened(opened: Reopened, config: RunConfig, probe_with: Any, watcher:
     loaded = load_policy(
         config, opened.place.folder, device=opened.device, dtype=record.found.dtype, probe_with=probe_with,
         say=watcher.say, layers=record.found.adapted, of_0_1=record.found.adapted is None,
-        dense_experts=record.has_dense_experts,
+        dense_experts=left_dense(record),
     )  # fmt: skip
     watcher.finish()
     if loaded.weights != record.weights:

@@ -1,7 +1,4 @@
-"""run.json as a typed record: the settings that a run was started with and the values found at its start.
-
-Imports nothing heavy, so that a finished run or a changed setting is reported at once.
-"""
+"""run.json as a typed record: a run's settings and the values found at its start. Imports nothing heavy."""
 
 import dataclasses
 import hashlib
@@ -102,8 +99,7 @@ class FourBitMark(Part):
 
     sha256: str
     offset: float | None
-    experts: list[str] | None = None
-    """Of a stack of experts: the digest of each one's matrix. Its `sha256` is over these."""
+    experts: list[str] | None = None  # of a stack: the digest of each one's matrix
     more: dict[str, object] = field(default_factory=dict)
 
 
@@ -194,13 +190,6 @@ class RunRecord(Part):
     """SHA-256 of each file in prepared/, by name; None in records of version 2 and earlier."""
     version: int = 1
     more: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def has_dense_experts(self) -> bool:
-        """True if the run was started with any stacked experts in 16 bits: before 0.2, or by adapter.start."""
-        if self.four_bit is None:
-            return self.weights is not None
-        return not any(mark.experts for mark in self.four_bit.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -299,6 +299,6 @@ def test_experts_without_a_token_are_never_made_dense() -> None:
             return torch.ones(end - first, *self.shape[1:], dtype=dtype)
 
     module, stack = Module(4, 8, 8, biased=False, transposed=False, gated=True), Counted()
-    parts = experts.Experts(module, stack, experts.PlainStack(module.down_proj))
+    parts = experts.Experts(module=module, first=stack, last=experts.PlainStack(module.down_proj))
     experts_output(torch.randn(3, 8), torch.tensor([[2], [0], [2]]), torch.ones(3, 1), parts)
     assert stack.asked == [(0, 1), (2, 3)]

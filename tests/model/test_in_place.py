@@ -95,7 +95,7 @@ def of_experts(dtype: torch.dtype) -> Call:
     """Three experts, of which one sees every token and one sees none."""
     first, last = (torch.randn(3, *shape).to(dtype) for shape in ((2 * INNER, WIDTH), (WIDTH, INNER)))
     module = Gate()
-    parts = experts.Experts(module, experts.PlainStack(first), experts.PlainStack(last))
+    parts = experts.Experts(module=module, first=experts.PlainStack(first), last=experts.PlainStack(last))
     place = torch.tensor([[1, 0]] * TOKENS)
     return lambda x, share: experts.experts_output(x, place, share, parts), [
         drawn(TOKENS, WIDTH, dtype=dtype), drawn(TOKENS, 2, dtype=dtype)

@@ -84,7 +84,7 @@ def test_the_package_works_without_the_clone(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
-    assert shown[0].startswith(str(tmp_path)) and shown[1] == "204" and "7b-24gb" in shown and len(shown) == 13
+    assert shown[0].startswith(str(tmp_path)) and shown[1] == "204" and shown[2:] == layered.preset_names()
 
 
 def test_packed_and_lean_equals_separate_and_plain_on_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:

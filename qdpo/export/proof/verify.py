@@ -30,6 +30,7 @@ from qdpo.export.proof.distance import Distance, DistanceTally, Side, distance, 
 from qdpo.export.proof.text_class import text_class
 from qdpo.model.base import quant
 from qdpo.model.base.expert_stack import FourBitStack
+from qdpo.model.base.experts import left_dense
 from qdpo.model.base.load import load_base, model_config
 from qdpo.model.base.text_model import decoder_of
 from qdpo.model.device import release_memory
@@ -116,7 +117,7 @@ def score_trained(run: RunDir, data: Path | str | None, pairs: int, watcher: Wat
     model = load_base(
         chosen.opened.place.folder, quantization=config.model.quantization, double_quant=config.model.double_quant,
         dtype=record.found.dtype, device=device, attention_name=None, announce=watcher.say,
-        dense_experts=record.has_dense_experts,
+        dense_experts=left_dense(record),
     )  # fmt: skip
     peft = PeftModel.from_pretrained(model, str(run.adapter), local_files_only=True).eval()
     if starts:

@@ -17,7 +17,7 @@ from qdpo.model.base.expert_stack import FourBitStack
 from qdpo.model.base.finite import is_finite
 from qdpo.model.base.tensor_files import Stored
 from qdpo.model.base.text_model import TextModel, skeleton
-from qdpo.run.record import FourBitMark
+from qdpo.run.record import FourBitMark, RunRecord
 from qdpo.run.watcher import Say
 
 # transformers' own code for experts, which takes one expert after another, and so one matrix.
@@ -127,6 +127,13 @@ def _without_stacks(cls: Any, stacks: Collection[str]) -> Any:
 
     fields = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (cls,), fields)
+
+
+def left_dense(record: RunRecord) -> bool:
+    """True if the run was started with any stacked experts in 16 bits: before version 0.2, or by adapter.start."""
+    if record.four_bit is None:
+        return record.weights is not None
+    return not any(mark.experts for mark in record.four_bit.values())
 
 
 def stack_marks(model: nn.Module) -> dict[str, FourBitMark]:

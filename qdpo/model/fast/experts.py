@@ -47,7 +47,7 @@ class PlainStack:
         return self.weight[first:end].to(dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """The parts of a module of experts in transformers: see `use_experts_implementation` there."""
 
@@ -232,8 +232,9 @@ def experts_of(module: Any) -> Experts:
     biases = [getattr(module, f"{name}_bias") if module.has_bias else None for name in names]
     plain = [PlainStack(stack) if isinstance(stack, Tensor) else stack for stack in stacks]
     return Experts(
-        module, plain[0], plain[1], biases[0], biases[1], is_transposed=module.is_transposed, has_gate=module.has_gate
-    )
+        module=module, first=plain[0], last=plain[1], first_bias=biases[0], last_bias=biases[1],
+        is_transposed=module.is_transposed, has_gate=module.has_gate,
+    )  # fmt: skip
 
 
 def experts_output(x: Tensor, place: Tensor, share: Tensor, experts: Experts) -> Tensor:

@@ -16,6 +16,7 @@ from qdpo.data.tokens.templates import settle_template
 from qdpo.errors import ConfigError, DiskError
 from qdpo.families.config_fields import positions
 from qdpo.model.base import fetch
+from qdpo.model.base.experts import left_dense
 from qdpo.model.base.fetch import BaseFolder
 from qdpo.model.base.load import load_tokenizer
 from qdpo.model.base.text_model import TextModel, check_text_model, text_model
@@ -136,7 +137,7 @@ def open_run(resolved: Resolved, run: RunDir, watcher: Watcher, stop: StopReques
     watcher.begin("loading the model", 1, "model")
     loaded = load_policy(
         config, folder.folder, device=device, dtype=found.dtype, probe_with=probe_pairs(train), say=say,
-        layers=found.adapted, of_0_1=found.adapted is None, dense_experts=read_record(run).has_dense_experts,
+        layers=found.adapted, of_0_1=found.adapted is None, dense_experts=left_dense(read_record(run)),
     )  # fmt: skip
     watcher.finish()
     stop.check("after the model was loaded")
