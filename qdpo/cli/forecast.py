@@ -67,7 +67,7 @@ def fit(
 
     Example: qdpo fit --gpu-gib 8
     """
-    from qdpo.forecast.model_table import fit_table, table_lines, with_experts, with_kernels, without_forecast
+    from qdpo.forecast.model_table import fit_table, table_lines, with_kernels, without_forecast
     from qdpo.forecast.plan import usable
     from qdpo.model.trace.store import kept_finder
     from qdpo.run.disk import cache_folder
@@ -83,8 +83,6 @@ def fit(
     typer.echo(f"* an estimate for {name}, pairs of {mean:g} tokens on average and {longest:,} at most; LoRA rank 16")
     if hybrid := with_kernels(trace):
         typer.echo(f"* with the packages of GPU kernels that `qdpo doctor` names, else fewer: {', '.join(hybrid)}")
-    if sparse := with_experts(trace):
-        typer.echo(f"experts take 16 bits a weight on the card: {', '.join(sparse)}")
     if missing := without_forecast(trace):
         typer.echo(
             f"not listed, as no forecast of these ships; `qdpo plan model.path=NAME` makes one: {', '.join(missing)}"

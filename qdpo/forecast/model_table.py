@@ -52,13 +52,6 @@ def without_forecast(trace: FindTrace | None = None) -> list[str]:
     return [name for name in MODELS if _shape(name, trace) is None]
 
 
-def with_experts(trace: FindTrace | None = None) -> list[str]:
-    """Those of MODELS whose experts stay in 16 bits, which makes them large on a card."""
-    run = MemorySettings()
-    shapes = ((name, _shape(name, trace)) for name in MODELS)
-    return [name for name, shape in shapes if shape is not None and choose.has_experts(shape, run)]
-
-
 def with_kernels(trace: FindTrace | None = None) -> list[str]:
     """Those of MODELS whose estimate of time counts on packages of GPU kernels: hybrids."""
     shapes = ((name, _shape(name, trace)) for name in MODELS)
