@@ -231,7 +231,7 @@ def has_experts(shape: AnyShape, run: MemorySettings) -> bool:
 
 def least(shape: AnyShape, run: MemorySettings) -> str:
     """The smallest fixed part as words of a message, with what of it belongs to experts."""
-    experts = _experts(shape, run)
+    experts = _experts(shape, replace(run, quantised=True))
     of_it = f" ({experts / GIB:.1f} of it experts, which are not stored in 4 bits)" if experts else ""
     return f"{smallest_fixed_part(shape, run) / GIB:.1f} GiB before its first token{of_it}"
 

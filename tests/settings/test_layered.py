@@ -22,7 +22,7 @@ from tests.conftest import qdpo
 ANSWERED = ["model.path=base", "data.path=pairs.jsonl"]
 EXPECTED = (
     "demo 1b-6gb 3b-8gb 4b-8gb 7b-8gb 7b-12gb 7b-16gb 7b-24gb 9b-12gb 9b-16gb 9b-24gb 13b-12gb 13b-16gb 13b-24gb "
-    "32b-24gb"
+    "20b-moe-16gb 30b-moe-24gb 32b-24gb"
 ).split()
 
 

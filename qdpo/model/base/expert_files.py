@@ -1,4 +1,4 @@
-"""Where the matrix of each expert is in a folder's files, and back: transformers stacks the experts of a layer at load.
+"""Finds the matrix of each expert in a folder's files, and puts it back: transformers stacks a layer's experts at load.
 
 Some folders hold each expert's matrices as tensors of their own, others hold stacks. transformers' own conversions are
 used for one expert at a time, so no stack is ever held in 16 bits.

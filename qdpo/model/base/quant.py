@@ -236,7 +236,7 @@ def in_eight_bits(scales: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def scale_code(device: torch.device) -> Tensor:
-    """The 256 values that 8 bits stand for in `in_eight_bits`."""
+    """The 256 values of the codes of `in_eight_bits`."""
     with unset_fake_temporarily():
         code: Tensor = bnb.functional.create_dynamic_map().to(device)
     return code

@@ -1,7 +1,7 @@
 """The experts of a layer, computed from stacked weights that may be in 4 bits; only the input and the routing are kept.
 
 Tokens are sorted by expert once a layer. A block of experts at a time becomes dense, in the forward pass and again in
-the backward pass, which recomputes what lies between its two products. Experts without a token are left out.
+the backward pass, which computes the input of its second product again. Experts without a token are left out.
 
 Letters: T tokens · K experts of a token · E experts · S = T·K, sorted by expert · D width · I intermediate width.
 """
