@@ -1,10 +1,12 @@
 """Experts: the step beside transformers' own code, their 4-bit form beside what transformers loads, and the files."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qdpo.data.tokens.pack import PairRow
+from qdpo.data.tokens.sieve import TokenPair
 from qdpo.errors import ConfigError
 from qdpo.model.base import quant
 from qdpo.model.base.dequantise import plain_tensors
@@ -24,9 +28,13 @@ from qdpo.model.base.text_model import skeleton, text_model
 from qdpo.model.fast import experts
 from qdpo.model.fast.experts import experts_of, experts_output
 from qdpo.model.policy.compare import apart
+from qdpo.settings.schema import RunConfig
+from qdpo.train.policy.build import load_policy
+from qdpo.train.step.step import score
 from tests.matrix.members import MEMBERS, save_member
 
 CPU = torch.device("cpu")
+PAIRS = [TokenPair(*(np.arange(start, start + n, dtype=np.int32) for n in (12, 6, 9)), start) for start in (5, 90)]
 # Per-expert files, stacked files, stacks with inputs first and biases, no gate, parts that are renamed, other places.
 FAMILIES = [
     "text qwen3_moe", "text qwen3_next", "folder qwen3_5_moe", "text gpt_oss", "text nemotron_h",
@@ -270,10 +278,32 @@ def test_one_product_for_a_block_is_that_of_each_expert() -> None:
     x, weight = torch.randn(37, 64).bfloat16(), torch.randn(5, 64, 48).bfloat16()
     counts = (7, 0, 20, 1, 9)
     assert experts.is_grouped(x, weight)
-    whole = experts.grouped_product(x, weight, counts)
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    whole = experts.grouped_product(x, weight, experts.Block(0, 5, counts, slice(0, 37), ends))
     parts = torch.cat([one @ matrix for one, matrix in zip(x.split(list(counts)), weight, strict=True)])
     assert apart(parts, whole) < 5e-3
     assert not experts.is_grouped(x.float(), weight.float()) and not experts.is_grouped(x[:, :60], weight[:, :60])
+
+
+def test_no_auxiliary_loss_is_added_whatever_the_config_says(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Routers are frozen, so nothing has to hold their load in balance; the gradient is that of the pairs alone."""
+    found = []
+    for asked in (False, True):
+        place = tmp_path / str(asked)
+        place.mkdir()
+        for file in folder_of("text qwen3_moe").iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+        config = json.loads((place / "config.json").read_text())
+        more = {"output_router_logits": True, "router_aux_loss_coef": 100.0} if asked else {}
+        (place / "config.json").write_text(json.dumps({**config, **more}))
+        policy = load_policy(
+            RunConfig(), place, device=CPU, dtype="fp32", probe_with=PAIRS, say=lambda line: None
+        ).policy  # fmt: skip
+        assert not any(one.requires_grad for name, one in policy.peft.named_parameters() if "lora_" not in name)
+        score(policy, PairRow(PAIRS), metrics=False).logp.sum().backward()
+        found.append({name: one.grad for name, one in policy.adapter_parameters().items() if "lora_B" in name})
+    assert found[0] and all(torch.equal(one, found[1][name]) for name, one in found[0].items())
+    assert all(bool(one.any()) for one in found[0].values())
 
 
 def test_two_passes_are_equal_to_the_byte_on_any_number_of_threads() -> None:

@@ -84,7 +84,7 @@ def scanned(dtype: torch.dtype) -> Call:
         sums = x.square().cumsum(1) + (0 if initial_state is None else initial_state[:, None])
         return sums, sums[:, -1]
 
-    names = row_scan.ScanNames("initial_state", "output_final_state", always=True)
+    names = row_scan.ScanNames("initial_state", "output_final_state", always=True, varlen=False)
     spans = attention.PairSpans([rows.EvenSpan(0, 1, 1, 1), rows.EvenSpan(3, 1, 1, 1)])
     return lambda x: row_scan.loop(row_scan.Scan(running, names, {"x": x}), spans), [
         drawn(1, TOKENS, WIDTH, dtype=dtype)

@@ -88,6 +88,8 @@ class Block:
     """Tokens of each."""
     rows: slice
     """Their place in the sorted tokens."""
+    ends: Tensor
+    """The number of tokens up to the end of each, int32 on the tokens' device."""
 
 
 class Sorted:
@@ -98,7 +100,9 @@ class Sorted:
         self.expert_S, self.token_S = place_S, order_S // place_TK.shape[1]
         self.back_S = torch.empty_like(order_S)
         self.back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
-        self.order_S, self.counts = order_S, token_counts(place_S, number)
+        counts_E = torch.zeros(number, dtype=torch.int64, device=place_S.device)
+        counts_E.scatter_add_(0, place_S, torch.ones_like(place_S))
+        self.order_S, self.counts, self.ends_E = order_S, as_numbers(counts_E, len(place_S)), counts_E.cumsum(0)
 
     def blocks(self, per_block: int) -> Iterator[Block]:
         """The experts that have tokens, in blocks of at most `per_block` neighbours."""
@@ -111,27 +115,27 @@ class Sorted:
             start = rows.stop
             if rows.stop > rows.start:
                 met = tuple(counts[before : len(counts) - behind])
-                yield Block(first + before, first + before + len(met), met, rows)
+                ends = (self.ends_E[first + before : first + before + len(met)] - rows.start).to(torch.int32)
+                yield Block(first + before, first + before + len(met), met, rows, ends)
 
 
-def token_counts(place_S: Tensor, number: int) -> list[int]:
-    """Tokens of each expert. Fake ones have no places, and are spread evenly."""
-    if isinstance(place_S, FakeTensor):
-        share, more = divmod(len(place_S), number)
-        return [share + (place < more) for place in range(number)]
-    found: list[int] = torch.bincount(place_S, minlength=number).tolist()
+def as_numbers(counts_E: Tensor, total: int) -> list[int]:
+    """Tokens of each expert, of `total`. Fake ones have no numbers, and are spread evenly."""
+    if isinstance(counts_E, FakeTensor):
+        share, more = divmod(total, len(counts_E))
+        return [share + (place < more) for place in range(len(counts_E))]
+    found: list[int] = counts_E.tolist()
     return found
 
 
-def grouped_product(x_SK: Tensor, weight_EKN: Tensor, counts: tuple[int, ...]) -> Tensor:
+def grouped_product(x_SK: Tensor, weight_EKN: Tensor, block: Block) -> Tensor:
     """x W of each expert's rows, (S, N)."""
-    if len(counts) == 1:
+    if len(block.counts) == 1:
         return x_SK @ weight_EKN[0]
     if is_grouped(x_SK, weight_EKN):
-        ends = torch.tensor(counts, device=x_SK.device).cumsum(0).to(torch.int32)
-        product: Tensor = nn.functional.grouped_mm(x_SK, weight_EKN, offs=ends)
+        product: Tensor = nn.functional.grouped_mm(x_SK, weight_EKN, offs=block.ends)
         return product
-    parts = zip(torch.split(x_SK, list(counts)), weight_EKN, strict=True)
+    parts = zip(torch.split(x_SK, list(block.counts)), weight_EKN, strict=True)
     return torch.cat([x @ weight for x, weight in parts])
 
 
@@ -143,9 +147,10 @@ def is_grouped(x_SK: Tensor, weight_EKN: Tensor) -> bool:
     return x_SK.dtype == torch.bfloat16 and aligned and able and hasattr(nn.functional, "grouped_mm")
 
 
-def per_block(experts: Experts, device: torch.device, dtype: torch.dtype) -> int:
-    """Experts that become dense at a time."""
-    if device.type == "cpu" and not runs_as_on_cuda():
+def per_block(experts: Experts, x_TD: Tensor, places: int) -> int:
+    """Experts that become dense at a time: one alone where most have no token, as when text is generated."""
+    device, dtype = x_TD.device, x_TD.dtype
+    if (device.type == "cpu" and not runs_as_on_cuda()) or places < 2 * experts.number:
         return 1
     size = dtype.itemsize * sum(stack.shape[1:].numel() for stack in (experts.first, experts.last))
     return max(1, min(experts.number, BLOCK_BYTES // size))
@@ -161,14 +166,12 @@ class _Experts(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, place_TK: Tensor, share_TK: Tensor, experts: Experts) -> Tensor:
         plan = Sorted(place_TK, experts.number)
         output_SD = x_TD.new_empty(len(plan.token_S), x_TD.shape[1])
-        for block in plan.blocks(per_block(experts, x_TD.device, x_TD.dtype)):
+        for block in plan.blocks(per_block(experts, x_TD, len(plan.token_S))):
             x = x_TD[plan.token_S[block.rows]]
             first = _first_product(x, experts, experts.weights(experts.first, block, x.dtype), plan, block)
             inner = experts.between(first)
             weight = experts.weights(experts.last, block, x.dtype)
-            output_SD[block.rows] = _with_bias(
-                grouped_product(inner, weight, block.counts), experts.last_bias, plan, block
-            )
+            output_SD[block.rows] = _with_bias(grouped_product(inner, weight, block), experts.last_bias, plan, block)
         ctx.save_for_backward(x_TD, place_TK, share_TK)
         ctx.experts = experts
         return _summed(output_SD, plan, share_TK)
@@ -182,7 +185,7 @@ class _Experts(torch.autograd.Function):
         share_S = share_TK.reshape(-1)[plan.order_S]
         grad_x_SD = x_TD.new_empty(len(plan.token_S), x_TD.shape[1])
         grad_share_S = torch.empty_like(share_S)
-        for block in plan.blocks(per_block(experts, x_TD.device, x_TD.dtype)):
+        for block in plan.blocks(per_block(experts, x_TD, len(plan.token_S))):
             token_S, rows = plan.token_S[block.rows], block.rows
             first_weight = experts.weights(experts.first, block, x_TD.dtype)
             first = _first_product(x_TD[token_S], experts, first_weight, plan, block)
@@ -191,7 +194,7 @@ class _Experts(torch.autograd.Function):
                 inner = experts.between(leaf)
             grad = grad_TD[token_S]
             last_weight = experts.weights(experts.last, block, x_TD.dtype)
-            grad_inner = grouped_product(grad, last_weight.transpose(1, 2), block.counts)
+            grad_inner = grouped_product(grad, last_weight.transpose(1, 2), block)
             del last_weight
             grad_share = (grad_inner.float() * inner.detach().float()).sum(-1)
             if experts.last_bias is not None:
@@ -200,13 +203,13 @@ class _Experts(torch.autograd.Function):
             grad_share_S[rows] = grad_share.to(grad_share_S.dtype)
             grad_inner = (grad_inner * share_S[rows, None]).to(inner.dtype)
             (grad_first,) = torch.autograd.grad(inner, leaf, grad_inner)
-            grad_x_SD[rows] = grouped_product(grad_first, first_weight.transpose(1, 2), block.counts)
+            grad_x_SD[rows] = grouped_product(grad_first, first_weight.transpose(1, 2), block)
         grad_share_TK = grad_share_S[plan.back_S].view_as(share_TK)
         return _summed(grad_x_SD, plan, None, places=place_TK.shape[1]), None, grad_share_TK, None
 
 
 def _first_product(x: Tensor, experts: Experts, weight: Tensor, plan: Sorted, block: Block) -> Tensor:
-    return _with_bias(grouped_product(x, weight, block.counts), experts.first_bias, plan, block)
+    return _with_bias(grouped_product(x, weight, block), experts.first_bias, plan, block)
 
 
 def _with_bias(product: Tensor, bias_EN: Tensor | None, plan: Sorted, block: Block) -> Tensor:
