@@ -9,7 +9,6 @@ Letters: E experts · N, K rows and columns of a matrix · B blocks of a matrix 
 
 import hashlib
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,17 +51,22 @@ class FourBitStack(nn.Module):
 
     def put(self, expert: int, matrix: Tensor) -> None:
         """Quantises the matrix (N, K) of one expert."""
-        made = quantised(matrix.to(self.weight.device, self.form.dtype), self.form)
-        self.weight.data[expert], self.absmax[expert] = made.weight, made.absmax
+        dense = matrix.to(self.weight.device, self.form.dtype).contiguous()
+        packed, absmax = quant.packed_of(dense, self.form.kind)
+        self.weight.data[expert] = packed.reshape(-1)
         if self.form.double_quant:
-            self.absmax_EC[expert], self.mean_E[expert] = made.absmax_C, made.mean
+            self.mean_E[expert] = mean = exact_mean(absmax)
+            self.absmax[expert], self.absmax_EC[expert] = quant.in_eight_bits(absmax - mean, SCALES)
+        else:
+            self.absmax[expert] = absmax
 
     def dense(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
         """The matrices of the experts from `first` to before `end`: (experts, N, K)."""
         some = slice(first, end)
         scales = self.absmax[some]
-        if self.form.double_quant:
-            scales = _scales(scales, self.absmax_EC[some], self.mean_E[some], self.code)
+        if self.form.double_quant:  # the codes, their scales, and the mean that was subtracted
+            spread = self.absmax_EC[some].repeat_interleave(SCALES, dim=1)[:, : scales.shape[1]]
+            scales = self.code[scales.int()] * spread + self.mean_E[some, None]
         shape = (end - first, *self.shape[1:])
         dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
             self.weight.data[some].reshape(-1, 1), scales.reshape(-1), quant.BLOCK, self.form.kind, shape,
@@ -75,59 +79,28 @@ class FourBitStack(nn.Module):
         place = int(expert)
         return self.dense(place, place + 1, self.dtype)[0]
 
-    def marks(self) -> FourBitMark:
-        """The stack's mark, with the digest of each expert."""
-        return stack_mark(
-            digest(self.weight.data[place], self.absmax[place], *self._nested(place)) for place in range(self.shape[0])
-        )
+    def digest(self, expert: int) -> str:
+        """The first 16 bytes of sha256 (hex) over what is stored of one expert's matrix."""
+        total = hashlib.sha256()
+        nested = (self.absmax_EC[expert], self.mean_E[expert]) if self.form.double_quant else ()
+        for one in (self.weight.data[expert], self.absmax[expert], *nested):
+            total.update(quant.raw_bytes(one))
+        return total.hexdigest()[:32]
 
-    def _nested(self, place: int) -> tuple[Tensor, ...]:
-        return (self.absmax_EC[place], self.mean_E[place]) if self.form.double_quant else ()
+    def mark(self) -> FourBitMark:
+        """The stack's mark, over the digests of its experts."""
+        every = [self.digest(expert) for expert in range(self.shape[0])]
+        return FourBitMark(sha256=hashlib.sha256("".join(every).encode()).hexdigest(), offset=None, experts=every)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.form.kind}"
 
 
-class QuantisedMatrix:
-    """One matrix in 4 bits."""
-
-    def __init__(self, matrix: Tensor, form: FourBit):
-        self._shape, self._form = matrix.shape, form
-        packed, absmax = quant.packed_of(matrix.contiguous(), form.kind)
-        self.weight = packed.reshape(-1)
-        if form.double_quant:
-            self.mean = exact_mean(absmax)
-            self.absmax, self.absmax_C = quant.in_eight_bits(absmax - self.mean, SCALES)
-        else:
-            self.absmax = absmax
-
-    def dense(self) -> Tensor:
-        """The matrix that a layer multiplies by."""
-        scales = self.absmax[None]
-        if self._form.double_quant:
-            code = quant.scale_code(scales.device)
-            scales = _scales(scales, self.absmax_C[None], self.mean[None], code)
-        dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.weight.view(-1, 1), scales.reshape(-1), quant.BLOCK, self._form.kind, tuple(self._shape),
-            self._form.dtype,
-        )  # fmt: skip
-        return dense
-
-    def digest(self) -> str:
-        """As `digest` gives it."""
-        nested = (self.absmax_C, self.mean) if self._form.double_quant else ()
-        return digest(self.weight, self.absmax, *nested)
-
-
-def quantised(matrix: Tensor, form: FourBit) -> QuantisedMatrix:
-    """The matrix (N, K) of one expert in 4 bits, on its device."""
-    return QuantisedMatrix(matrix.to(form.dtype), form)
-
-
-def _scales(absmax_EB: Tensor, absmax_EC: Tensor, mean_E: Tensor, code: Tensor) -> Tensor:
-    """The scales that were stored in 8 bits, (E, B)."""
-    spread = absmax_EC.repeat_interleave(SCALES, dim=1)[:, : absmax_EB.shape[1]]
-    return code[absmax_EB.int()] * spread + mean_E[:, None]
+def quantised(matrix: Tensor, form: FourBit) -> FourBitStack:
+    """A stack of the matrix (N, K) of one expert, on its device."""
+    stack = FourBitStack(torch.Size((1, *matrix.shape)), form, matrix.device)
+    stack.put(0, matrix)
+    return stack
 
 
 def exact_mean(scales: Tensor) -> Tensor:
@@ -141,17 +114,3 @@ def exact_mean(scales: Tensor) -> Tensor:
     power = 40 - math.frexp(most)[1]
     total = int(torch.ldexp(scales.double(), torch.tensor(power, device=scales.device)).to(torch.int64).sum())
     return scales.new_tensor(math.ldexp(total / scales.numel(), -power))
-
-
-def digest(*stored: Tensor) -> str:
-    """The first 16 bytes of sha256 (hex) over the stored tensors of one expert's matrix."""
-    total = hashlib.sha256()
-    for one in stored:
-        total.update(quant.raw_bytes(one))
-    return total.hexdigest()[:32]
-
-
-def stack_mark(digests: Iterable[str]) -> FourBitMark:
-    """The mark of a stack from the digests of its experts."""
-    every = list(digests)
-    return FourBitMark(sha256=hashlib.sha256("".join(every).encode()).hexdigest(), offset=None, experts=every)

@@ -138,4 +138,4 @@ def left_dense(record: RunRecord) -> bool:
 
 def stack_marks(model: nn.Module) -> dict[str, FourBitMark]:
     """The mark of every 4-bit stack of experts, by its module: see `layer_marks` of model/base/quant."""
-    return {name: module.marks() for name, module in model.named_modules() if isinstance(module, FourBitStack)}
+    return {name: module.mark() for name, module in model.named_modules() if isinstance(module, FourBitStack)}
