@@ -11,6 +11,7 @@ from qdpo.errors import ConfigError
 from qdpo.families.stored_form import stored_form
 from qdpo.model.base import text_model
 from qdpo.model.base.config_values import check_values
+from qdpo.model.base.expert_files import expert_fault
 from qdpo.model.base.folder import check_config, check_files, read_json
 from qdpo.model.base.foreign import reading
 from qdpo.model.base.headers import HeaderEntry, tensors_of
@@ -70,6 +71,8 @@ def check_shapes(folder: Path, stored: dict[str, HeaderEntry]) -> None:
                 f"config.json describes {list(parameter.shape)}. Weights and config.json are of different models, or "
                 f"damaged. {SOURCE}"
             )
+    if (fault := expert_fault(model, stored, text.key_mapping)) is not None:
+        raise ConfigError(f"{folder} (from model.path): {fault}. {SOURCE}")
 
 
 def check_twice(folder: Path, stored: Collection[str], decoder: str) -> None:

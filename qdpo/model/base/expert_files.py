@@ -5,7 +5,8 @@ used for one expert at a time, so no stack is ever held in 16 bits.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from qdpo.model.base.dequantise import Dequantised
+from qdpo.model.base.headers import HeaderEntry
 from qdpo.model.base.tensor_files import Stored
 
 LAST = "down_proj"
@@ -143,13 +145,52 @@ def expert_sources(
 
     A stack is left out if its files hold it in a form of which one expert cannot be converted alone.
     """
+    wanted, (names, made_by) = stacks_of(model), _tensors_by_stack(model, stored, key_mapping)
+    made = {stack: _source(stack, wanted[stack], one, stored, made_by) for stack, one in names.items()}
+    return {stack: source for stack, source in made.items() if source is not None}
+
+
+def expert_fault(model: Any, stored: Mapping[str, HeaderEntry], key_mapping: Mapping[str, str] | None) -> str | None:
+    """What is wrong with the tensors of single experts in a folder's files; None if nothing is.
+
+    transformers stacks as many as there are, by the order of their numbers: with gaps, an expert's matrices could be of
+    two experts.
+    """
+    wanted, (names, _made_by) = stacks_of(model), _tensors_by_stack(model, stored, key_mapping)
+    for stack, by_pattern in names.items():
+        for pattern, every in by_pattern.items():
+            fault = _fault(every, wanted[stack][0], stored) if "*" in pattern or len(every) > 1 else None
+            if fault is not None:
+                return fault
+    return None
+
+
+def _fault(names: list[str], experts: int, stored: Mapping[str, HeaderEntry]) -> str | None:
+    """Of the tensors of single experts that make one stack."""
+    numbers = [re.findall(r"\d+", name) for name in names]
+    counted = [list(map(int, place)) for place in zip(*numbers, strict=False)]
+    if not any(place == list(range(experts)) for place in counted):
+        return (
+            f"config.json describes experts 0 to {experts - 1}, but the files hold {len(names)} tensors of the kind of "
+            f"{names[0]!r}, up to {names[-1]!r}"
+        )
+    odd = next((name for name in names if stored[name].shape != stored[names[0]].shape), None)
+    if odd is not None:
+        shapes = [list(stored[name].shape) for name in (odd, names[0])]
+        return f"the tensor {odd!r} has the shape {shapes[0]}, but that of another expert, {names[0]!r}, {shapes[1]}"
+    return None
+
+
+def _tensors_by_stack(
+    model: Any, stored: Collection[str], key_mapping: Mapping[str, str] | None
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, Any]]:
+    """For each stack, the tensors by pattern of transformers' conversion; and the conversions by pattern."""
     wanted = stacks_of(model)
     if not wanted:
-        return {}
+        return {}, {}
     transforms = get_model_conversion_mapping(model, key_mapping=dict(key_mapping) if key_mapping else None)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    made_by = {pattern: one for one in converters for pattern in one.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
     names: dict[str, dict[str, list[str]]] = {}
     for name in sorted(stored, key=dot_natural_key):
@@ -158,12 +199,7 @@ def expert_sources(
             target, pattern = name, None
         if target in wanted:
             names.setdefault(target, {}).setdefault(pattern or "", []).append(name)
-    found = {}
-    for stack, by_pattern in names.items():
-        source = _source(stack, wanted[stack], by_pattern, stored, made_by)
-        if source is not None:
-            found[stack] = source
-    return found
+    return names, {pattern: one for one in converters for pattern in one.source_patterns}
 
 
 def _source(
@@ -180,7 +216,9 @@ def _source(
         return None
     firsts = {pattern: stored[every[0]].shape for pattern, every in names.items()}
     is_stacked = all(len(every) == 1 and len(firsts[pattern]) == 3 for pattern, every in names.items())
-    if not is_stacked and any(len(every) != shape[0] for every in names.values()):
+    if any((firsts[pattern][0] if is_stacked else len(every)) != shape[0] for pattern, every in names.items()):
+        return None
+    if any(stored[name].shape != firsts[pattern] for pattern, every in names.items() for name in every):
         return None
     # transformers' order of patterns is that of its conversion, not of the names.
     order = list(names) if conversion is None else [one for one in conversion.source_patterns if one in names]

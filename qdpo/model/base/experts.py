@@ -33,11 +33,9 @@ class FourBitExperts:
     stored: dict[str, Stored | Dequantised]
     sources: dict[str, ExpertSource]
     """By the name of the stack."""
-    left: dict[str, torch.Size]
-    """Stacks that stay as they are."""
 
     @classmethod
-    def of(cls, folder: Path, text: TextModel, form: quant.FourBit) -> "FourBitExperts | None":
+    def of(cls, folder: Path, text: TextModel, form: quant.FourBit, announce: Say) -> "FourBitExperts | None":
         """The stacks of a checked folder; None if it has none that can be held in 4 bits."""
         model = skeleton(text)
         wanted = stacks_of(model)
@@ -46,10 +44,20 @@ class FourBitExperts:
         stored = plain_tensors(folder)
         found = expert_sources(model, stored, text.key_mapping)
         sources = {name: one for name, one in found.items() if one.shape[1:].numel() % quant.BLOCK == 0}
-        if not sources:
-            return None
         left = {name: shape for name, shape in wanted.items() if name not in sources}
-        return cls(folder=folder, form=form, stored=stored, sources=sources, left=left)
+        if left:
+            bits, numbers = 8 * form.dtype.itemsize, sum(shape.numel() for shape in left.values())
+            name = next(iter(left))
+            announce(
+                f"experts: {len(left)} of {len(wanted)} stacks stay in {bits} bits "
+                f"({numbers * form.dtype.itemsize / 2**30:.1f} GiB), such as {name}: "
+                + (
+                    f"a matrix of it is not made of whole blocks of {quant.BLOCK} numbers"
+                    if name in found
+                    else "the files hold it in a form of which one expert cannot be read alone"
+                )
+            )
+        return cls(folder=folder, form=form, stored=stored, sources=sources) if sources else None
 
     @property
     def files(self) -> set[str]:
@@ -82,12 +90,6 @@ class FourBitExperts:
         _take_one_by_one(model)
         numbers = sum(source.shape.numel() for source in self.sources.values())
         announce(f"experts: {numbers / 1e9:.2f} billion numbers in {self.form.kind}, quantised expert by expert")
-        if self.left:
-            numbers = sum(shape.numel() for shape in self.left.values())
-            announce(
-                f"experts: {len(self.left)} stacks stay in 16 bits ({2 * numbers / 2**30:.1f} GiB), such as "
-                f"{next(iter(self.left))}"
-            )
 
     def _read(self, name: str, expert: int | None) -> Tensor:
         return read_part(self.stored[name], expert, self.form.dtype)

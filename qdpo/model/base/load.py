@@ -54,7 +54,7 @@ def load_base(
         check_files_finite(folder, weight_files(folder))
     experts = None
     if "quantization_config" in arguments and not dense_experts:
-        experts = FourBitExperts.of(folder, text, quant.FourBit(quantization, double_quant, compute))
+        experts = FourBitExperts.of(folder, text, quant.FourBit(quantization, double_quant, compute), announce)
     if experts is not None:
         arguments["state_dict"] = state_dict_of(folder, compute, without=experts.files)
     cls = text.cls if experts is None else experts.without(text.cls)
