@@ -166,11 +166,13 @@ def test_formula_and_trace_agree() -> None:
     assert (shape.layers, shape.tied, shape.table_weights) == (4, False, formula.table_weights)
 
 
-def test_experts_are_counted_in_16_bits() -> None:
-    """Weights of experts, and as products only those that a token meets."""
+def test_experts_are_counted_in_4_bits() -> None:
+    """Weights of experts, also of a model that is not quantised, and as products only those that a token meets."""
     _config, shape = traced_shape(content("qwen3_moe", num_hidden_layers=2, **EXPERTS))
     experts = 2 * 8 * 3 * 512 * 256
-    assert memory.fixed(shape, MemorySettings())["experts in 16 bits"] == 2.0 * experts
+    four = memory.fixed(shape, MemorySettings(double_quant=False))["experts in 4 bits"]
+    assert four == pytest.approx(experts * (0.5 + 4 / 64), rel=1e-3)
+    assert memory.fixed(shape, MemorySettings(quantised=False))["experts in 16 bits"] == 2.0 * experts
     met = shape.product_weights - sum(size for one in shape.weights for size in one.four_bit)
     assert met == pytest.approx(experts / 4, rel=0.05)
 

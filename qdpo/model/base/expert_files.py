@@ -151,7 +151,7 @@ def expert_sources(
 
 
 def expert_fault(model: Any, stored: Mapping[str, HeaderEntry], key_mapping: Mapping[str, str] | None) -> str | None:
-    """What is wrong with the tensors of single experts in a folder's files; None if nothing is.
+    """A fault of the tensors of single experts in a folder's files; None if there is none.
 
     transformers stacks as many as there are, by the order of their numbers: with gaps, an expert's matrices could be of
     two experts.
