@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.exact import NATS, OUTSIDE, ROUTERS, SHARE, kind_of, kinds_of
+from tests.matrix.exact import OUTSIDE, ROUTERS, kind_of, kinds_of
 from tests.matrix.processes import Ended, one_line
 from tests.matrix.rows import Cell
 
@@ -113,12 +113,12 @@ def exact(ended: Ended) -> Cell:
         return _no(ended.why)
     nats = max(found["on_nats"], found["off_nats"], found["whole_nats"] or 0.0)
     faults = []
-    if not nats <= NATS:
+    if not nats <= found["nats_allowed"]:
         faults.append(
             f"log-probs differ by {found['on_nats']:.1e} nats with the adapter, {found['off_nats']:.1e} without, "
             f"{found['whole_nats'] or 0:.1e} from the whole class"
         )
-    if not found["gradient"] <= SHARE:
+    if not found["gradient"] <= found["gradient_allowed"]:
         faults.append(f"gradients differ by {found['gradient']:.1e} of the largest, at {found['gradient_of']}")
     if not found["effect"] > 0.01:
         faults.append(f"the adapter changes no log-prob by more than {found['effect']:.1e} nats: nothing is compared")
